@@ -1,0 +1,260 @@
+"""The pure protocol of fork and join, and the loop that drives it: no model, no input or output.
+
+A `Protocol` maps what an engine returned to the next decision. `steps` is that loop as a
+generator: it yields engine requests and is sent engine results, so that replay of a written text,
+a synchronous engine, an asynchronous orchestrator and the check of the jitted sampler all run
+these very lines. Grammars live in `forkjoin/threadweaver.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Generator, Sequence
+from typing import Protocol as Interface
+
+import numpy as np
+
+from tw_jax.forkjoin.calls import Call, Hit, Provenance, Trajectory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One call for an engine.
+
+    Attributes:
+      path: () for the parent; (round, label) for a thread.
+      context: [n] int32 ids to continue from.
+      stops: ids that end the call; the one that was hit is the last id of the answer.
+      max_tokens: at least 1; the engine stops after so many ids.
+      shared: length of the context prefix that sibling requests have in common.
+    """
+
+    path: tuple[int | str, ...]
+    context: np.ndarray
+    provenance: np.ndarray
+    stops: frozenset[int]
+    max_tokens: int
+    shared: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What an engine drew: ids up to and including the stop id, if one was hit.
+
+    A failed engine call is a `Result` with `failed=True` and what arrived before, never an
+    exception: no error may lose a trajectory.
+    """
+
+    sampled: np.ndarray  # [m] int32
+    logp: np.ndarray | None = None  # [m] float32, nats
+    failed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Thread:
+    """One child of a fork.
+
+    Attributes:
+      label: the number as written in its outline, e.g. "2" or "2.1".
+      header: ids forced after the parent's context in the child's own context.
+      join_header: ids forced before the thread's text in the joined path.
+    """
+
+    label: str
+    header: np.ndarray
+    join_header: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Continue:
+    """Go on decoding the parent: what stopped it was no fork."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fork:
+    """Start these threads, each with at most `max_tokens` sampled ids."""
+
+    threads: tuple[Thread, ...]
+    max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """The rollout is over; `reason` becomes `Trajectory.finish`."""
+
+    reason: str
+
+
+Decision = Continue | Fork | Finish
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A run of ids of one provenance, to append to the parent's context."""
+
+    ids: np.ndarray
+    provenance: Provenance
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JoinEdit:
+    """What a join appends to the parent, and what follows."""
+
+    pieces: tuple[Piece, ...]
+    then: Continue | Finish
+    events: tuple[str, ...] = ()
+
+
+class Protocol(Interface):
+    """Decisions of one method. Every function is pure and total: malformed text never raises."""
+
+    def parent_stops(self) -> frozenset[int]:
+        """Ids that end a parent call."""
+        ...
+
+    def thread_stops(self) -> frozenset[int]:
+        """Ids that end a thread call."""
+        ...
+
+    def parent_budget(self, context_tokens: int, prompt_tokens: int) -> int:
+        """Ids that the next parent call may sample; 0 or less ends the rollout by length."""
+        ...
+
+    def decide(
+        self, sampled: np.ndarray, hit: Hit, *, context_tokens: int, prompt_tokens: int, rounds: int
+    ) -> tuple[Decision, tuple[str, ...]]:
+        """After a parent call: its new ids and why it ended; also the events to count.
+
+        `context_tokens` counts the new ids; `rounds` is the number of forks so far.
+        """
+        ...
+
+    def join(self, threads: Sequence[Thread], calls: Sequence[Call]) -> JoinEdit:
+        """After the threads of a fork, in outline order."""
+        ...
+
+    def hit(self, sampled: np.ndarray, stops: frozenset[int], failed: bool) -> Hit:
+        """Why a call ended, read from its ids alone."""
+        ...
+
+
+Steps = Generator[list[Request], Sequence[Result], Trajectory]
+
+
+def steps(protocol: Protocol, prompt: np.ndarray) -> Steps:
+    """Runs one rollout as a generator of engine requests.
+
+    Yields a list of requests that may run side by side and expects the list of their results, in
+    order. Returns the `Trajectory`.
+
+    Args:
+      protocol: the method.
+      prompt: [n] int32 ids, at least one.
+
+    Raises:
+      ValueError: the prompt is empty.
+    """
+    prompt = np.asarray(prompt, np.int32)
+    if not len(prompt):
+        raise ValueError("The prompt has no tokens: want at least one. Give a chat template.")
+    path = _Path(prompt)
+    calls: list[Call] = []
+    counts: Counter[str] = Counter()
+    rounds = 0
+
+    def finish(reason: str) -> Trajectory:
+        ids, provenance = path.arrays()
+        return Trajectory(
+            prompt_tokens=len(prompt),
+            calls=tuple(calls),
+            ids=ids,
+            provenance=provenance,
+            rounds=rounds,
+            finish=reason,
+            counts=dict(counts),
+        )
+
+    while True:
+        budget = protocol.parent_budget(len(path), len(prompt))
+        if budget < 1:
+            return finish("length")
+        context, provenance = path.arrays()
+        request = Request((), context, provenance, protocol.parent_stops(), budget, len(context))
+        call = _call(protocol, request, (yield [request])[0])
+        calls.append(call)
+        if call.hit is Hit.ERROR:
+            counts["engine_error"] += 1
+        path.append(call.sampled, Provenance.SAMPLED)
+        decision, events = protocol.decide(
+            call.sampled,
+            call.hit,
+            context_tokens=len(path),
+            prompt_tokens=len(prompt),
+            rounds=rounds,
+        )
+        counts.update(events)
+        if isinstance(decision, Finish):
+            return finish(decision.reason)
+        if isinstance(decision, Continue):
+            continue
+        context, provenance = path.arrays()
+        requests = [
+            Request(
+                (rounds, thread.label),
+                np.concatenate([context, thread.header]),
+                np.concatenate([provenance, _marks(Provenance.FORCED, len(thread.header))]),
+                protocol.thread_stops(),
+                decision.max_tokens,
+                len(context),
+            )
+            for thread in decision.threads
+        ]
+        results = yield requests
+        children = [_call(protocol, q, r) for q, r in zip(requests, results, strict=True)]
+        calls += children
+        edit = protocol.join(decision.threads, children)
+        counts.update(edit.events)
+        for piece in edit.pieces:
+            path.append(piece.ids, piece.provenance)
+        rounds += 1
+        if isinstance(edit.then, Finish):
+            return finish(edit.then.reason)
+
+
+class _Path:
+    """The growing joined path, as pieces, so that appending costs nothing."""
+
+    def __init__(self, prompt: np.ndarray) -> None:
+        self._ids = [prompt]
+        self._marks = [_marks(Provenance.PROMPT, len(prompt))]
+        self._length = len(prompt)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, ids: np.ndarray, provenance: Provenance) -> None:
+        self._ids.append(np.asarray(ids, np.int32))
+        self._marks.append(_marks(provenance, len(ids)))
+        self._length += len(ids)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and provenance so far."""
+        self._ids, self._marks = [np.concatenate(self._ids)], [np.concatenate(self._marks)]
+        return self._ids[0], self._marks[0]
+
+
+def _marks(provenance: Provenance, length: int) -> np.ndarray:
+    return np.full(length, provenance, np.int8)
+
+
+def _call(protocol: Protocol, request: Request, result: Result) -> Call:
+    sampled = np.asarray(result.sampled, np.int32)
+    if len(sampled) > request.max_tokens:
+        raise ValueError(
+            f"The engine returned {len(sampled)} ids for call {request.path}: want at most "
+            f"{request.max_tokens}. It must obey max_tokens."
+        )
+    logp = None if result.logp is None else np.asarray(result.logp, np.float32)
+    hit = protocol.hit(sampled, request.stops, result.failed)
+    return Call(request.path, request.context, request.provenance, sampled, logp, hit)

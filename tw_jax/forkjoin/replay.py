@@ -1,0 +1,115 @@
+"""A written trajectory replayed through the protocol that inference runs.
+
+Training contexts are inference contexts by construction: the engine here answers each request with
+what the text says at that place, and every forced id is compared with the text. Text that the
+protocol would not have produced is refused with the place, never patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.orchestrator import run
+from tw_jax.forkjoin.protocol import Protocol, Request, Result
+
+
+class ReplayError(ValueError):
+    """The text is not what the protocol would have produced; `position` is the token index."""
+
+    def __init__(self, message: str, position: int) -> None:
+        """Keeps the token index beside the sentence."""
+        super().__init__(message)
+        self.position = position
+
+
+class _Written:
+    """An engine that answers from a document's ids."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self._ids = ids
+        self._matched = 0  # ids that some context has been compared with, or that were answered
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]:
+        """Parent and thread calls; what a join forces is compared with the next parent context."""
+        if len(requests) == 1 and not requests[0].path:
+            return [self._parent(requests[0])]
+        answers, at = [], self._matched
+        for number, request in enumerate(requests):
+            header = request.context[request.shared :]
+            # In the text only the first header has its leading newline.
+            header = header[1:] if number else header
+            self._match(header, at, f"the header of thread {request.path[1]}")
+            answers.append(self._answer(at + len(header), request))
+            at += len(header) + len(answers[-1])
+        return [Result(answer) for answer in answers]
+
+    def _parent(self, request: Request) -> Result:
+        self._match(request.context[self._matched :], self._matched, "a join")
+        answer = self._answer(len(request.context), request)
+        self._matched = len(request.context) + len(answer)
+        return Result(answer)
+
+    def _answer(self, at: int, request: Request) -> np.ndarray:
+        rest = self._ids[at:]
+        ends = np.flatnonzero(np.isin(rest, list(request.stops)))
+        length = int(ends[0]) + 1 if len(ends) else len(rest)
+        what = f"call {request.path}" if request.path else "a parent call"
+        if not len(ends):
+            raise ReplayError(
+                f"The text ends inside {what} that began at token {at}: want one of the stop ids "
+                f"{sorted(request.stops)}. Close the thread or end the text with an end of "
+                "sequence.",
+                len(self._ids),
+            )
+        if length > request.max_tokens:
+            raise ReplayError(
+                f"{what.capitalize()} at token {at} is {length} tokens long and its budget is "
+                f"{request.max_tokens}. Raise ForkJoin.max_thread, max_new or max_context.",
+                at,
+            )
+        return rest[:length]
+
+    def _match(self, want: np.ndarray, at: int, what: str) -> None:
+        have = self._ids[at : at + len(want)]
+        differs = have != want[: len(have)]
+        if len(have) == len(want) and not differs.any():
+            return
+        first = int(differs.argmax()) if differs.any() else len(have)
+        found = f"{have[first]}" if first < len(have) else "the end of the text"
+        raise ReplayError(
+            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}): the "
+            "text is not in canonical form. Normalise it (forkjoin.grammar.normalise), or leave "
+            "it out.",
+            at + first,
+        )
+
+
+def replay(protocol: Protocol, ids: np.ndarray, prompt_tokens: int) -> Trajectory:
+    """The calls that inference would have made to write this text.
+
+    Args:
+      protocol: the method; its limits apply.
+      ids: [n] int32, prompt and response, with the end of sequence that was sampled.
+      prompt_tokens: how many leading ids are the prompt.
+
+    Raises:
+      ReplayError: the text differs from what the protocol forces, ends early, or goes on after
+        its end of sequence.
+    """
+    ids = np.asarray(ids, np.int32)
+    trajectory = run(protocol, _Written(ids), ids[:prompt_tokens])
+    made = trajectory.ids
+    length = min(len(made), len(ids))
+    differs = made[:length] != ids[:length]
+    if len(made) != len(ids) or differs.any():
+        at = int(differs.argmax()) if differs.any() else length
+        raise ReplayError(
+            f"Replay ends by {trajectory.finish!r} after {len(made)} tokens and the text has "
+            f"{len(ids)}; they part at token {at}. Cut the text at its end of sequence, or raise "
+            "the limits in ForkJoin.",
+            at,
+        )
+    return trajectory

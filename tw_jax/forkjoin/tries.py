@@ -1,0 +1,39 @@
+"""A rollout's calls to its training trie: the hand-over from `Trajectory` to `Trie`.
+
+Which tokens are trained is decided here and nowhere else; how sequences merge is `trie/tree.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from tw_jax.forkjoin.calls import Provenance, Trajectory
+from tw_jax.trie.tree import Trie, build
+
+
+def of_trajectory(trajectory: Trajectory) -> Trie:
+    """The trie of a rollout: its joined path, then every call; weight 1 on sampled tokens.
+
+    Forced, returned and prompt tokens carry no loss: exactly the tokens that the model drew are
+    trained, each in the context in which it was drawn (spec 2.5, the paper's figure).
+    """
+    sequences: list[np.ndarray] = [trajectory.ids]
+    weights: list[np.ndarray | None] = [None]
+    for call in trajectory.calls:
+        if not len(call.sampled):
+            continue
+        sequences.append(np.concatenate([call.context, call.sampled]))
+        weight = np.zeros(len(sequences[-1]), np.float32)
+        weight[len(call.context) :] = 1
+        weights.append(weight)
+    trie = build(sequences, weights)
+    # Sharing is measured against one row per call, which the joined path is not.
+    return dataclasses.replace(trie, source_tokens=trie.source_tokens - len(trajectory.ids))
+
+
+def of_chain(trajectory: Trajectory) -> Trie:
+    """The sequential (AR) baseline: the joined path alone, every token after the prompt trained."""
+    weight = (trajectory.provenance != Provenance.PROMPT).astype(np.float32)
+    return build([trajectory.ids], [weight])

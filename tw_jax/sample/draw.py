@@ -1,0 +1,95 @@
+"""From logits to a token and its log-prob under the very distribution that was sampled from.
+
+Temperature, top-p, top-k and seeds are arrays, one for each row, so no value recompiles anything.
+Keys are folded from (seed, call, position): a token never depends on its batch neighbours.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+class Draw(struct.PyTreeNode):
+    """How each row samples."""
+
+    temperature: jax.Array  # [B] float32, >= 0; 0 takes the likeliest token
+    top_p: jax.Array  # [B] float32 in (0, 1]; 1 keeps every token
+    top_k: jax.Array  # [B] int32, >= 0; 0 keeps every token
+    seed: jax.Array  # [B] uint32, one for each request
+
+
+def settings(rows: int, *, temperature: float, top_p: float, top_k: int, seed: int) -> Draw:
+    """The same settings for `rows` requests, with seeds `seed, seed + 1, ...`.
+
+    Raises:
+      ValueError: a setting is out of its range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature = {temperature}: want 0 (the likeliest token) or more.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p}: want a share above 0 and at most 1 (1 keeps all).")
+    if top_k < 0:
+        raise ValueError(f"top_k = {top_k}: want 0 (keeps all) or more.")
+    return Draw(
+        temperature=jnp.full(rows, temperature, jnp.float32),
+        top_p=jnp.full(rows, top_p, jnp.float32),
+        top_k=jnp.full(rows, top_k, jnp.int32),
+        seed=jnp.asarray((seed + np.arange(rows)) % 2**32, jnp.uint32),
+    )
+
+
+def draw(
+    logits: jax.Array, how: Draw, call: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draws one token for each lane.
+
+    p = softmax(logits / temperature), restricted to the top_k likeliest tokens, then to the
+    smallest set of likeliest tokens whose mass reaches top_p, renormalised. Ties at the border of
+    a set are kept.
+
+    Args:
+      logits: [B, C, V] float32.
+      how: settings, [B].
+      call: [B, C] int32, number of the call in its rollout.
+      position: [B, C] int32, index of the token in its call.
+
+    Returns:
+      tokens [B, C] int32 and logp [B, C] float32, nats, of the distribution sampled from: 0 where
+      temperature is 0.
+    """
+    greedy = how.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, how.temperature)[:, None, None]
+    truncates = ((how.top_p < 1) | (how.top_k > 0)) & ~greedy
+    # Sorting a vocabulary costs more than decoding a small model: only where someone asks for it.
+    kept = jax.lax.cond(truncates.any(), _truncate, lambda scaled, how: scaled, scaled, how)
+    kept = jnp.where(truncates[:, None, None], kept, scaled)
+    logp = jax.nn.log_softmax(kept, axis=-1)
+
+    def one(row: jax.Array, seed: jax.Array, call: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), call), position)
+        return jax.random.categorical(key, row)
+
+    lanes = jax.vmap(one, in_axes=(0, None, 0, 0))
+    sampled = jax.vmap(lanes)(logp, how.seed, call, position)
+    tokens = jnp.where(greedy[:, None], logits.argmax(-1), sampled).astype(jnp.int32)
+    drawn = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+    return tokens, jnp.where(greedy[:, None], 0.0, drawn)
+
+
+def _truncate(scaled: jax.Array, how: Draw) -> jax.Array:
+    """Logits with everything outside top-k and top-p at a floor that no draw reaches."""
+    vocabulary = scaled.shape[-1]
+    ordered = jnp.sort(scaled, axis=-1)[..., ::-1]
+    rank = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocabulary), vocabulary) - 1
+    k_border = jnp.take_along_axis(ordered, rank[:, None, None], axis=-1)
+    within = ordered >= k_border
+    mass = jax.nn.softmax(jnp.where(within, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(mass, axis=-1) - mass
+    # Rounding can carry the sum past 1, and top_p = 1 drops nothing.
+    limit = jnp.where(how.top_p < 1, how.top_p, jnp.inf)
+    inside = within & (before < limit[:, None, None])
+    border = jnp.where(inside, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(scaled >= border, scaled, jnp.finfo(scaled.dtype).min)

@@ -1,0 +1,203 @@
+"""Token sequences to one trie, flattened in first-seen preorder (numpy, host, O(total tokens)).
+
+Give the joined path first: then every node's ancestors are at most two contiguous runs, and the
+flat order is the one of ThreadWeaver's collator (spec 2.3). The visibility of node j is the
+interval `j <= i < end[j]`. This file knows neither tags nor calls' meaning; it hands a `Trie` to
+`trie/pack.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trie:
+    """A trie in preorder. Node i is seen by nodes `i <= q < end[i]` and by no other.
+
+    Attributes:
+      tokens: [n] int32 ids.
+      parent: [n] int32, the node whose hidden state predicts this one; -1 at a root.
+      depth: [n] int32 position, 0 at a root.
+      end: [n] int32, one past the last descendant.
+      weight: [n] float32, the loss weight of predicting this node from its parent.
+      source_tokens: length of all sequences that were merged, so that sharing is
+        `1 - len(tokens) / source_tokens`.
+    """
+
+    tokens: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    end: np.ndarray
+    weight: np.ndarray
+    source_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(slots=True)
+class _Segment:
+    """A run of nodes without a branch inside it that came before it: one sequence's new tail."""
+
+    tokens: np.ndarray  # a view of the sequence
+    parent: int  # segment that it hangs from, -1 for a root
+    offset: int  # node of that segment that it hangs from
+    children: list[tuple[int, int]]  # (offset, segment), in order of insertion
+    start: int = 0  # flat index of the first node
+
+
+def build(sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray | None]) -> Trie:
+    """Merges sequences into one trie.
+
+    Sequences that share a prefix share its nodes; where several sequences weigh a node their
+    weights add up, so that sum(weight * nll) over the trie is the sum over the sequences.
+
+    Args:
+      sequences: arrays of int32 ids, none empty; the joined path first.
+      weights: for each sequence [len] float32 loss weights, or None for no loss.
+
+    Raises:
+      ValueError: a sequence is empty, a weight has another length than its sequence, or the first
+        token of a sequence has weight (nothing precedes it that could predict it).
+    """
+    segments: list[_Segment] = []
+    child: dict[tuple[int, int, int], int] = {}
+    walks: list[list[tuple[int, int, int]]] = []
+    for number, (sequence, weight) in enumerate(zip(sequences, weights, strict=True)):
+        _check(number, sequence, weight)
+        walks.append(_insert(sequence, segments, child))
+    tokens, parent, depth, end = _flatten(segments)
+    total = np.zeros(len(tokens), np.float32)
+    for walk, weight in zip(walks, weights, strict=True):
+        if weight is None:
+            continue
+        at = 0
+        for segment, lo, hi in walk:
+            start = segments[segment].start
+            total[start + lo : start + hi] += weight[at : at + hi - lo]
+            at += hi - lo
+    return Trie(tokens, parent, depth, end, total, sum(len(s) for s in sequences))
+
+
+def flat_labels(trie: Trie, prompt_tokens: int) -> Trie:
+    """The reference's labels: every node after the prompt, predicted from its flat predecessor.
+
+    ThreadWeaver's collator shifts labels in flat order and masks nothing but the prompt, so forced
+    tokens and both copies of threads 2..n are trained, and the first node of each branch copy is
+    read from an unrelated leaf (spec 2.5). Kept for comparison; `depth` and `end` stay those of the
+    tree.
+    """
+    index = np.arange(len(trie), dtype=np.int32)
+    return dataclasses.replace(
+        trie, parent=index - 1, weight=(index >= max(prompt_tokens, 1)).astype(np.float32)
+    )
+
+
+def _check(number: int, sequence: np.ndarray, weight: np.ndarray | None) -> None:
+    if not len(sequence):
+        raise ValueError(f"Sequence {number} of a trie is empty: want at least one token. Drop it.")
+    if weight is None:
+        return
+    if len(weight) != len(sequence):
+        raise ValueError(
+            f"Sequence {number} has {len(sequence)} tokens and {len(weight)} weights: want one "
+            "weight for each token."
+        )
+    if weight[0]:
+        raise ValueError(
+            f"The first token of sequence {number} has weight {weight[0]}: want 0, for no token "
+            "precedes it. Begin the sequence with a prompt or a start token."
+        )
+
+
+def _insert(
+    sequence: np.ndarray, segments: list[_Segment], child: dict[tuple[int, int, int], int]
+) -> list[tuple[int, int, int]]:
+    """Walks the sequence down, hangs its new tail, and returns its (segment, lo, hi) pieces."""
+    walk: list[tuple[int, int, int]] = []
+    segment, offset, at = -1, -1, 0  # last matched node, and what is left of the sequence
+    while at < len(sequence):
+        found = child.get((segment, offset, int(sequence[at])))
+        if found is None:
+            tail = sequence[at:]
+            child[segment, offset, int(tail[0])] = len(segments)
+            if segment >= 0:
+                segments[segment].children.append((offset, len(segments)))
+            walk.append((len(segments), 0, len(tail)))
+            segments.append(_Segment(tail, segment, offset, []))
+            return walk
+        have = segments[found].tokens
+        length = min(len(have), len(sequence) - at)
+        differs = have[:length] != sequence[at : at + length]
+        first = int(differs.argmax())
+        # argmax of all-False is 0, and the first token is known to match.
+        shared = first or length
+        walk.append((found, 0, shared))
+        at += shared
+        segment, offset = found, shared - 1
+        # A branch that an earlier sequence hung inside this run may go on from here.
+    return walk
+
+
+def _flatten(
+    segments: list[_Segment],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Preorder: a segment's run, then what hangs from it, the deepest offset first."""
+    size = sum(len(segment.tokens) for segment in segments)
+    tokens = np.empty(size, np.int32)
+    parent = np.arange(-1, size - 1, dtype=np.int32)
+    depth = np.empty(size, np.int32)
+    end = np.empty(size, np.int32)
+    at = 0
+    for root, segment in enumerate(segments):
+        if segment.parent < 0:
+            at = _flatten_root(root, at, segments, (tokens, parent, depth, end))
+    return tokens, parent, depth, end
+
+
+def _flatten_root(
+    root: int,
+    at: int,
+    segments: list[_Segment],
+    out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+) -> int:
+    """Writes the tree of one root from flat index `at` on; returns the index after it."""
+    tokens, parent, depth, end = out
+    # Each entry: segment, its children still to be laid out (last one first), open nodes [0, open).
+    stack: list[list] = []
+
+    def lay(number: int) -> None:
+        nonlocal at
+        segment = segments[number]
+        segment.start, size = at, len(segment.tokens)
+        first = 0
+        if segment.parent >= 0:
+            parent[at] = segments[segment.parent].start + segment.offset
+            first = depth[parent[at]] + 1
+        else:
+            parent[at] = -1
+        tokens[at : at + size] = segment.tokens
+        depth[at : at + size] = np.arange(first, first + size, dtype=np.int32)
+        at += size
+        # Deepest offset first; at one offset, first seen first. Reversed, for it is popped.
+        order = sorted(segment.children, key=lambda pair: -pair[0])[::-1]
+        stack.append([number, order, size])
+
+    lay(root)
+    while stack:
+        number, order, still_open = stack[-1]
+        start = segments[number].start
+        if order:
+            offset, next_segment = order.pop()
+            # Nodes below the branching point are complete: their subtrees end here.
+            end[start + offset + 1 : start + still_open] = at
+            stack[-1][2] = min(still_open, offset + 1)
+            lay(next_segment)
+        else:
+            end[start : start + still_open] = at
+            stack.pop()
+    return at
