@@ -11,7 +11,7 @@ from tw_jax.tokenizer import CONTROL
 def path_network(vocab_size: int, width: int = 32, sharpness: float = 3.0) -> Network:
     """A network whose state is a sum over the visible path, so any wrong mask changes it.
 
-    hidden_i = tanh(sum over visible j of embed[token_j] * (cos, sin)(depth_j)). It obeys the
+    hidden_i = tanh(sum over visible j of embed[token_j] * cos(depth_j * angle)). It obeys the
     contract of `Network.apply` with and without a cache, and has no attention code of its own.
     """
 
@@ -23,7 +23,7 @@ def path_network(vocab_size: int, width: int = 32, sharpness: float = 3.0) -> Ne
         }
 
     def entries(params, tokens, depth):
-        angle = depth[..., None] * jnp.linspace(0.1, 3.0, width)
+        angle = depth[..., None] * jnp.linspace(0.002, 0.06, width)
         return params["embed"][tokens] * jnp.cos(angle)
 
     def apply(params, tokens, depth, span, kv=None, keys=None, start=None):

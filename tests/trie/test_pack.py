@@ -18,17 +18,23 @@ def random_tries(seed: int, count: int = 12):
     return made
 
 
-@hypothesis.given(st.integers(0, 10_000), st.integers(1, 5))
-def test_every_trie_lands_in_exactly_one_row(seed, open_rows):
+@hypothesis.given(st.integers(0, 10_000))
+def test_every_trie_lands_in_exactly_one_row(seed):
     tries = random_tries(seed)
-    cfg = pack.Packing(row_tokens=40, rows=1, open_rows=open_rows)
     fill = pack.Fill()
-    rows = list(pack.pack(tries, cfg, fill))
+    rows = pack.pack(tries, pack.Packing(row_tokens=40, rows=1), fill)
     assert sorted(id(t) for row in rows for t in row) == sorted(map(id, tries))
     assert all(sum(map(len, row)) <= 40 for row in rows)
     assert fill.rows == len(rows)
     assert fill.used_tokens == sum(map(len, tries))
     assert fill.rows_filled == pytest.approx(fill.used_tokens / (40 * len(rows)))
+
+
+def test_packing_many_tries_fills_rows_almost_wholly():
+    tries = random_tries(0, count=400)
+    fill = pack.Fill()
+    pack.pack(tries, pack.Packing(row_tokens=64, rows=1), fill)
+    assert fill.rows_filled > 0.97
 
 
 @hypothesis.given(st.integers(0, 10_000))

@@ -126,9 +126,15 @@ class Document:
 
 
 class GrammarError(ValueError):
-    """A text that is no document. `rule` names what it breaks, `at` the character where."""
+    """A text that is no document.
+
+    Attributes:
+      rule: the name of what it breaks.
+      at: the character where.
+    """
 
     def __init__(self, text: str, at: int, rule: Rule, sentence: str):
+        """Joins the sentence with line, column and excerpt."""
         super().__init__(f"{sentence}\n{point(text, at)}")
         self.rule: Rule = rule
         self.at = at

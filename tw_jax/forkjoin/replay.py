@@ -1,8 +1,9 @@
-"""A written trajectory replayed through the protocol that inference runs.
+"""Trajectories from what was written or drawn before, through the protocol that inference runs.
 
-Training contexts are inference contexts by construction: the engine here answers each request with
-what the text says at that place, and every forced id is compared with the text. Text that the
-protocol would not have produced is refused with the place, never patched.
+Training contexts are inference contexts by construction. `replay` answers each request with what a
+text says at that place and compares every forced id with it; text that the protocol would not have
+produced is refused with the place, never patched. `rebuild` answers with calls that were recorded,
+the jitted sampler's or a file's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Written:
 
     def _answer(self, at: int, request: Request) -> np.ndarray:
         rest = self._ids[at:]
-        ends = np.flatnonzero(np.isin(rest, list(request.stops)))
+        ends = np.flatnonzero(np.logical_or.reduce([rest == stop for stop in request.stops]))
         length = int(ends[0]) + 1 if len(ends) else len(rest)
         what = f"call {request.path}" if request.path else "a parent call"
         if not len(ends):
@@ -111,5 +112,58 @@ def replay(protocol: Protocol, ids: np.ndarray, prompt_tokens: int) -> Trajector
             f"{len(ids)}; they part at token {at}. Cut the text at its end of sequence, or raise "
             "the limits in ForkJoin.",
             at,
+        )
+    return trajectory
+
+
+class RecordError(ValueError):
+    """Recorded calls are not those that the protocol makes."""
+
+
+class _Recorded:
+    """An engine that answers from recorded calls, in protocol order."""
+
+    def __init__(self, calls: Sequence[Result]) -> None:
+        self._calls = list(calls)
+        self.next = 0
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Result:
+        if self.next >= len(self._calls):
+            raise RecordError(
+                f"The protocol asks for call {self.next} {request.path} and {len(self._calls)} "
+                "were recorded. Use the limits (ForkJoin) that they were recorded with."
+            )
+        call = self._calls[self.next]
+        self.next += 1
+        stopped = len(call.sampled) > 0 and int(call.sampled[-1]) in request.stops
+        if not (stopped or call.failed or len(call.sampled) == request.max_tokens):
+            raise RecordError(
+                f"Call {self.next - 1} {request.path} ends after {len(call.sampled)} tokens "
+                f"without a stop id, and its budget is {request.max_tokens}. Use the limits "
+                "(ForkJoin) that it was recorded with."
+            )
+        return call
+
+
+def rebuild(protocol: Protocol, prompt: np.ndarray, calls: Sequence[Result]) -> Trajectory:
+    """The trajectory of recorded calls: contexts, forced ids and joins are the protocol's.
+
+    Args:
+      protocol: with the limits under which the calls were drawn.
+      prompt: [n] int32 ids.
+      calls: what was drawn, in protocol order.
+
+    Raises:
+      RecordError: the protocol would have made other calls.
+    """
+    recorded = _Recorded(calls)
+    trajectory = run(protocol, recorded, np.asarray(prompt, np.int32))
+    if recorded.next != len(calls):
+        raise RecordError(
+            f"{len(calls)} calls were recorded and the protocol makes {recorded.next}. Use the "
+            "limits (ForkJoin) that they were recorded with."
         )
     return trajectory

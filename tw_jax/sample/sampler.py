@@ -32,8 +32,8 @@ from flax import struct
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.orchestrator import run as run_protocol
-from tw_jax.forkjoin.protocol import Request, Result
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import (
     EMPTY_CODE,
     IDLE,
@@ -313,45 +313,17 @@ class ForkJoinSampler:
         log = jax.device_get(state.log)
         made = []
         for b, prompt in enumerate(prompts):
-            drawn = slice(0, int(log.length[b]))
-            recorded = _Recorded(log.tokens[b, drawn], log.logp[b, drawn], log.call[b, drawn])
-            made.append(run_protocol(self.protocol, recorded, np.asarray(prompt, np.int32)))
-            recorded.finish()
+            length = int(log.length[b])
+            order = np.argsort(log.call[b, :length], kind="stable")
+            call = log.call[b, :length][order]
+            starts = np.flatnonzero(np.diff(call, prepend=-1))
+            tokens, logp = log.tokens[b, :length][order], log.logp[b, :length][order]
+            drawn = [
+                Result(tokens[start:end], logp[start:end])
+                for start, end in zip(starts, [*starts[1:], length], strict=True)
+            ]
+            made.append(rebuild(self.protocol, prompt, drawn))
         return made
-
-
-class _Recorded:
-    """An engine that answers with what the jitted program drew, call by call."""
-
-    def __init__(self, tokens: np.ndarray, logp: np.ndarray, call: np.ndarray) -> None:
-        order = np.argsort(call, kind="stable")
-        count = int(call.max(initial=-1)) + 1
-        ends = np.searchsorted(call[order], np.arange(count), side="right")
-        self._tokens = np.split(tokens[order], ends)[:count]
-        self._logp = np.split(logp[order], ends)[:count]
-        self._next = 0
-
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request: Request) -> Result:
-        if self._next >= len(self._tokens):
-            raise RuntimeError(f"The protocol asks for call {request.path}, the sampler made none.")
-        tokens, logp = self._tokens[self._next], self._logp[self._next]
-        self._next += 1
-        complete = len(tokens) and int(tokens[-1]) in request.stops
-        if not complete and len(tokens) != request.max_tokens:
-            raise RuntimeError(
-                f"The sampler left call {request.path} after {len(tokens)} tokens, the protocol's "
-                f"budget is {request.max_tokens}."
-            )
-        return Result(tokens, logp)
-
-    def finish(self) -> None:
-        if self._next != len(self._tokens):
-            raise RuntimeError(
-                f"The sampler made {len(self._tokens)} calls, the protocol {self._next}."
-            )
 
 
 def make_sampler(
@@ -396,7 +368,6 @@ def make_sampler(
         grow=jax.jit(
             lambda state, slots: state.replace(cache=caches.grow(state.cache, slots)),
             static_argnums=1,
-            donate_argnums=0,
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Packing many tries into fixed rows: first fit, a truncation policy, fill and sharing ratios.
+"""Packing many tries into fixed rows: longest first, a truncation policy, fill and sharing ratios.
 
 Rows are fixed so that the train step compiles once. This file knows no model and no text; the
 data pipeline feeds it tries and takes full batches from it.
@@ -7,7 +7,7 @@ data pipeline feeds it tries and takes full batches from it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,17 +26,18 @@ class Packing:
       too_long: what happens to a trie longer than a row: "refuse" stops with a sentence, "drop"
         leaves it out and counts it, "truncate" keeps the first row_tokens nodes, which cuts branch
         copies of the first blocks before it cuts the joined path (the reference's way, spec 2.4).
-      open_rows: rows kept open at once; more of them fill better and delay a trie longer.
+      window: trajectories that are packed together; more of them fill better, and a resumed run
+        packs at most one window again.
     """
 
     row_tokens: int
     rows: int
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
-    open_rows: int = 16
+    window: int = 256
 
     def check(self) -> None:
         """Refuses sizes that cannot hold a token."""
-        for name in ("row_tokens", "rows", "open_rows"):
+        for name in ("row_tokens", "rows", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Packing.{name} = {getattr(self, name)}: want at least 1.")
 
@@ -97,58 +98,31 @@ def fit(trie: Trie, cfg: Packing, fill: Fill, *, name: str = "a trajectory") -> 
     )
 
 
-@dataclasses.dataclass
-class Packer:
-    """First fit into a bounded set of open rows; its state is plain data, so it can be saved.
+def pack(tries: Sequence[Trie], cfg: Packing, fill: Fill) -> list[list[Trie]]:
+    """Fits tries into rows, the longest first, and counts into `fill`.
 
-    Feed tries with `add`; full rows come back in the order in which they closed.
+    A pure function of its tries, so a data position inside a window can be restored by packing the
+    window again. Rows come back in the order of their earliest trie, for the longest-first order
+    would sort batches by length.
+
+    Args:
+      tries: none longer than a row, see `fit`.
+      cfg: only `row_tokens` is read.
+      fill: totals to add to.
     """
-
-    row_tokens: int
-    open_rows: int
-    rows: list[list[Trie]] = dataclasses.field(default_factory=list)
-    room: list[int] = dataclasses.field(default_factory=list)
-
-    def add(self, trie: Trie) -> list[Trie] | None:
-        """Places one trie; returns a row that had to close for it, else None."""
-        for number, room in enumerate(self.room):
-            if len(trie) <= room:
-                self.rows[number].append(trie)
-                self.room[number] -= len(trie)
-                return self._close(number) if self.room[number] == 0 else None
-        closed = None
-        if len(self.rows) >= self.open_rows:
-            closed = self._close(int(np.argmin(self.room)))
-        self.rows.append([trie])
-        self.room.append(self.row_tokens - len(trie))
-        return closed
-
-    def flush(self) -> list[list[Trie]]:
-        """Closes all open rows, in the order in which they were opened."""
-        rows, self.rows, self.room = self.rows, [], []
-        return rows
-
-    def _close(self, number: int) -> list[Trie]:
-        self.room.pop(number)
-        return self.rows.pop(number)
-
-
-def pack(tries: Iterable[Trie], cfg: Packing, fill: Fill) -> Iterator[list[Trie]]:
-    """Yields rows of tries, counting into `fill`; the last rows may be partly empty."""
-    packer = Packer(cfg.row_tokens, cfg.open_rows)
-
-    def count(row: list[Trie]) -> list[Trie]:
-        fill.rows += 1
-        fill.row_tokens += cfg.row_tokens
-        for trie in row:
-            fill.tries += 1
-            fill.used_tokens += len(trie)
-            fill.source_tokens += trie.source_tokens
-        return row
-
-    for trie in tries:
-        fitting = fit(trie, cfg, fill)
-        if fitting is not None and (row := packer.add(fitting)) is not None:
-            yield count(row)
-    for row in packer.flush():
-        yield count(row)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(tries)), key=lambda n: -len(tries[n])):
+        size = len(tries[number])
+        row = next((r for r, free in enumerate(room) if size <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(cfg.row_tokens)
+        rows[row].append(number)
+        room[row] -= size
+    fill.tries += len(tries)
+    fill.rows += len(rows)
+    fill.row_tokens += len(rows) * cfg.row_tokens
+    fill.used_tokens += sum(map(len, tries))
+    fill.source_tokens += sum(trie.source_tokens for trie in tries)
+    return [[tries[n] for n in sorted(row)] for row in sorted(rows, key=min)]

@@ -1,0 +1,233 @@
+"""The jitted sampler against the host protocol and against full passes over packed tries."""
+
+import functools
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tw_jax.forkjoin import threadweaver, tries
+from tw_jax.forkjoin.calls import Hit
+from tw_jax.forkjoin.orchestrator import run
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.sample import sampler as samplers
+from tw_jax.sample.draw import settings
+from tw_jax.trie.batch import stack_rows
+
+TOKENIZER = fakes.Characters()
+TABLE = threadweaver.make_table(TOKENIZER)
+NETWORK = fakes.path_network(TOKENIZER.vocab_size)
+PARAMS = NETWORK.init(jax.random.key(1))
+CALLS, LONGEST = 24, 48
+
+
+def scripted(logits, how, call, position):
+    """Draws the script's token and reports the model's own log-prob of it."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    tokens = how[rows, jnp.minimum(call, CALLS - 1), jnp.minimum(position, LONGEST - 1)]
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+
+
+@functools.cache
+def build(draw=scripted, rows=4, prefill_chunk=8, **limits):
+    limits = {"max_context": 400, "max_new": 160, "max_thread": 20, "max_threads": 4} | limits
+    protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin(**limits))
+    cfg = samplers.Sampler(rows=rows, max_prompt=20, prefill_chunk=prefill_chunk)
+    return samplers.make_sampler(NETWORK, protocol, cfg, draw=draw or samplers.draw)
+
+
+class FromScript:
+    """The host's engine on the same script, call by call."""
+
+    def __init__(self, script):
+        self.script, self.call = script, 0
+
+    def generate(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        line = np.resize(self.script[min(self.call, CALLS - 1)], request.max_tokens)
+        if request.max_tokens > LONGEST:
+            line[LONGEST:] = self.script[min(self.call, CALLS - 1), LONGEST - 1]
+        self.call += 1
+        ends = np.flatnonzero(np.isin(line, list(request.stops)))
+        return Result(line[: ends[0] + 1] if len(ends) else line)
+
+
+def random_script(seed: int) -> np.ndarray:
+    """Calls that mix well-formed blocks with everything that can go wrong."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(CALLS):
+        kind = rng.integers(8)
+        labels = [str(n) for n in rng.permutation(rng.integers(1, 14, rng.integers(1, 7)))]
+        labels += ["2.1"] * int(rng.integers(2))
+        listed = "".join(f"<Outline>{label}: a</Outline>" for label in labels[:4])
+        texts.append(
+            {
+                0: f"a<Parallel><Outlines>{listed}</Outlines>",
+                1: f"<Outlines>{listed}</Outlines>",
+                2: " ab\n</Thread>",
+                3: " abc" + "<end>" * int(rng.integers(2)) + "\n</Thread></Outlines>",
+                4: "a" * int(rng.integers(30)) + "</Thread>" + listed + "</Outlines>",
+                5: "</Outlines>",
+                6: "".join(rng.choice(["a", "1", ":", "<Outline>", " "], 20)) + "<eos>",
+                7: "<Outlines><Outline>12",
+            }[int(kind)]
+        )
+    rows = [TOKENIZER.encode(text)[:LONGEST] for text in texts]
+    filler = [rng.integers(1, TOKENIZER.vocab_size, LONGEST - len(row)) for row in rows]
+    return np.array([np.concatenate(pair) for pair in zip(rows, filler, strict=True)], np.int32)
+
+
+def assert_same_calls(made, want):
+    assert (made.finish, made.rounds, made.counts) == (want.finish, want.rounds, want.counts)
+    assert made.ids.tolist() == want.ids.tolist()
+    assert made.provenance.tolist() == want.provenance.tolist()
+    assert [c.path for c in made.calls] == [c.path for c in want.calls]
+    for mine, theirs in zip(made.calls, want.calls, strict=True):
+        assert mine.context.tolist() == theirs.context.tolist()
+        assert mine.sampled.tolist() == theirs.sampled.tolist()
+        assert mine.hit is theirs.hit
+
+
+@jax.jit
+def full_pass(tokens, depth, span, temperature):
+    hidden, _ = NETWORK.apply(PARAMS, tokens, depth, span)
+    return jax.nn.log_softmax(NETWORK.unembed(PARAMS, hidden) / temperature, axis=-1)
+
+
+def recomputed(trajectory, temperature=1.0):
+    """Log-probs of every weighted node from one full pass over the packed trie."""
+    trie = tries.of_trajectory(trajectory)
+    batch = stack_rows([[trie]], 1024)
+    logp = full_pass(batch.tokens, batch.depth, batch.span, temperature)
+    of_node = np.asarray(logp)[0, batch.parent[0], batch.tokens[0]]
+    found, walked = [], {}
+    for node in range(len(trie)):
+        walked[int(trie.parent[node]), int(trie.tokens[node])] = node
+    for call in trajectory.calls:
+        node = -1
+        for token in call.context.tolist():
+            node = walked[node, token]
+        for token in call.sampled.tolist():
+            node = walked[node, token]
+            found.append(of_node[node])
+    return np.array(found)
+
+
+PROMPTS = [TOKENIZER.encode(text) for text in ("abc", "a", "abcdefgh1234567", "b:")]
+
+
+@pytest.mark.parametrize(("unfinished", "rounds"), [("continue", 3), ("abort", 1)])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_program_makes_the_calls_of_the_host_protocol(seed, unfinished, rounds, tolerance):
+    sampler = build(unfinished_thread=unfinished, max_rounds=rounds)
+    scripts = np.stack([random_script(4 * seed + n) for n in range(4)])
+    made = sampler(PARAMS, PROMPTS, jnp.asarray(scripts))
+    for prompt, script, trajectory in zip(PROMPTS, scripts, made, strict=True):
+        assert_same_calls(trajectory, run(sampler.protocol, FromScript(script), prompt))
+        drawn = np.concatenate([call.logp for call in trajectory.calls])
+        np.testing.assert_allclose(
+            drawn, recomputed(trajectory), atol=tolerance["sampler_logp"], rtol=0
+        )
+
+
+def test_random_scripts_reach_every_outcome():
+    finishes, counts, hits = set(), set(), set()
+    limits = threadweaver.ForkJoin(max_new=160, max_thread=20, max_threads=4, max_rounds=1)
+    for seed in range(32):
+        protocol = threadweaver.ThreadWeaver(TABLE, limits)
+        made = run(protocol, FromScript(random_script(seed)), PROMPTS[0])
+        finishes.add(made.finish)
+        counts |= set(made.counts)
+        hits |= {(bool(call.path), call.hit) for call in made.calls}
+    assert {"eos", "length", "rounds"} <= finishes
+    assert {"stray_outlines", "duplicate_outline", "thread_eos", "thread_length"} <= counts
+    assert {(True, Hit.LENGTH), (True, Hit.EOS), (False, Hit.EOS)} <= hits
+
+
+def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(tolerance):
+    listed = "".join(f"<Outline>{n}: a</Outline>" for n in range(1, 5))
+    parent = TOKENIZER.encode(f"<Outlines>{listed}</Outlines>")
+    thread = TOKENIZER.encode(" abcdefgh abc\n</Thread>")
+    script = np.zeros((1, CALLS, LONGEST), np.int32)
+    for call in range(CALLS):
+        line = parent if call % 5 == 0 else thread
+        script[0, call, : len(line)] = line
+    sampler = build(rows=1, max_new=399, max_rounds=9)
+    (made,) = sampler(PARAMS, PROMPTS[:1], jnp.asarray(script))
+    assert made.rounds >= 3
+    assert_same_calls(made, run(sampler.protocol, FromScript(script[0]), PROMPTS[0]))
+    drawn = np.concatenate([call.logp for call in made.calls])
+    np.testing.assert_allclose(drawn, recomputed(made), atol=tolerance["sampler_logp"], rtol=0)
+
+
+def test_sampled_log_probs_are_those_of_the_tempered_distribution(tolerance):
+    sampler = build(draw=None)
+    how = settings(4, temperature=0.7, top_p=1.0, top_k=0, seed=3)
+    for trajectory in sampler(PARAMS, PROMPTS, how):
+        drawn = np.concatenate([call.logp for call in trajectory.calls])
+        want = recomputed(trajectory, temperature=0.7)
+        np.testing.assert_allclose(drawn, want, atol=tolerance["sampler_logp"], rtol=0)
+
+
+def test_a_rollout_does_not_depend_on_its_batch_neighbours():
+    sampler = build(draw=None)
+    how = settings(4, temperature=1.0, top_p=0.9, top_k=0, seed=3)
+    together = sampler(PARAMS, PROMPTS, how)
+    swapped = jax.tree.map(lambda a: a[::-1], how)
+    apart = sampler(PARAMS, PROMPTS[::-1], swapped)[::-1]
+    alone = [
+        sampler(PARAMS, [p], jax.tree.map(lambda a, n=n: a[n : n + 1], how))[0]
+        for n, p in enumerate(PROMPTS)
+    ]
+    for a, b, c in zip(together, apart, alone, strict=True):
+        assert a.ids.tolist() == b.ids.tolist() == c.ids.tolist()
+
+
+def test_more_prompts_than_rows_are_decoded_in_turns():
+    sampler = build(draw=None)
+    how = settings(6, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    prompts = [PROMPTS[n % 4] for n in range(6)]
+    made = sampler(PARAMS, prompts, how)
+    assert len(made) == 6
+    first = sampler(PARAMS, prompts[:4], jax.tree.map(lambda a: a[:4], how))
+    assert [t.ids.tolist() for t in made[:4]] == [t.ids.tolist() for t in first]
+
+
+def test_no_prompts_make_no_rollouts():
+    assert build()(PARAMS, []) == []
+
+
+def test_new_temperatures_and_seeds_do_not_recompile():
+    sampler = build(draw=None)
+    sampler(PARAMS, PROMPTS, settings(4, temperature=1.0, top_p=1.0, top_k=0, seed=0))
+    before = sampler.advance._cache_size()
+    for temperature, top_p, top_k in ((0.0, 1.0, 0), (0.5, 0.9, 0), (1.3, 1.0, 5)):
+        how = settings(4, temperature=temperature, top_p=top_p, top_k=top_k, seed=top_k)
+        sampler(PARAMS, PROMPTS, how)
+    assert sampler.advance._cache_size() <= before + 1  # at most one more capacity bucket
+
+
+def test_a_prompt_without_room_ends_by_length():
+    sampler = build(max_context=5, max_new=10)
+    made = sampler(PARAMS, [PROMPTS[2], PROMPTS[0]], jnp.zeros((2, CALLS, LONGEST), jnp.int32))
+    assert [t.finish for t in made] == ["length", "length"]
+    assert [len(t.calls) for t in made] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ([], "Prompt 0 has 0 tokens"),
+        ([1] * 21, "Prompt 0 has 21 tokens: want 1 to 20"),
+        ([1, 4000], "Prompt 0 holds token 4000"),
+    ],
+)
+def test_bad_prompts_are_refused_in_a_sentence(prompt, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build()(PARAMS, [np.array(prompt, np.int32)])

@@ -1,0 +1,222 @@
+"""Records to packed batches: tokens, calls by replay, tries, rows; per host, with a saved position.
+
+The only importer of grain. Every host reads its own share of the records, packs its own rows, and
+saves its own position. Sampled trajectories keep their ids; only written text is ever encoded. This
+file knows no model; it hands the train loop `TrieBatch`es of numpy arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from tw_jax.config import config
+from tw_jax.data.records import Example, Record, Rollout, open_records
+from tw_jax.forkjoin.calls import Hit, Trajectory
+from tw_jax.forkjoin.grammar import GrammarError, parse
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.replay import RecordError, ReplayError, rebuild, replay
+from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.forkjoin.tries import of_chain, of_trajectory
+from tw_jax.tokenizer import Chat, Tokenizer, check_ids
+from tw_jax.trie.batch import TrieBatch, stack_rows
+from tw_jax.trie.pack import Fill, Packing, fit, pack
+from tw_jax.trie.tree import Trie, flat_labels
+
+
+@config
+class Data:
+    """Which trajectories are trained, and on which of their tokens.
+
+    Attributes:
+      path: a file of examples or rollouts (JSONL, Parquet, ArrayRecord).
+      chat: how a question becomes a prompt.
+      labels: "calls" trains the sampled tokens of every call; "flat" is the reference's shift, all
+        tokens after the prompt from their flat predecessor; "sequential" trains the joined path as
+        one plain sequence (the AR baseline).
+      unusable: what happens to a record that no call of the protocol could have written:
+        "refuse" stops with a sentence, "drop" leaves it out and counts it.
+      seed: of the shuffle, anew each epoch; None keeps the order of the file.
+    """
+
+    path: str
+    chat: Chat
+    labels: Literal["calls", "flat", "sequential"] = "calls"
+    unusable: Literal["refuse", "drop"] = "refuse"
+    seed: int | None = 0
+
+
+class Builder:
+    """One record to one trie."""
+
+    def __init__(self, cfg: Data, tokenizer: Tokenizer, protocol: ThreadWeaver) -> None:
+        """Keeps what every record needs."""
+        self._cfg, self._tokenizer, self._protocol = cfg, tokenizer, protocol
+
+    def trie(self, record: Record, where: str) -> Trie:
+        """The trie of a record, with the labels of the config.
+
+        Raises:
+          ValueError: names `where` and what no call of the protocol could have written.
+        """
+        trajectory = self.trajectory(record, where)
+        if self._cfg.labels == "sequential":
+            return of_chain(trajectory)
+        trie = of_trajectory(trajectory)
+        if self._cfg.labels == "flat":
+            return flat_labels(trie, trajectory.prompt_tokens)
+        return trie
+
+    def trajectory(self, record: Record, where: str) -> Trajectory:
+        """The calls of a record: replayed from text, or rebuilt from recorded ids."""
+        if isinstance(record, Rollout):
+            return self._rebuilt(record, where)
+        if not isinstance(record, Example):
+            raise ValueError(
+                f"{where}: a {type(record).__name__.lower()} without a response; want an example "
+                "or a rollout. Write trajectories with `tw make` or `tw sample`."
+            )
+        tokenizer, chat = self._tokenizer, self._cfg.chat
+        ids = chat.document(tokenizer, record.question, record.response)
+        check_ids(ids, tokenizer.vocab_size, where)
+        try:
+            return replay(self._protocol, ids, len(chat.prompt(tokenizer, record.question)))
+        except ReplayError as error:
+            # The grammar points at the character, which says more than a token index.
+            try:
+                parse(record.response)
+            except GrammarError as shown:
+                raise ValueError(f"{where}: {shown}") from error
+            raise ValueError(f"{where}: {error}") from error
+
+    def _rebuilt(self, record: Rollout, where: str) -> Trajectory:
+        if record.fingerprint != self._tokenizer.fingerprint:
+            raise ValueError(
+                f"{where}: ids of the tokenizer {record.fingerprint[:12]}; want "
+                f"{self._tokenizer.fingerprint[:12]}. Use the tokenizer that the rollout was "
+                "sampled with."
+            )
+        size = self._tokenizer.vocab_size
+        check_ids(record.prompt, size, where)
+        for call in record.calls:
+            check_ids(call.sampled, size, where)
+        calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in record.calls]
+        try:
+            return rebuild(self._protocol, record.prompt, calls)
+        except RecordError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+class Batches(Iterator[TrieBatch]):
+    """Packed batches without end, with a position that can be saved and restored exactly.
+
+    Attributes:
+      fill: what was packed so far, for `rows_filled` and `token_sharing`.
+      unusable: records left out because no call could have written them.
+    """
+
+    def __init__(
+        self,
+        cfg: Data,
+        packing: Packing,
+        builder: Builder,
+        *,
+        rows: int,
+        host: int = 0,
+        num_hosts: int = 1,
+    ) -> None:
+        """Opens the file.
+
+        Args:
+          cfg: the records.
+          packing: row size, window and what happens to long tries.
+          builder: records to tries.
+          rows: rows of this host's batch.
+          host: which of `num_hosts` this is.
+          num_hosts: hosts that share the records.
+
+        Raises:
+          FileNotFoundError: the file is not there.
+          ValueError: the file has fewer records than hosts.
+        """
+        records = open_records(cfg.path)
+        if len(records) < num_hosts:
+            raise ValueError(
+                f"{cfg.path}: {len(records)} records for {num_hosts} hosts; want at least one each."
+            )
+        self.fill, self.unusable = Fill(), 0
+        self._cfg, self._packing, self._builder, self._rows = cfg, packing, builder, rows
+        # Each host shuffles its own share, so no record is read twice in an epoch.
+        source = grain.MapDataset.source(_Numbered(records, cfg.path))[host::num_hosts]
+        if cfg.seed is not None:
+            source = source.shuffle(seed=cfg.seed)
+        self._source = iter(source.repeat().to_iter_dataset(grain.ReadOptions(num_threads=0)))
+        self._waiting: list[list[Trie]] = []
+        # Where reading stood before the window whose rows are waiting, and rows taken from it.
+        self._before: Any = self._source.get_state()
+        self._taken = 0
+
+    def __next__(self) -> TrieBatch:
+        """The next [rows, row_tokens] batch of numpy arrays."""
+        rows = [self._next_row() for _ in range(self._rows)]
+        return stack_rows(rows, self._packing.row_tokens)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        state = self._before
+        return {"source": state, "taken": self._taken, "fill": vars(self.fill).copy()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores a position; the window that it stands in is packed again."""
+        self._source.set_state(state["source"])
+        self._waiting, self._taken = [], 0
+        if state["taken"]:
+            self._fill_window()
+            del self._waiting[: state["taken"]]
+            self._taken = state["taken"]
+        self.fill.__init__(**state["fill"])
+
+    def _next_row(self) -> list[Trie]:
+        while not self._waiting:
+            self._fill_window()
+        self._taken += 1
+        return self._waiting.pop(0)
+
+    def _fill_window(self) -> None:
+        self._before, self._taken = self._source.get_state(), 0
+        tries: list[Trie] = []
+        for _ in range(self._packing.window):
+            record, where = next(self._source)
+            try:
+                trie = self._builder.trie(record, where)
+            except ValueError:
+                if self._cfg.unusable == "refuse":
+                    raise
+                self.unusable += 1
+                continue
+            kept = fit(trie, self._packing, self.fill, name=where)
+            if kept is not None:
+                tries.append(kept)
+        if not tries:
+            raise ValueError(
+                f"{self._cfg.path}: none of {self._packing.window} records in a row could be used. "
+                "Set Data.unusable to 'refuse' to see why, or raise Packing.row_tokens."
+            )
+        self._waiting = pack(tries, self._packing, self.fill)
+
+
+class _Numbered:
+    """Records with where they stand, for messages; grain's random access source."""
+
+    def __init__(self, records: Any, path: str) -> None:
+        self._records, self._path = records, path
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> tuple[Record, str]:
+        number = int(np.asarray(index))
+        return self._records[number], f"{self._path}:{number + 1}"
