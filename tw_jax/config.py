@@ -1,6 +1,519 @@
-"""Typed configs (placeholder until the door lands)."""
+"""Typed configs, and the door to gin: what a run may be told, and how a file tells it.
+
+`@config` makes a frozen dataclass whose fields are checked when it is built. `load` reads gin files
+into one immutable tree of such classes; `describe` lists what may be set; `operative` writes a tree
+back as gin text. Only gin's parser is used: its registry, its global table of bindings and its
+current scope stay untouched, so roots can be loaded again and side by side, and every error knows
+its line. This file knows no config class; it finds them by walking the root's annotations.
+"""
+
+from __future__ import annotations
+
 import dataclasses
+import functools
+import inspect
+import math
+import os
+import tokenize
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from gin import config_parser
+
+C = TypeVar("C")
+
+_MISFIT = object()
+"""What `_fit` answers for a value that an annotation does not admit; None is a value."""
 
 
-def config(cls):
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[C]) -> type[C]:
+    """Makes a keyword-only frozen dataclass whose fields are checked when it is built.
+
+    A field is annotated with `int`, `float` (an int is accepted and stored as a float; nan is
+    refused), `bool`, `str`, `None`, `Literal[...]`, `tuple[X, ...]`, `tuple[X, Y]` (a list is
+    accepted and stored as a tuple), another config, or a union of these. When all fields fit, the
+    optional method `check(self)` judges rules across fields; it raises ValueError. The
+    `Attributes:` section of the class docstring has an entry for each field.
+
+    Args:
+      cls: a class without `__post_init__`.
+
+    Returns:
+      The same class, now a dataclass.
+    """
+    if "__post_init__" in vars(cls):
+        raise TypeError(f"{cls.__name__}.__post_init__: a config judges its fields in check(self).")
+    setattr(cls, "__post_init__", _post_init)  # noqa: B010  (pyright knows no such attribute)
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def load(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = ()) -> C:
+    """Builds the root config from gin files and single bindings.
+
+    Files and bindings are read in order; a later binding of the same field wins. A binding in a
+    scope, `train/Sampler.top_k = 5`, holds for what `@train/Sampler()` builds, and goes before the
+    unscoped one. A reference without a scope stays in the scope in which it is met. An include is
+    looked for beside the file that includes it, in the folders above, and in the working directory.
+
+    Args:
+      root: the config class to build.
+      files: gin files.
+      bindings: single bindings as a shell hands them over, "Class.field=value". What is no gin
+        value, or not one that the field takes, is text where the field takes that text:
+        "Sft.workdir=/tmp/run".
+
+    Returns:
+      The one instance of `root`.
+
+    Raises:
+      ValueError: a syntax error, an unknown class or field, a binding that nothing used, a field
+        without default that is not bound, or a config that refused its values in `check`.
+      TypeError: a value that the annotation of its field does not admit.
+      FileNotFoundError: a file or an include that is not there.
+    """
+    table = _Table(root)
+    for file in files:
+        table.read(Path(file), ())
+    for binding in bindings:
+        table.override(binding)
+    built = table.build(root, "")
+    table.refuse_unused()
+    return built
+
+
+def describe(root: type) -> str:
+    """Lists every config that the root reaches: each field's type, default and description.
+
+    Args:
+      root: a config class.
+
+    Returns:
+      Text with a paragraph for each class, the root first.
+    """
+    return "\n\n".join(_describe(cls) for cls in _reachable(root).values()) + "\n"
+
+
+def operative(instance: object) -> str:
+    """Writes a config and all it holds as gin text, defaults included; `load` gives it back.
+
+    Where different values of one class occur, each but the root has a scope, which is named after
+    the field that held it first.
+
+    Args:
+      instance: an instance of a config class.
+
+    Returns:
+      gin text with a paragraph for each distinct config, the root first.
+    """
+    holders: dict[object, str] = {}
+    _collect(instance, "", holders)
+    names: dict[object, str] = {}
+    for value, holder in holders.items():
+        name = type(value).__name__
+        if value != instance and sum(type(other) is type(value) for other in holders) > 1:
+            scopes = [holder, *(f"{holder}_{i}" for i in range(2, len(holders) + 2))]
+            name = next(n for s in scopes if (n := f"{s}/{name}") not in names.values())
+        names[value] = name
+    return "\n".join(
+        "".join(f"{name}.{f} = {_gin_text(getattr(v, f), names)}\n" for f in _kinds(type(v)))
+        for v, name in names.items()
+    )
+
+
+# Types: what an annotation admits.
+
+
+def _post_init(self: Any) -> None:
+    cls = type(self)
+    for name, kind in _kinds(cls).items():
+        value = getattr(self, name)
+        fitted = _fit(value, kind)
+        if fitted is _MISFIT:
+            raise TypeError(_misfit(f"{cls.__name__}.{name}", value, value, kind))
+        object.__setattr__(self, name, fitted)
+    if hasattr(cls, "check"):
+        self.check()
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    """The annotation of each field, in the order of declaration."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise TypeError(
+            f"{cls.__name__}: its annotations name {error.name!r}, which its module does not. "
+            "Declare configs at the top level of a module."
+        ) from None
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _is_config(kind: object) -> bool:
+    return isinstance(kind, type) and getattr(kind, "__post_init__", None) is _post_init
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    """The value in the form in which a field of this annotation stores it, or `_MISFIT`."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        same = (a for a in typing.get_args(kind) if type(a) is type(value) and a == value)
+        return next(same, _MISFIT)
+    if origin in (Union, types.UnionType):
+        fitted = [f for k in typing.get_args(kind) if (f := _fit(value, k)) is not _MISFIT]
+        # `float | int` keeps the int that it was given.
+        return next((f for f in fitted if type(f) is type(value)), (fitted or [_MISFIT])[0])
+    if origin is tuple:
+        return _fit_tuple(value, typing.get_args(kind))
+    if kind is float:
+        is_number = type(value) is int or (isinstance(value, float) and not math.isnan(value))
+        return float(value) if is_number else _MISFIT
+    if kind in (int, bool, str, types.NoneType) or _is_config(kind):
+        return value if type(value) is kind else _MISFIT
+    raise TypeError(
+        f"{_type_text(kind)} is no annotation for a config field. Want int, float, bool, str, "
+        "None, Literal, tuple, a config, or a union of these."
+    )
+
+
+def _fit_tuple(value: Any, kinds: tuple[Any, ...]) -> Any:
+    if not isinstance(value, tuple | list):
+        return _MISFIT
+    if kinds[-1:] == (...,):
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        return _MISFIT
+    fitted = tuple(_fit(v, k) for v, k in zip(value, kinds, strict=True))
+    return _MISFIT if any(f is _MISFIT for f in fitted) else fitted
+
+
+def _misfit(field: str, written: object, value: object, kind: Any) -> str:
+    shown = f"{type(value).__name__}(...)" if _is_config(type(written)) else repr(written)
+    return f"{field} = {shown}: want {_type_text(kind)}, got {type(value).__name__}."
+
+
+def _type_text(kind: Any) -> str:
+    """An annotation as one writes it, without module names."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"Literal[{', '.join(map(repr, args))}]"
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_text, args))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type_text, args))}]"
+    if kind in (types.NoneType, ...):
+        return "None" if kind is types.NoneType else "..."
+    return getattr(kind, "__name__", str(kind))
+
+
+# Discovery: which configs a root reaches, and what they say of themselves.
+
+
+def _configs_in(kind: Any) -> Iterator[type]:
+    """The configs that an annotation names, left to right."""
+    if _is_config(kind):
+        yield kind
+    for part in typing.get_args(kind) if typing.get_origin(kind) is not Literal else ():
+        yield from _configs_in(part)
+
+
+def _reachable(root: type) -> dict[str, type]:
+    """All configs that a root's annotations lead to, by name, the root first, breadth first."""
+    if not _is_config(root):
+        raise TypeError(f"{root!r} is no config. Decorate the class with @config.")
+    known, queue = {root.__name__: root}, [root]
+    for cls in queue:
+        for part in (p for kind in _kinds(cls).values() for p in _configs_in(kind)):
+            if known.setdefault(part.__name__, part) is not part:
+                other = known[part.__name__]
+                raise TypeError(
+                    f"{root.__name__} reaches two configs named {part.__name__}, in "
+                    f"{other.__module__} and {part.__module__}. Rename one: files say bare names."
+                )
+            if part not in queue:
+                queue.append(part)
+    return known
+
+
+def _describe(cls: type) -> str:
+    summary, lines = _documentation(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        kind = _type_text(_kinds(cls)[field.name])
+        default = "" if _is_required(field) else f" = {_gin_text(field.default, {})}"
+        rows.append((f"  {field.name}: {kind}{default}", lines.get(field.name, "")))
+    width = min(max((len(left) for left, _ in rows), default=0), 48)
+    body = [f"{left:<{width}}  {line}".rstrip() for left, line in rows]
+    return "\n".join([f"{cls.__name__}: {summary}", *body])
+
+
+def _documentation(cls: type) -> tuple[str, dict[str, str]]:
+    """The docstring's first line, and the entries of its `Attributes:` section by field."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    summary = doc.split("\n", 1)[0]
+    lines = doc.partition("\nAttributes:\n")[2].splitlines()
+    margin = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
+    entries: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line and indent < margin:
+            break  # the next section
+        if indent == margin:
+            name, _, text = line.strip().partition(":")
+            entries[name] = text.strip()
+        elif line:
+            entries[name] += " " + line.strip()
+    return summary, entries
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+# Writing: a value as gin text.
+
+
+def _collect(value: object, holder: str, holders: dict[object, str]) -> None:
+    """Notes each distinct config within a value, with the name of the field that first held it."""
+    if isinstance(value, tuple):
+        for item in value:
+            _collect(item, holder, holders)
+    elif _is_config(type(value)) and value not in holders:
+        holders[value] = holder
+        for name in _kinds(type(value)):
+            _collect(getattr(value, name), name, holders)
+
+
+def _gin_text(value: object, names: dict[object, str]) -> str:
+    if isinstance(value, tuple):
+        items = ", ".join(_gin_text(item, names) for item in value)
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    if _is_config(type(value)):
+        return f"@{names.get(value, type(value).__name__)}()"
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"  # gin has no word for infinity
+    return repr(value)
+
+
+# Reading: gin's statements, and what they build.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    scope: str
+    name: str
+    is_called: bool
+
+    def __repr__(self) -> str:
+        scope = f"{self.scope}/" if self.scope else ""
+        return f"@{scope}{self.name}{'()' if self.is_called else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Macro:
+    name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+class _Delegate(config_parser.ParserDelegate):
+    """Keeps references and macros as they are written; gin's own delegate would look them up."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+        scope, _, name = scoped_configurable_name.rpartition("/")
+        return _Reference(scope, name, evaluate)
+
+    def macro(self, macro_name: str) -> _Macro:
+        return _Macro(macro_name)
+
+
+@dataclasses.dataclass
+class _Binding:
+    value: Any
+    where: str
+    """ "file:line: ", or "" for a single binding."""
+    is_used: bool = False
+
+
+_Key = tuple[str, str, str]
+"""Scope, class and field; a macro has its name for a class and no field."""
+
+
+class _Table:
+    """All bindings read so far, and the configs they built."""
+
+    def __init__(self, root: type) -> None:
+        self.root = root
+        self.known = _reachable(root)
+        self.bindings: dict[_Key, _Binding] = {}
+        self.built: dict[tuple[type, str], Any] = {}
+        self.open: list[str] = []
+        """What is being built, outermost first."""
+
+    def read(self, file: Path, includers: tuple[Path, ...]) -> None:
+        path = _find(file, includers)
+        if path in includers:
+            circle = " -> ".join(map(_shown, (*includers, path)))
+            raise ValueError(f"Files include one another in a circle: {circle}.")
+        for statement in _statements(path.read_text(encoding="utf-8"), _shown(path)):
+            where = f"{_shown(path)}:{statement.location.line_num}: "
+            if isinstance(statement, config_parser.IncludeStatement):
+                self.read(Path(statement.filename), (*includers, path))
+            elif isinstance(statement, config_parser.ImportStatement):
+                raise ValueError(f"{where}import: the root's annotations lead to every config.")
+            elif isinstance(statement, config_parser.BindingStatement):
+                key = (statement.scope, statement.selector, statement.arg_name)
+                self.bind(key, statement.value, where)
+
+    def override(self, text: str) -> None:
+        name, equals, raw = (part.strip() for part in text.partition("="))
+        if not (name and equals):
+            raise ValueError(f"{text!r} is no binding. Want Class.field=value.")
+        key = config_parser.parse_binding_key(name)
+        try:
+            (statement,) = _statements(text, "")
+            value = statement.value
+        except (ValueError, AttributeError):
+            value = raw
+        self.bind(key, value, "")
+        if key[2] and not isinstance(value, _Reference | _Macro):
+            kind = _kinds(self.known[key[1]])[key[2]]
+            if _fit(value, kind) is _MISFIT and _fit(raw, kind) is not _MISFIT:
+                self.bind(key, raw, "")
+
+    def bind(self, key: _Key, value: Any, where: str) -> None:
+        _, name, field = key
+        if field and name not in self.known:
+            raise ValueError(
+                f"{where}Unknown config {name}. {self.root.__name__} reaches "
+                f"{', '.join(sorted(self.known))}."
+            )
+        if field and field not in _kinds(self.known[name]):
+            fields = ", ".join(_kinds(self.known[name])) or "no fields"
+            raise ValueError(f"{where}Unknown field {name}.{field}. {name} has {fields}.")
+        self.bindings[key] = _Binding(value, where)
+
+    def build(self, cls: type[C], scope: str) -> C:
+        if (cls, scope) in self.built:
+            return self.built[cls, scope]
+        values, missing = {}, []
+        self.enter(f"{scope}/{cls.__name__}" if scope else cls.__name__)
+        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+            binding = self.find(scope, cls.__name__, field.name)
+            if binding:
+                values[field.name] = self.evaluate(binding, cls, field.name, scope)
+            elif _is_required(field):
+                missing.append(f"{cls.__name__}.{field.name}")
+        if missing:
+            kinds = (_type_text(_kinds(cls)[m.rpartition(".")[2]]) for m in missing)
+            wanted = ", ".join(f"{m} ({k})" for m, k in zip(missing, kinds, strict=True))
+            raise ValueError(f"{self.open[-1]} lacks {wanted}. Bind what has no default.")
+        self.open.pop()
+        return self.built.setdefault((cls, scope), cls(**values))
+
+    def enter(self, name: str) -> None:
+        if name in self.open:
+            raise ValueError(f"References go in a circle: {' -> '.join((*self.open, name))}.")
+        self.open.append(name)
+
+    def find(self, scope: str, name: str, field: str) -> _Binding | None:
+        """The binding of the innermost scope. Those it hides count as used: they were heard."""
+        parts, found = scope.split("/") if scope else [], None
+        for n in range(len(parts) + 1):
+            binding = self.bindings.get(("/".join(parts[:n]), name, field))
+            if binding:
+                binding.is_used, found = True, binding
+        return found
+
+    def evaluate(self, binding: _Binding, cls: type, field: str, scope: str) -> Any:
+        value = self.resolve(binding.value, binding.where, scope)
+        kind = _kinds(cls)[field]
+        if _fit(value, kind) is _MISFIT:
+            told = _misfit(f"{cls.__name__}.{field}", binding.value, value, kind)
+            raise TypeError(binding.where + told)
+        return value
+
+    def resolve(self, value: Any, where: str, scope: str) -> Any:
+        """The value with references built and macros replaced."""
+        if isinstance(value, list | tuple):
+            return type(value)(self.resolve(item, where, scope) for item in value)
+        if isinstance(value, _Macro):
+            macro_scope, _, name = value.name.rpartition("/")
+            macro = self.bindings.get((macro_scope, name, ""))
+            if macro is None:
+                names = ", ".join(sorted(f"%{n}" for _, n, field in self.bindings if not field))
+                raise ValueError(f"{where}Unknown macro {value!r}. Known: {names or 'none'}.")
+            macro.is_used = True
+            self.enter(repr(value))
+            resolved = self.resolve(macro.value, macro.where, scope)
+            self.open.pop()
+            return resolved
+        if not isinstance(value, _Reference):
+            return value
+        if value.name not in self.known:
+            raise ValueError(
+                f"{where}Unknown config {value!r}. {self.root.__name__} reaches "
+                f"{', '.join(sorted(self.known))}."
+            )
+        if not value.is_called:
+            raise ValueError(f"{where}{value!r}: want a config, not its class. Write {value!r}().")
+        return self.build(self.known[value.name], value.scope or scope)
+
+    def refuse_unused(self) -> None:
+        for (scope, name, field), binding in self.bindings.items():
+            if binding.is_used:
+                continue
+            if not field:
+                raise ValueError(
+                    f"{binding.where}Bound but never used: {name}. A field is bound as "
+                    f"Class.{name}, a macro is used as %{name}."
+                )
+            path = f"{scope}/{name}" if scope else name
+            holders = (
+                f"{cls.__name__}.{holder}"
+                for cls in self.known.values()
+                for holder, kind in _kinds(cls).items()
+                if self.known[name] in _configs_in(kind)
+            )
+            line = f"{next(holders, self.root.__name__)} = @{path}()"
+            raise ValueError(
+                f"{binding.where}Bound but never used: {path}.{field}. "
+                f"Does {self.root.__name__} reach it, with a line like {line}?"
+            )
+
+
+def _find(file: Path, includers: tuple[Path, ...]) -> Path:
+    """The normalised path of a file as given or included; circles show as equal paths."""
+    folders = [*(includers[-1].parents if includers else ()), Path.cwd()]
+    for folder in folders:
+        if (folder / file).is_file():
+            return Path(os.path.normpath(folder / file))
+    told = f", included by {_shown(includers[-1])}" if includers else ""
+    raise FileNotFoundError(f"{file}{told}: no such config file.")
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _statements(text: str, file: str) -> Iterator[Any]:
+    """Parses gin text into gin's statements; a syntax error becomes a ValueError that points."""
+    try:
+        yield from config_parser.ConfigParser(text, _Delegate())
+        return
+    except SyntaxError as error:
+        line, column = error.lineno or 1, error.offset or 0
+        what = (error.msg or "syntax error").splitlines()[-1].strip(" .")
+    except tokenize.TokenError as error:
+        what, (line, column) = error.args
+    lines = text.splitlines()
+    excerpt = lines[line - 1].rstrip() if line <= len(lines) else ""
+    raise ValueError(
+        f"{file}:{line}: {what}. Text wants quotes, a config is @Name().\n"
+        f"  {excerpt}\n  {' ' * max(column, 0)}^"
+    )

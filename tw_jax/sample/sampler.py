@@ -5,7 +5,7 @@ prompt, the headers of a fork, the threads that a join re-encodes, the next toke
 stands in a row's queue; each step encodes a few entries of every queue, and a row whose queue ran
 empty draws one token for each live lane and lays its next queue:
 
-    step    encode up to T queue entries of every row (T = lanes, or a prefill chunk)
+    step    encode up to T queue entries of every row (T = 1, the lanes, or a prefill chunk)
     draw    one token for each lane of the rows that are ready
     fork    at `</Outlines>`: the headers of all threads, each in its own range of numbers
     join    when no thread is left: thread 1 stays, what follows it is encoded again
@@ -400,19 +400,27 @@ class _Program:
         def goes_on(state: State) -> jax.Array:
             return (state.phase != DONE).any() & has_room(state)
 
-        def is_wide(state: State) -> jax.Array:
-            return (state.queue.length - state.queue.at > sizes.lanes).any()
+        def waiting(state: State) -> jax.Array:
+            return (state.queue.length - state.queue.at).max()
 
-        def loop(width: int, wide: bool) -> Callable[[State], State]:
-            return lambda state: jax.lax.while_loop(
-                lambda s: goes_on(s) & (is_wide(s) == wide),
+        def loop(above: int, width: int, state: State) -> State:
+            return jax.lax.while_loop(
+                lambda s: goes_on(s) & (waiting(s) > above) & (waiting(s) <= cap[width]),
                 functools.partial(self.step, params, how, width),
                 state,
             )
 
-        # Two inner loops and no cond: a branch around the cache would copy it.
-        wide, narrow = loop(sizes.chunk, True), loop(sizes.lanes, False)
-        return jax.lax.while_loop(goes_on, lambda s: narrow(wide(s)), state)
+        # One inner loop for each width and no cond: a branch around the cache would copy it.
+        widths = sorted({1, sizes.lanes, sizes.chunk})
+        cap = {width: width for width in widths[:-1]} | {widths[-1]: sizes.queue}
+        above = dict(zip(widths, [-1, *widths[:-1]], strict=True))
+
+        def turn(state: State) -> State:
+            for width in reversed(widths):
+                state = loop(above[width], width, state)
+            return state
+
+        return jax.lax.while_loop(goes_on, turn, state)
 
     def step(self, params: Params, how: Any, width: int, state: State) -> State:
         """Encodes `width` entries of every queue; rows whose queue ran empty draw and decide."""
@@ -420,6 +428,9 @@ class _Program:
         ready = (state.queue.at >= state.queue.length) & (state.phase != DONE)
         active = state.lanes.live & ready[:, None]
         logits = self.network.unembed(params, state.lanes.hidden)
+        # A model may have more rows than its tokenizer has ids, to shard; those are never drawn.
+        is_id = jnp.arange(logits.shape[-1]) < self.table.next_state.shape[1]
+        logits = jnp.where(is_id, logits, jnp.finfo(logits.dtype).min)
         lane = jnp.arange(self.sizes.lanes, dtype=jnp.int32)
         tokens, logp = self.draw(logits, how, state.call[:, None] + lane, state.lanes.length)
         state = self.record(state, active, tokens, logp)

@@ -1,0 +1,38 @@
+# One virtual environment, made on demand: `make demo` installs requirements.txt alone, all else the
+# dev and parity tools too. For a TPU or a GPU, afterwards: .venv/bin/pip install -e '.[tpu]', '.[gpu]'.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+.PHONY: setup check test test-fast slow golden docs demo bench
+
+.venv/run.stamp: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python is {v}: want 3.11 or newer. Run make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt -e . && touch $@
+.venv/dev.stamp: .venv/run.stamp
+	$(PIP) -e '.[dev,parity]' && touch $@
+
+setup: .venv/dev.stamp
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+	$(PYTEST)
+test: setup check
+test-fast: setup
+	$(PYTEST) -x -m 'not slow and not gpu and not tpu and not aot and not torch'
+slow: setup
+	$(PYTEST) -m slow
+golden: setup  # the test files that reproduce tests/golden/
+	$(PYTEST) $$(grep -rl '"golden"' tests --include='test_*.py')
+docs: setup
+	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m house.documents
+demo: .venv/run.stamp
+	$(BIN)/tw make configs/make/demo.gin
+	$(BIN)/tw sft configs/sft/demo.gin
+	$(BIN)/tw evaluate configs/evaluate/demo.gin
+	$(BIN)/tw plot configs/plot/demo.gin
+bench: .venv/run.stamp
+	$(BIN)/tw bench configs/bench/demo.gin

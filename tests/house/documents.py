@@ -1,0 +1,71 @@
+"""The documents that are made from the code. `make docs` writes them; a test compares them."""
+
+import importlib
+import pathlib
+
+from house.figure import draw
+from house.sources import ROOT, VERBS, has_config
+
+from tw_jax import config
+
+CONFIGS = ROOT / "configs"
+
+LISTING = """# Configs
+
+One folder per verb holds its runs: `tw sft configs/sft/demo.gin`. A verb's root config has the
+verb's name, and `tw config show sft` lists every field that a file may set. The other folders hold
+fragments, which a run includes. A file opens with one line that says what it is; this page lists
+those lines and is written by `make docs`.
+"""
+FIELDS = """# Config fields
+
+Every field that a `.gin` file may set, by verb, with its type and default. A field without a
+default must be set. Written by `make docs` from the classes themselves.
+"""
+
+
+def first_line(path: pathlib.Path) -> str:
+    """What a config file says it is: its first line, a comment."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    if not line.startswith("# "):
+        raise ValueError(
+            f"{path.relative_to(ROOT)} opens with {line!r}: want a comment that says what the file "
+            "is. Put one line, '# ...', at its top."
+        )
+    return line.removeprefix("# ")
+
+
+def root_of(verb: str) -> type:
+    """The root config of a verb: the class in its program that has the verb's name."""
+    return getattr(importlib.import_module(f"tw_jax.programs.{verb}"), verb.capitalize())
+
+
+def listing() -> str:
+    """configs/README.md."""
+    parts = [LISTING]
+    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
+        parts.append(f"\n## {folder.name}/\n\n")
+        parts += [f"- `{p.name}`: {first_line(p)}\n" for p in sorted(folder.glob("*.gin"))]
+    return "".join(parts)
+
+
+def fields() -> str:
+    """docs/configs.md."""
+    parts = [FIELDS]
+    for verb in filter(has_config, VERBS):
+        parts.append(f"\n## tw {verb}\n\n```text\n{config.describe(root_of(verb)).rstrip()}\n```\n")
+    return "".join(parts)
+
+
+MADE = {"configs/README.md": listing, "docs/configs.md": fields, "docs/trie.svg": draw}
+"""Path from the repository's root to what makes its text."""
+
+
+def main() -> None:
+    """Writes every made document."""
+    for name, make in MADE.items():
+        (ROOT / name).write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What the house tests read: the repository's own files, parsed once, never imported."""
+
+import ast
+import functools
+import pathlib
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "tw_jax"
+VERBS = sorted(p.stem for p in (PACKAGE / "programs").glob("*.py") if p.stem != "__init__")
+"""One verb, one program. `tw config` is the command line's own and has no program."""
+
+
+def python_files(*folders: pathlib.Path) -> list[pathlib.Path]:
+    """All Python files below the folders; the whole package when none is named."""
+    return sorted(p for folder in folders or (PACKAGE,) for p in folder.rglob("*.py"))
+
+
+def name_of(path: pathlib.Path) -> str:
+    """The path as a message should say it."""
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def tree(path: pathlib.Path) -> ast.Module:
+    """The syntax tree of one file."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def has_config(verb: str) -> bool:
+    """Whether a verb reads a .gin file: its program then has a root config of its name."""
+    program = tree(PACKAGE / "programs" / f"{verb}.py")
+    return any(
+        isinstance(node, ast.ClassDef) and node.name == verb.capitalize() for node in program.body
+    )
+
+
+def imported_names(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything a file imports or reaches as an attribute chain."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)

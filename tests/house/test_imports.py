@@ -1,0 +1,45 @@
+"""Floors and doors: who may import whom (docs/architecture.md)."""
+
+import subprocess
+import sys
+
+import pytest
+from house.sources import PACKAGE, ROOT, imported_names, name_of, python_files, tree
+
+# import-linter sees whole distributions only, so the doors to parts of one stand here.
+DOORS = {
+    "flax.linen": {"tw_jax/models/transformer.py"},
+    "flax.nnx": set(),
+    "jax.experimental.pallas": set(),
+    "jax.experimental.pjit": set(),
+    "jax.experimental.topologies": set(),
+}
+BEHIND_THE_FRONT = {"data", "programs", "cli"}
+LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
+
+
+def test_floors_and_doors_of_pyproject_hold() -> None:
+    pytest.importorskip("importlinter", reason="import-linter comes with the dev extra")
+    command = [sys.executable, "-c", LINT, "--no-cache", "--no-logo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("part", DOORS)
+def test_a_part_of_a_distribution_is_imported_at_its_door_alone(part: str) -> None:
+    users = {
+        name_of(path)
+        for path in python_files()
+        for _, name in imported_names(tree(path))
+        if name == part or name.startswith(f"{part}.")
+    }
+    assert users == DOORS[part]
+
+
+def test_the_front_hands_out_names_of_the_lower_floors_only() -> None:
+    rooms = {
+        name.split(".")[1]
+        for _, name in imported_names(tree(PACKAGE / "__init__.py"))
+        if name.startswith("tw_jax.")
+    }
+    assert not rooms & BEHIND_THE_FRONT

@@ -1,0 +1,193 @@
+"""The step: one mean whatever the parts and the mesh, baselines as other batches, donation."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import path_network
+from train import stub
+
+from tw_jax import sharding
+from tw_jax.train.sft import make_step
+from tw_jax.train.state import Optim, abstract_state, create, jit_step
+from tw_jax.trie.batch import stack_rows
+from tw_jax.trie.tree import build
+
+OPTIM = Optim(peak_lr=1e-2, warmup_steps=0)
+ROWS, TOKENS = 16, 64
+
+
+@pytest.fixture(scope="module")
+def network():
+    return path_network(stub.VOCAB, stub.WIDTH)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Rows of one to three tries and one empty row: every device has another weight."""
+    made = []
+    for seed in (1, 2):
+        _, tries = stub.random_tries(seed=seed, num_tries=ROWS - 1)
+        made.append(stack_rows([*([trie] for trie in tries), []], row_tokens=TOKENS))
+    return made
+
+
+def fresh(network):
+    return create(network.init(jax.random.key(0)), OPTIM, key=jax.random.key(1))
+
+
+def distance(one, other):
+    """Relative L2 over all arrays of two trees."""
+    squares = [
+        (np.sum((np.asarray(a) - np.asarray(b)) ** 2), np.sum(np.asarray(b) ** 2))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    ]
+    return np.sqrt(sum(d for d, _ in squares) / sum(n for _, n in squares))
+
+
+@pytest.fixture(scope="module")
+def alone(network, batches):
+    """State and metrics after two steps, in one piece on one device."""
+    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))
+    state, metrics = fresh(network), {}
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def test_the_loss_is_the_mean_over_all_calls_of_the_batch(network, tolerance):
+    groups, tries = stub.random_tries(seed=1, num_tries=3)
+    batch = stub.rows_of([tries[:1], tries[1:]])
+    state = fresh(network)
+    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16, accumulation_steps=2))
+    _, metrics = step(state, batch)
+    calls = [call for calls in groups for call in calls]
+    weight = sum(weight.sum() for _, weight in calls)
+    want = stub.nll(state.params, calls) / weight
+    assert float(metrics["loss"]) == pytest.approx(want, rel=tolerance["equality_loss"])
+    assert float(metrics["weight"]) == weight
+
+
+def test_metrics_are_float32_scalars(alone):
+    _, metrics = alone
+    assert set(metrics) == {
+        *("loss", "accuracy", "tokens", "weight"),
+        *("grad_norm", "param_norm", "lr", "skipped"),
+    }
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+
+
+def test_accuracy_is_the_share_of_trained_nodes_that_are_likeliest(network, batches):
+    state = fresh(network)
+    batch = batches[0]
+    _, metrics = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))(state, batch)
+    hidden, _ = network.apply(state.params, batch.tokens, batch.depth, batch.span)
+    guess = np.asarray(network.unembed(state.params, hidden)).argmax(-1)
+    hits = np.take_along_axis(guess, batch.parent, axis=1) == batch.tokens
+    trained = batch.weight > 0
+    assert float(metrics["tokens"]) == trained.sum()
+    assert float(metrics["accuracy"]) == pytest.approx(hits[trained].mean())
+
+
+def test_a_chain_is_the_sequential_baseline(network, tolerance):
+    """On tries without a branch the step is ordinary next-token training, shifted by one."""
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(0, stub.VOCAB, n).astype(np.int32) for n in (9, 14, 5)]
+    weights = [(np.arange(len(t)) >= 3).astype(np.float32) for t in texts]
+    tries = [build([t], [w]) for t, w in zip(texts, weights, strict=True)]
+    batch = stack_rows([tries[:2], tries[2:]], row_tokens=24)
+    state = fresh(network)
+    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))
+    _, metrics = step(state, batch)
+    nll = [-stub.logp_after(state.params, t[:i])[t[i]] for t in texts for i in range(3, len(t))]
+    assert float(metrics["loss"]) == pytest.approx(np.mean(nll), rel=tolerance["equality_loss"])
+    assert float(metrics["tokens"]) == len(nll)
+
+
+def test_a_batch_without_weight_has_loss_zero_and_trains_nothing(network, batches):
+    optim = Optim(peak_lr=1e-2, warmup_steps=0, weight_decay=0.0)
+    batch = batches[0].replace(weight=np.zeros((ROWS, TOKENS), np.float32))
+    state = fresh(network)
+    after, metrics = jax.jit(make_step(network, optim, steps=10, chunk_tokens=16))(state, batch)
+    assert (float(metrics["loss"]), float(metrics["accuracy"])) == (0, 0)
+    assert (float(metrics["grad_norm"]), float(metrics["skipped"])) == (0, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+def test_training_learns_a_batch_by_heart(network, batches):
+    step = jax.jit(make_step(network, OPTIM, steps=60, chunk_tokens=64), donate_argnums=0)
+    state, losses = fresh(network), []
+    for _ in range(60):
+        state, metrics = step(state, batches[0])
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_same_step_twice_is_bit_equal(network, batches, alone):
+    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))
+    state = fresh(network)
+    for batch in batches:
+        state, metrics = step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, state.params, alone[0].params)
+    assert float(metrics["loss"]) == float(alone[1]["loss"])
+
+
+# On a mesh.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation_steps"),
+    [
+        ((8, 1, 1), 1),
+        ((8, 1, 1), 2),
+        ((2, 2, 2), 2),
+        ((1, 4, 2), 4),
+        ((1, 8, 1), 1),
+        ((4, 1, 2), 1),
+    ],
+)
+def test_a_step_on_a_mesh_is_the_step_on_one_device(
+    network, batches, alone, sizes, accumulation_steps, tolerance
+):
+    data, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(sharding.Mesh(data=data, fsdp=fsdp, tensor=tensor))
+    rules = sharding.Rules()
+    abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
+    step = make_step(
+        network, OPTIM, steps=10, chunk_tokens=16, accumulation_steps=accumulation_steps
+    )
+    with sharding.use(mesh, rules):
+        compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
+        state = jax.device_put(fresh(network), jax.tree.map(lambda leaf: leaf.sharding, abstract))
+        metrics = {}
+        for batch in batches:
+            given = state
+            state, metrics = compiled(given, sharding.to_global(batch, mesh, rules))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.params))
+    want, want_metrics = alone
+    assert distance(state.params, want.params) < tolerance["sharded"]
+    assert distance(state.opt_state, want.opt_state) < tolerance["sharded"]
+    for name, value in want_metrics.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=tolerance["sharded"]), name
+    jax.tree.map(
+        lambda leaf, want: leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim) or 1 / 0,
+        state,
+        abstract,
+    )
+
+
+def test_data_parallel_devices_exchange_sums_and_no_tokens(network, batches):
+    """Neither the read at the parent nor the split into parts moves a row off its device."""
+    mesh, rules = sharding.make_mesh(sharding.Mesh(data=8, fsdp=1)), sharding.Rules()
+    abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
+    step = make_step(network, OPTIM, steps=10, chunk_tokens=16, accumulation_steps=2)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches[0])
+    with sharding.use(mesh, rules):
+        program = jit_step(step, abstract, mesh=mesh, rules=rules).lower(abstract, shapes)
+        text = program.compile().as_text()
+    moves = re.findall(r"(all-gather|all-to-all|collective-permute|all-reduce)\(", text)
+    assert set(moves) == {"all-reduce"}

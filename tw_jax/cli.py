@@ -1,0 +1,193 @@
+"""The door: `tw VERB CONFIG.gin` finds a verb's program, builds its config and runs it.
+
+A verb is a module of `tw_jax.programs`; nothing else lists them. A program has a root config named
+as the verb (`Sft` in `programs/sft.py`) and `run(cfg) -> int | None`; or it has `main(argv) -> int`
+and reads its arguments itself. Only the program asked for is imported. This file knows no program;
+what it leaves behind is the run's `config.gin`, from which the same run starts again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tw_jax.programs
+from tw_jax.config import describe, load, operative
+
+USAGE = """\
+Usage: tw VERB CONFIG.gin [--set Class.field=value ...]
+       tw config show VERB          what a config of this verb may say
+       tw config check FILE ...     builds configs/VERB/x.gin, runs nothing
+       tw VERB --help
+
+Anywhere: --debug shows the traceback of an error.
+"""
+
+FRAGMENTS = ("models", "mesh")
+"""Folders of configs/ whose files are included by others and build nothing by themselves."""
+
+USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
+"""What is raised with a sentence for the user; anything else is a bug and keeps its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words after `tw`; those of the process by default.
+
+    Returns:
+      The exit status: 0, what the program returned, or 2 for an error of the user.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        print(f"tw: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("tw: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    verb, *rest = words
+    if verb == "config":
+        return _config(rest)
+    program = _program(verb)
+    if hasattr(program, "main"):
+        return program.main(rest)
+    parser = argparse.ArgumentParser(
+        prog=f"tw {verb}", description=_summary(verb), epilog=f"Fields: tw config show {verb}"
+    )
+    parser.add_argument("file", metavar="CONFIG.gin")
+    parser.add_argument(
+        "--set", metavar="Class.field=value", action="append", default=[], help="bind one field"
+    )
+    args = parser.parse_args(rest)
+    cfg = load(_root(program, verb), [args.file], args.set)
+    workdir = getattr(cfg, "workdir", None)
+    if workdir:
+        _write_config(Path(workdir), verb, cfg)
+    return program.run(cfg) or 0
+
+
+def _config(words: list[str]) -> int:
+    match words:
+        case ["show", verb]:
+            print(describe(_root(_program(verb), verb)), end="")
+            return 0
+        case ["check", _, *_]:
+            return max([_check(file) for file in words[1:]])
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+def _check(file: str) -> int:
+    """Builds the config of one file and says how it went."""
+    verb = Path(file).absolute().parent.name
+    if verb in FRAGMENTS:
+        print(f"{file}: a fragment, checked where it is included")
+        return 0
+    try:
+        load(_root(_program(verb), verb), [file])
+    except USER_ERRORS as error:
+        sentence = _sentence(error)
+        place = "" if sentence.startswith(file) else f"{file}: "
+        print(f"tw: {place}{sentence}", file=sys.stderr)
+        return 2
+    print(f"{file}: ok")
+    return 0
+
+
+# Programs.
+
+
+def _verbs() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(tw_jax.programs.__path__))
+
+
+def _program(verb: str) -> ModuleType:
+    if verb not in _verbs():
+        raise ValueError(f"{verb!r} is no verb. Verbs: {', '.join([*_verbs(), 'config'])}.")
+    return importlib.import_module(f"{tw_jax.programs.__name__}.{verb}")
+
+
+def _root(program: ModuleType, verb: str) -> type[Any]:
+    if hasattr(program, "main"):
+        raise ValueError(f"tw {verb} reads no config. See tw {verb} --help.")
+    return getattr(program, verb.capitalize())
+
+
+def _summary(verb: str) -> str:
+    """The first line of a program's docstring, read without importing the program."""
+    source = Path(tw_jax.programs.__path__[0], f"{verb}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
+
+
+def _help() -> str:
+    verbs = _verbs()
+    width = max(map(len, verbs), default=0)
+    return "\n".join([USAGE, "Verbs:", *(f"  {v:<{width}}  {_summary(v)}" for v in verbs)])
+
+
+# What a run leaves behind, and what an error says.
+
+
+def _write_config(workdir: Path, verb: str, cfg: object) -> None:
+    """Writes `workdir/config.gin`: the whole config, headed by what produced it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / "config.gin"
+    temporary = file.with_name(f"config.gin.{os.getpid()}.tmp")
+    text = f"# {_origin()}\n# The same run again: tw {verb} {file}\n\n{operative(cfg)}"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _origin() -> str:
+    """The version of this package and, in a git checkout of it, the commit."""
+    try:
+        version = f"tw_jax {importlib.metadata.version('tw_jax')}"
+    except importlib.metadata.PackageNotFoundError:
+        version = "tw_jax, not installed"
+    package = Path(__file__).resolve().parent
+    try:
+        # An installed package may lie inside another project's checkout, which says nothing of it.
+        if Path(_git(package, "rev-parse", "--show-toplevel")) != package.parent:
+            return version
+        commit = _git(package, "rev-parse", "HEAD")
+        is_changed = _git(package, "status", "--porcelain", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version}, commit {commit}{' with local changes' if is_changed else ''}"
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else error.strerror
+    return str(error)

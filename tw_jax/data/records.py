@@ -1,0 +1,642 @@
+"""What is kept between programs: problems, written trajectories and sampled ones, in three formats.
+
+A file holds one record a line (JSONL), a row (Parquet) or an entry (ArrayRecord, the bytes of the
+same JSON); its suffix says which. Rows that others wrote, Hugging Face columns and ThreadWeaver's
+tables, are read as well. A sampled trajectory is kept by ids and never encoded again. This file
+knows no tokenizer and no grammar; it hands on `Problem`, `Example` and `Rollout`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import mmap
+import operator
+import os
+import re
+import threading
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from tw_jax.forkjoin.calls import Hit, Trajectory
+
+
+class _Record:
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            if field.type == "str":
+                _require_text(f"{type(self).__name__}.{field.name}", getattr(self, field.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(_Record):
+    """A question and what is needed to judge an answer.
+
+    Attributes:
+      id: names the problem within its set.
+      question: what the model is asked, without template or instruction.
+      answer: the answer as text, so that large numbers stay exact; "" where none is known.
+      task: name of the set that it belongs to.
+      extra: whatever else its task wants, as JSON.
+    """
+
+    id: str
+    question: str
+    answer: str
+    task: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(isinstance(self.extra, dict), "Problem.extra", self.extra, "a dict")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example(_Record):
+    """A written trajectory: what the model shall answer, control tokens and all.
+
+    Attributes:
+      id: names the problem within its set.
+      question: what the model is asked.
+      response: everything behind the prompt but the end of sequence.
+      answer: the answer as text; "" where none is known.
+      task: name of the set that it belongs to.
+    """
+
+    id: str
+    question: str
+    response: str
+    answer: str
+    task: str
+
+    @property
+    def problem(self) -> Problem:
+        """The same without its response."""
+        return Problem(id=self.id, question=self.question, answer=self.answer, task=self.task)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CallRecord:
+    """What an engine drew in one call; its context follows from the calls before it.
+
+    Attributes:
+      path: () for the parent; (round, label) for a thread.
+      sampled: [m] int32 ids.
+      logp: [m] float32 in nats, or None where no sampler was involved.
+      hit: why the call ended.
+    """
+
+    path: tuple[int | str, ...]
+    sampled: np.ndarray
+    logp: np.ndarray | None
+    hit: Hit
+
+    def __post_init__(self) -> None:
+        if self.logp is not None and self.logp.shape != self.sampled.shape:
+            raise ValueError(
+                f"CallRecord.logp has {len(self.logp)} numbers for {len(self.sampled)} sampled "
+                "ids; want one each."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollout(_Record):
+    """A sampled trajectory by ids, from which its protocol can rebuild every context.
+
+    Attributes:
+      id: names the rollout.
+      question: what the model was asked.
+      answer: the right answer as text; "" where none is known.
+      fingerprint: of the tokenizer that the ids belong to.
+      prompt: [n] int32 ids.
+      calls: in protocol order.
+      finish: why the rollout ended.
+      counts: events of interest by name.
+      text: the joined path behind the prompt, decoded for readers and graders.
+    """
+
+    id: str
+    question: str
+    answer: str
+    fingerprint: str
+    prompt: np.ndarray
+    calls: tuple[CallRecord, ...]
+    finish: str
+    counts: Mapping[str, int]
+    text: str
+
+    @classmethod
+    def from_trajectory(
+        cls, trajectory: Trajectory, problem: Problem, *, id: str, fingerprint: str, text: str
+    ) -> Rollout:
+        """Keeps what was drawn; contexts and forced tokens are the protocol's to rebuild."""
+        calls = (CallRecord(c.path, c.sampled, c.logp, c.hit) for c in trajectory.calls)
+        return cls(
+            id=id,
+            question=problem.question,
+            answer=problem.answer,
+            fingerprint=fingerprint,
+            prompt=trajectory.ids[: trajectory.prompt_tokens],
+            calls=tuple(calls),
+            finish=trajectory.finish,
+            counts=trajectory.counts,
+            text=text,
+        )
+
+
+Record = Problem | Example | Rollout
+_KINDS: dict[str, type[Record]] = {"problem": Problem, "example": Example, "rollout": Rollout}
+
+
+def read(path: str | Path) -> Iterator[Record]:
+    """The records of a file in order; raises as `open_records` does."""
+    return iter(open_records(path))
+
+
+def open_records(path: str | Path) -> Sequence[Record]:
+    """Opens a file for random access, without holding its records in memory.
+
+    The sequence may be shared by threads and pickled. Reading Parquet out of order decodes a row
+    group for a row; write ArrayRecord where records are shuffled.
+
+    Args:
+      path: a .jsonl, .parquet or .array_record file. A row without a `kind` is somebody else's:
+        with `qwen_text`, or with `question` or ThreadWeaver's `prompt`, and with `response` it is
+        an `Example`, else a `Problem`; `reward_model`, `answer`, `data_source`, `id` and `uuid`
+        are understood.
+
+    Returns:
+      The records; one that does not fit raises ValueError when it is read, naming file and line.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: an unknown suffix, or a file of another format than its suffix says.
+    """
+    path = Path(path)
+    _format(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Write it with `write`, or mend the path.")
+    return _Records(path)
+
+
+def write(path: str | Path, records: Iterable[Record]) -> None:
+    """Writes a file in one move: it is there whole or, after an error, as it was before.
+
+    Args:
+      path: a .jsonl, .parquet or .array_record file; folders are made.
+      records: a Parquet file takes one kind of record, the other formats any.
+
+    Raises:
+      ValueError: an unknown suffix, or a record that JSON cannot hold.
+    """
+    path = Path(path)
+    _, write_file = _format(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_file(part, records)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def append(path: str | Path) -> Iterator[Callable[[Record], None]]:
+    """Opens a JSONL file to add records as they are finished; each is handed to the system at once.
+
+    A last line that a crash cut short is cut off with a warning, whole records are kept. So a
+    program that resumes opens its file here first and then reads what it had finished.
+
+    Args:
+      path: a .jsonl file; it and its folders are made. One program at a time.
+
+    Yields:
+      add(record).
+
+    Raises:
+      ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: only .jsonl files can be appended to. Use that suffix.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size:
+        _mend(path)
+    with path.open("ab") as file:
+
+        def add(record: Record) -> None:
+            file.write(_json_bytes(record) + b"\n")
+            file.flush()
+
+        yield add
+
+
+def _mend(path: Path) -> None:
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = data.rfind(b"\n") + 1
+            tail = data[start:]
+        if not tail:
+            return
+        try:
+            # Only the newline is missing: no part of an object is an object.
+            json.loads(tail)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        except ValueError:
+            number = sum(1 for _ in file)
+            end = tail.decode(errors="replace")[-20:]
+            file.truncate(start)
+            warnings.warn(
+                f"{path}:{number}: the last line was cut short (…{end}) and is "
+                f"removed, {len(tail)} bytes; what stands before it is kept.",
+                stacklevel=4,
+            )
+
+
+# Records as JSON.
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """The record as a mapping that JSON can hold; `kind` says which record it is."""
+    kind = type(record).__name__.lower()
+    row = {"kind": kind} | {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    if isinstance(record, Rollout):
+        row["prompt"] = record.prompt.tolist()
+        row["counts"] = dict(record.counts)
+        row["calls"] = [
+            {
+                "path": list(call.path),
+                "sampled": call.sampled.tolist(),
+                "logp": None if call.logp is None else call.logp.tolist(),
+                "hit": call.hit.value,
+            }
+            for call in record.calls
+        ]
+    return row
+
+
+def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> Record:
+    """The record that a mapping holds: one of ours by its `kind`, else somebody else's columns.
+
+    Args:
+      row: the mapping.
+      where: file and line, to begin a sentence with.
+      task: names the set where a foreign row does not.
+      index: with `task` names the record where a foreign row does not.
+
+    Raises:
+      ValueError: a field is missing, unknown or of another type.
+    """
+    try:
+        if "kind" not in row:
+            return _from_foreign(row, task, index)
+        kind = row["kind"]
+        _require(kind in list(_KINDS), "kind", kind, f"one of {', '.join(_KINDS)}")
+        fields = {name: value for name, value in row.items() if name != "kind"}
+        names = [f.name for f in dataclasses.fields(_KINDS[kind])]
+        _require_fields(fields, names, kind)
+        if kind == "rollout":
+            calls, counts = row["calls"], row["counts"]
+            _require(isinstance(calls, list), "calls", calls, "a list")
+            whole = isinstance(counts, dict) and _is_list([*counts.values()], int)
+            _require(whole, "counts", counts, "an object of integers")
+            fields |= {
+                "prompt": _ids(row["prompt"], "prompt"),
+                "calls": tuple(map(_call, calls)),
+            }
+        return _KINDS[kind](**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _call(row: Any) -> CallRecord:
+    _require(isinstance(row, dict), "calls", row, "an object for each call")
+    _require_fields(row, [f.name for f in dataclasses.fields(CallRecord)], "call")
+    path, logp, hit = row["path"], row["logp"], row["hit"]
+    _require(_is_list(path, int, str), "calls: path", path, "a list of integers and strings")
+    _require(logp is None or _is_list(logp, int, float), "calls: logp", logp, "numbers or null")
+    hits = [member.value for member in Hit]
+    _require(hit in hits, "calls: hit", hit, f"one of {', '.join(hits)}")
+    logp = None if logp is None else np.array(logp, np.float32)
+    return CallRecord(tuple(path), _ids(row["sampled"], "calls: sampled"), logp, Hit(hit))
+
+
+def _ids(value: Any, name: str) -> np.ndarray:
+    valid = _is_list(value, int) and all(0 <= id < 2**31 for id in value)
+    _require(valid, name, value, "a list of token ids, integers from 0")
+    return np.array(value, np.int32)
+
+
+def _is_list(value: Any, *kinds: type) -> bool:
+    # By exact type: a bool is an int to isinstance.
+    return isinstance(value, list) and all(type(entry) in kinds for entry in value)
+
+
+def _require(valid: bool, name: str, value: Any, want: str) -> None:
+    if not valid:
+        raise TypeError(f"{name} = {value!r:.40}: want {want}.")
+
+
+def _require_fields(row: Mapping[str, Any], names: Sequence[str], kind: str) -> None:
+    missing = [name for name in names if name not in row]
+    unknown = [name for name in row if name not in names]
+    if missing or unknown:
+        faults = [f"lacks {', '.join(missing)}"] if missing else []
+        faults += [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        raise ValueError(
+            f"the {kind} {' and '.join(faults)} ({_excerpt(row)}). The fields of a {kind} are "
+            f"{', '.join(names)}; add, rename or remove."
+        )
+
+
+def _require_text(name: str, value: Any) -> None:
+    want = f"str, got {type(value).__name__}; in quotes, numbers stay exact"
+    _require(isinstance(value, str), name, value, want)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a surrogate pair at character {error.start}, which is no Unicode "
+            "text. Replace that character."
+        ) from None
+
+
+# Rows that others wrote.
+
+_QWEN_TEXT = re.compile(
+    r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)<\|im_end\|>\n?",
+    re.DOTALL,
+)
+
+
+def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Example:
+    response = row.get("response")
+    if "qwen_text" in row:
+        question, response = _from_qwen_text(row["qwen_text"])
+    elif "prompt" in row:
+        question = _from_messages(row["prompt"])
+    elif "question" in row:
+        question = row["question"]
+    else:
+        raise ValueError(
+            f"the columns {', '.join(row) or '(none)'} make no record ({_excerpt(row)}). Want "
+            "kind; or qwen_text; or question, or prompt with one user message, together with "
+            "response, answer or reward_model."
+        )
+    ids = row.get("id"), row.get("uuid"), f"{task}:{index}"
+    fields = {
+        "id": str(next(id for id in ids if id is not None)),
+        "question": question,
+        "answer": _foreign_answer(row, "" if response is not None else None),
+        "task": row.get("data_source") or task,
+    }
+    if response is not None:
+        return Example(response=response, **fields)
+    read_above = {"id", "uuid", "question", "prompt", "answer", "reward_model", "data_source"}
+    return Problem(extra={k: v for k, v in row.items() if k not in read_above}, **fields)
+
+
+def _from_qwen_text(text: Any) -> tuple[str, str]:
+    match = _QWEN_TEXT.fullmatch(text) if isinstance(text, str) else None
+    if match is None or "<|im_" in match[1] + match[2]:
+        raise ValueError(
+            f"qwen_text = {text!r:.60}: want one user turn and one assistant turn, "
+            "<|im_start|>user … <|im_end|> <|im_start|>assistant … <|im_end|>, and nothing else."
+        )
+    return match[1], match[2]
+
+
+def _from_messages(prompt: Any) -> str:
+    match prompt:
+        case [{"role": "user", "content": content}]:
+            return content
+    raise ValueError(
+        f"prompt = {prompt!r:.60}: want a list of one message, "
+        '[{"role": "user", "content": "…"}]. Put a plain question into the column question.'
+    )
+
+
+def _foreign_answer(row: Mapping[str, Any], fallback: str | None) -> str:
+    model = row.get("reward_model")
+    answers = (
+        (model if isinstance(model, dict) else {}).get("ground_truth"),
+        row.get("answer"),
+        fallback,
+    )
+    answer = next((answer for answer in answers if answer is not None), None)
+    if answer is None:
+        raise ValueError(
+            f"the row has neither response nor answer ({_excerpt(row)}). Add answer, "
+            "or reward_model with ground_truth."
+        )
+    want = f"str or int, got {type(answer).__name__}; in quotes, numbers stay exact"
+    _require(type(answer) in (int, str), "answer", answer, want)
+    return str(answer)
+
+
+# Formats: how many mappings a file holds, and how to get at one.
+
+_Row = tuple[Mapping[str, Any], str]
+"""A mapping, and where it stands."""
+_NESTED = ("extra", "prompt", "calls", "counts")
+"""Fields that are JSON text in a column of Parquet."""
+_GROUP_ROWS = 256
+"""Rows of a Parquet row group; few, for a whole group is decoded to read a row."""
+
+
+class _Records(Sequence[Record]):
+    """Random access to a file; thread-safe, and reopened where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._length, self._row = _format(path)[0](path)
+
+    def __reduce__(self) -> tuple[type[_Records], tuple[Path]]:
+        return _Records, (self._path,)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        i = operator.index(index)
+        if not -self._length <= i < self._length:
+            raise IndexError(f"{self._path}: record {i} of {self._length}.")
+        i %= self._length
+        row, where = self._row(i)
+        return from_json(row, where=where, task=self._path.stem, index=i)
+
+
+def _open_jsonl(path: Path) -> tuple[int, Callable[[int], _Row]]:
+    starts, numbers, at = array("q"), array("q"), 0
+    # A file opened for bytes breaks lines at \n alone, and so not at U+2028 inside a string.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                starts.append(at)
+                numbers.append(number)
+            at += len(line)
+
+    def row(index: int) -> _Row:
+        with path.open("rb") as file:
+            file.seek(starts[index])
+            where = f"{path}:{numbers[index]}"
+            return _parse(file.readline(), where), where
+
+    return len(starts), row
+
+
+def _open_parquet(path: Path) -> tuple[int, Callable[[int], _Row]]:
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({error}). Write it again.") from None
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    table_of = functools.lru_cache(maxsize=4)(file.read_row_group)
+    lock = threading.Lock()
+
+    def row(index: int) -> _Row:
+        group = bisect.bisect_right(ends, index) - 1
+        with lock:
+            table = table_of(group)
+        fields = table.slice(index - ends[group], 1).to_pylist()[0]
+        if fields.get("kind") in _KINDS:
+            texts = (name for name in _NESTED if isinstance(fields.get(name), str))
+            fields |= {name: json.loads(fields[name]) for name in texts}
+        return fields, f"{path}: row {index}"
+
+    return ends[-1], row
+
+
+def _open_array_record(path: Path) -> tuple[int, Callable[[int], _Row]]:
+    # Records are read one by one in any order, so reading ahead is in vain.
+    reader = array_record_module.ArrayRecordReader(
+        str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+    )
+    if not reader.ok():
+        raise ValueError(f"{path}: not an ArrayRecord file, or cut short. Write it again.")
+
+    def row(index: int) -> _Row:
+        where = f"{path}: record {index}"
+        try:
+            data = reader.read([index])[0]
+        except RuntimeError as error:
+            raise ValueError(f"{where}: damaged ({error}). Write the file again.") from None
+        return _parse(data, where), where
+
+    return reader.num_records(), row
+
+
+def _write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    with path.open("wb") as file:
+        file.writelines(_json_bytes(record) + b"\n" for record in records)
+
+
+def _write_array_record(path: Path, records: Iterable[Record]) -> None:
+    with contextlib.closing(
+        array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    ) as writer:
+        for record in records:
+            writer.write(_json_bytes(record))
+
+
+def _write_parquet(path: Path, records: Iterable[Record]) -> None:
+    rows = (json.loads(_json_bytes(record)) for record in records)
+    group = list(itertools.islice(rows, _GROUP_ROWS))
+    kind = group[0]["kind"] if group else "problem"
+    names = ["kind", *(f.name for f in dataclasses.fields(_KINDS[kind]))]
+    schema = pa.schema([(name, pa.string()) for name in names])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group:
+            for row in group:
+                if row["kind"] != kind:
+                    raise ValueError(
+                        f"{path}: a Parquet file holds one kind of record, got {kind} and "
+                        f"{row['kind']}. Write two files, or a .jsonl file."
+                    )
+                nested = (name for name in _NESTED if name in row)
+                row |= {name: json.dumps(row[name], ensure_ascii=False) for name in nested}
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            group = list(itertools.islice(rows, _GROUP_ROWS))
+
+
+_Format = tuple[
+    Callable[[Path], tuple[int, Callable[[int], _Row]]], Callable[[Path, Iterable[Record]], None]
+]
+_FORMATS: dict[str, _Format] = {
+    ".jsonl": (_open_jsonl, _write_jsonl),
+    ".parquet": (_open_parquet, _write_parquet),
+    ".array_record": (_open_array_record, _write_array_record),
+}
+
+
+def _format(path: Path) -> _Format:
+    if path.suffix not in _FORMATS:
+        raise ValueError(
+            f"{path}: want a file name that ends in {', '.join(_FORMATS)}. Rename it; a .json file "
+            "of one object a line is .jsonl."
+        )
+    return _FORMATS[path.suffix]
+
+
+def _json_bytes(record: Record) -> bytes:
+    try:
+        return json.dumps(to_json(record), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(record).__name__} {record.id!r} does not fit into JSON: {error}. Keep to "
+            "finite numbers, strings, lists and mappings."
+        ) from None
+
+
+def _parse(data: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        text = data.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        text = data[: error.start].decode()
+        if error.reason != "unexpected end of data":  # else a cut, which JSON reports below
+            raise ValueError(
+                f"{where}: byte {error.start} is not UTF-8 (…{text[-20:]}). Save it as UTF-8."
+            ) from None
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        fault = f"no JSON at column {error.colno}, {error.msg} ({text[:60]}). Mend that line."
+        in_string = error.msg.startswith("Unterminated string")
+        in_object = error.pos >= len(text) or (text[:1] == "{" and text[-1:] != "}")
+        if in_string or in_object:
+            fault = (
+                f"the line ends inside a JSON {'string' if in_string else 'object'} "
+                f"(…{text[-20:]}). The file was cut short; delete that line or write the file "
+                "again."
+            )
+        raise ValueError(f"{where}: {fault}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Write that number as a string.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: want a JSON object, got {text[:40]}. Give each value a name.")
+    return row
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _excerpt(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}…"

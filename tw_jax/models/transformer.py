@@ -1,0 +1,373 @@
+"""The decoder, Qwen3 or Llama by config, and `network(cfg)`, which hands it on as pure functions.
+
+The only file that imports flax.linen: modules own one collection, `params`, and declare logical
+axes where they declare a parameter. A module is declaration plus a few lines; numbers are made in
+`models/rope.py` and `attention/`. This file knows no tries and no sampling: where a token stands
+arrives as depth and span, and the key/value cache is an argument and a result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tw_jax.attention.dispatch import Impl, attend
+from tw_jax.config import config
+from tw_jax.contracts import KV, Network, Params, Span
+from tw_jax.models.rope import Llama3Rope, Rope, YarnRope, rotate, rotation
+from tw_jax.sharding import LogicalAxes, constrain
+
+Dtype = Literal["float32", "bfloat16"]
+
+_KV_AXES = ("layer", "rows", "kv_heads", "slots", "head")
+
+
+@config
+class Model:
+    """Sizes and numerics of a decoder.
+
+    Norms, rotations, softmax and logits are float32 whatever the dtypes say.
+
+    Attributes:
+      vocab_size: rows of the embedding table, at least the tokenizer's number of ids.
+      num_layers: blocks.
+      width: model width D.
+      mlp_width: width F of the gated MLP.
+      num_heads: query heads N.
+      num_kv_heads: key/value heads G, a divisor of num_heads.
+      head_width: width H of a head, even.
+      qk_norm: whether each head's queries and keys are normed, as in Qwen3.
+      tie_embeddings: whether logits are read with the embedding table.
+      rope: rotary embedding.
+      norm_epsilon: added to the mean square in norms.
+      param_dtype: dtype in which parameters are kept.
+      compute_dtype: dtype of activations, matrix products and cache.
+      remat: what the backward pass computes anew: "none", "dots" (all but weight products) or
+        "full" (all but the input of each block).
+      attention: backend; "auto" takes the first that accepts.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    mlp_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    qk_norm: bool
+    tie_embeddings: bool
+    rope: Rope | Llama3Rope | YarnRope
+    norm_epsilon: float = 1e-6
+    param_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Impl = "auto"
+
+    def check(self) -> None:
+        """Raises ValueError for sizes that do not fit each other."""
+        sizes = ("vocab_size", "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Model.{name} = {getattr(self, name)}: want at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"Model.num_kv_heads = {self.num_kv_heads}: want a divisor of Model.num_heads = "
+                f"{self.num_heads}."
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"Model.head_width = {self.head_width}: want an even number, for rotation pairs "
+                "entries."
+            )
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32, back in x's dtype."""
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Norms [..., W], each of the last axis."""
+        scale = _declare(self, "scale", x.shape[-1:], ("norm",), nn.initializers.ones)
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.cfg.norm_epsilon)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention through the spans of a trie, with or without a cache."""
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        kv: KV | None,
+        layer: jax.Array,  # [] int32
+        turned: tuple[jax.Array, jax.Array],  # [B, T, H / 2] each
+        at: jax.Array,  # [B, T] int32
+        keys: Span,  # [B, T], or [B, S] with a cache
+        start: jax.Array | None,  # [B] int32
+    ) -> tuple[jax.Array, KV | None]:
+        """What the T tokens of each row read, [B, T, D], and the cache with their entries in it."""
+        cfg = self.cfg
+        heads, kv_heads, head = cfg.num_heads, cfg.num_kv_heads, cfg.head_width
+
+        def project(name: str, count: int, axis: str) -> jax.Array:
+            kernel = _kernel(
+                self, name, (cfg.width, count, head), ("embed", axis, "head"), fan_in=cfg.width
+            )
+            # Heads are moved afterwards: asked for at once, the weight would be transposed instead.
+            return jnp.einsum("btd,dnh->btnh", x, kernel).swapaxes(1, 2)
+
+        q = project("q", heads, "heads")
+        k = project("k", kv_heads, "kv_heads")
+        v = project("v", kv_heads, "kv_heads")
+        if cfg.qk_norm:
+            q = RmsNorm(cfg, name="q_norm")(q)
+            k = RmsNorm(cfg, name="k_norm")(k)
+        q, k = rotate(q, turned), rotate(k, turned)
+        if kv is not None and start is not None:
+            kv = KV(k=_write(kv.k, k, layer, start), v=_write(kv.v, v, layer, start))
+            k = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(kv.v, layer, keepdims=False)
+        mixed = attend(q, k, v, at=at, keys=keys, impl=cfg.attention, scale=head**-0.5)
+        out = _kernel(
+            self,
+            "out",
+            (heads, head, cfg.width),
+            ("heads", "head", "embed"),
+            fan_in=2 * cfg.num_layers * heads * head,
+        )
+        y = jnp.einsum("btnh,nhd->btd", mixed.swapaxes(1, 2), out)
+        return constrain(y, ("rows", "tokens", "width")), kv
+
+
+class Mlp(nn.Module):
+    """The gated MLP: down(silu(gate(x)) * up(x))."""
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        wide, deep = self.cfg.width, self.cfg.mlp_width
+        gate = _kernel(self, "gate", (wide, deep), ("embed", "mlp"), fan_in=wide)
+        up = _kernel(self, "up", (wide, deep), ("embed", "mlp"), fan_in=wide)
+        down = _kernel(
+            self, "down", (deep, wide), ("mlp", "embed"), fan_in=2 * self.cfg.num_layers * deep
+        )
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each on a normed copy and added back.
+
+    Its signature is that of a scan's body; it may be applied alone just so, to one layer's slice of
+    the parameters.
+    """
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, KV | None],  # [B, T, D], and the cache of all layers
+        layer: jax.Array,
+        turned: tuple[jax.Array, jax.Array],
+        at: jax.Array,
+        keys: Span,
+        start: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, KV | None], None]:
+        """(carry, layer, what is the same for all layers) -> (carry, None); see `Attention`."""
+        x, kv = carry
+        normed = RmsNorm(self.cfg, name="attention_norm")(x)
+        mixed, kv = Attention(self.cfg, name="attention")(
+            normed, kv, layer, turned, at, keys, start
+        )
+        x += mixed
+        x += Mlp(self.cfg, name="mlp")(RmsNorm(self.cfg, name="mlp_norm")(x))
+        return (x, kv), None
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; `unembed` turns what they return into logits."""
+
+    cfg: Model
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        cfg = self.cfg
+        table = ((cfg.vocab_size, cfg.width), ("vocab", "embed"), _normal(cfg.width))
+        self.embed = _declare(self, "embed", *table)
+        self.head = self.embed if cfg.tie_embeddings else _declare(self, "unembed", *table)
+        self.blocks = nn.scan(
+            _remat(Block, cfg),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
+            length=cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layer"},
+        )(cfg)
+        self.norm = RmsNorm(cfg)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        depth: jax.Array,
+        at: jax.Array,
+        keys: Span,
+        kv: KV | None,
+        start: jax.Array | None,
+    ) -> tuple[jax.Array, KV | None]:
+        """Hidden states [B, T, D] after the final norm, and the cache; see `Network.apply`."""
+        cfg = self.cfg
+        # Look up, then cast: the gradient of a repeated token adds up in the parameter's dtype.
+        x = self.embed[tokens].astype(cfg.compute_dtype)
+        x = constrain(x, ("rows", "tokens", "width"))
+        turned = rotation(cfg.rope, cfg.head_width, depth)
+        layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
+        # The cache is carried, not scanned over: scanning would copy it whole at every step.
+        (x, kv), _ = self.blocks((x, kv), layers, turned, at, keys, start)
+        return self.norm(x), kv
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] to logits [..., V] float32."""
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.head.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        leading = ("rows", "tokens") if hidden.ndim == 3 else (None,) * (hidden.ndim - 1)
+        return constrain(logits, (*leading, "vocab"))
+
+
+def network(cfg: Model) -> Network:
+    """The decoder as pure functions; see `Network` for what each takes and returns.
+
+    Args:
+      cfg: sizes and numerics.
+
+    Returns:
+      A `Network`. `init` consumes its key and runs under jit, so sharded results may be asked of
+      an enclosing `jax.jit`; `empty_kv` gives a cache in the compute dtype.
+    """
+    # Flax types what apply returns as a union with mutated collections, of which there are none.
+    decoder: Any = Decoder(cfg)
+
+    def apply(
+        params: Params,
+        tokens: jax.Array,
+        depth: jax.Array,
+        span: Span,
+        kv: KV | None = None,
+        keys: Span | None = None,
+        start: jax.Array | None = None,
+    ) -> tuple[jax.Array, KV | None]:
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, depth, span.enter, span.exit])
+        if kv is None and keys is None and start is None:
+            keys = span
+        elif kv is None or keys is None or start is None:
+            raise ValueError(
+                "Of kv, keys and start some are given and some are None: want all three to write "
+                "into a cache, or none to attend within the tokens."
+            )
+        else:
+            rows, slots = tokens.shape[0], kv.k.shape[3]
+            chex.assert_shape([kv.k, kv.v], (cfg.num_layers, rows, None, slots, cfg.head_width))
+            chex.assert_shape([keys.enter, keys.exit], (rows, slots))
+            chex.assert_shape(start, (rows,))
+        return decoder.apply({"params": params}, tokens, depth, span.enter, keys, kv, start)
+
+    def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+        return decoder.apply({"params": params}, hidden, method="unembed")
+
+    def boxed(key: jax.Array) -> Params:
+        one = jnp.zeros((1, 1), jnp.int32)
+        span = Span(enter=one, exit=one + 1)
+        return decoder.init(key, one, one, span.enter, span, None, None)["params"]
+
+    def axes() -> Params:
+        return jax.tree.map(
+            lambda box: box.names,
+            jax.eval_shape(boxed, jax.random.key(0)),
+            is_leaf=lambda node: isinstance(node, nn.LogicallyPartitioned),
+        )
+
+    def empty_kv(rows: int, slots: int) -> KV:
+        shape = (cfg.num_layers, rows, cfg.num_kv_heads, slots, cfg.head_width)
+        zeros = constrain(jnp.zeros(shape, cfg.compute_dtype), _KV_AXES)
+        return KV(k=zeros, v=jnp.copy(zeros))
+
+    return Network(
+        apply=apply,
+        unembed=unembed,
+        init=jax.jit(lambda key: nn.unbox(boxed(key))),
+        axes=axes,
+        empty_kv=empty_kv,
+        vocab_size=cfg.vocab_size,
+    )
+
+
+def _declare(
+    module: Any, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Any
+) -> jax.Array:
+    """Declares a parameter of the module with its logical axes, in the parameters' dtype."""
+    boxed_init = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed_init, shape, jnp.dtype(module.cfg.param_dtype))
+
+
+def _kernel(
+    module: Any, name: str, shape: tuple[int, ...], axes: LogicalAxes, *, fan_in: int
+) -> jax.Array:
+    """Declares a weight and casts it for use."""
+    kernel = _declare(module, name, shape, axes, _normal(fan_in))
+    return kernel.astype(module.cfg.compute_dtype)
+
+
+def _normal(fan_in: int) -> Any:
+    """Normal of variance 1 / fan_in, cut at two standard deviations of the uncut one."""
+    # 0.8796 is the standard deviation of a unit normal cut at +-2.
+    return nn.initializers.truncated_normal(stddev=1 / (0.87962566 * math.sqrt(fan_in)))
+
+
+def _remat(block: type[Block], cfg: Model) -> Any:
+    if cfg.remat == "none":
+        return block
+    policy = None
+    if cfg.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
+    return nn.remat(block, prevent_cse=False, policy=policy)
+
+
+def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+    """Puts [B, G, T, H] into one layer of [L, B, G, S, H], row b from slot start[b] on."""
+    # One dynamic update slice a row, said as a scatter with a batch dimension: unlike a vmapped
+    # update slice it moves no axis of the cache, so it stays in place, and unlike one slice after
+    # another it needs no exchange between devices when rows are split.
+    where = jnp.stack([jnp.broadcast_to(layer, start.shape), start], axis=-1)
+    return jax.lax.scatter(
+        cache,
+        where,
+        new.astype(cache.dtype),
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3),
+            inserted_window_dims=(0,),
+            scatter_dims_to_operand_dims=(0, 3),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        ),
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.CLIP,
+    )

@@ -1,0 +1,253 @@
+"""`tw evaluate`: sample held-out problems, grade them, and report accuracy and latency together.
+
+Token latency is the longest path (spec 4.6, prompt out); wall clock is the decoding time of the
+same trajectories as threads and as one lane, warm, interleaved, one request at a time. Every mean
+comes with its interval and the number of problems.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tw_jax.config import config
+from tw_jax.data import records
+from tw_jax.forkjoin import cost, grammar
+from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.replay import rebuild
+from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.programs import sample
+from tw_jax.programs.sample import Loaded, Sample
+from tw_jax.sample import sampler as samplers
+from tw_jax.tasks import score
+from tw_jax.tasks.grader import Grader, GraderPool
+
+
+@config
+class Evaluate:
+    """Sampling, grading and a report.
+
+    Attributes:
+      workdir: where `summary.json` and `graded.jsonl` go.
+      sample: what to sample; finished rollouts of an earlier attempt are kept.
+      grader: how answers are judged.
+      prompt_in_cost: counts prompt tokens in totals and longest paths, as the reference does.
+      timed: trajectories whose decoding is timed; 0 leaves wall clock out.
+      training: folder of the training run, whose packing is quoted in the summary; None for none.
+    """
+
+    workdir: str
+    sample: Sample
+    grader: Grader
+    prompt_in_cost: bool = False
+    timed: int = 8
+    training: str | None = None
+
+
+def run(cfg: Evaluate) -> None:
+    """Samples, grades, times, prints a table and writes `summary.json`."""
+    began = time.monotonic()
+    loaded = sample.load(cfg.sample)
+    for _ in sample.rollouts(cfg.sample, loaded):
+        pass
+    found = [r for r in _wanted(cfg) if isinstance(r, records.Rollout)]
+    trajectories = [rebuilt(loaded.sampler.protocol, rollout) for rollout in found]
+    with GraderPool(cfg.grader) as pool:
+        verdicts = pool.grade_all((rollout.text, rollout.answer) for rollout in found)
+    summary = summarise(cfg, found, trajectories, verdicts, loaded)
+    if cfg.timed:
+        summary |= wall_clock(loaded, trajectories[: cfg.timed])
+    if cfg.training is not None:
+        summary |= json.loads((Path(cfg.training) / "packing.json").read_text())
+    summary["evaluate_seconds"] = time.monotonic() - began
+    _write(Path(cfg.workdir), summary, found, trajectories, verdicts)
+    _print(summary)
+
+
+def rebuilt(protocol: ThreadWeaver, rollout: records.Rollout) -> Trajectory:
+    """The trajectory of a stored rollout."""
+    return rebuild(
+        protocol, rollout.prompt, [Result(call.sampled, call.logp) for call in rollout.calls]
+    )
+
+
+def summarise(
+    cfg: Evaluate,
+    found: list[records.Rollout],
+    trajectories: list[Trajectory],
+    verdicts: list[Any],
+    loaded: Loaded,
+) -> dict[str, Any]:
+    """Accuracy, format and token latency with 95 % intervals over problems."""
+    tags = cost.tags_of(loaded.tokenizer)
+    skipped = [0 if cfg.prompt_in_cost else t.prompt_tokens for t in trajectories]
+    costs = [cost.of_ids(t.ids[n:], tags) for t, n in zip(trajectories, skipped, strict=True)]
+    correct = np.array([v == "correct" for v in verdicts]).reshape(-1, cfg.sample.samples)
+    reports = [grammar.well_formed(rollout.text) for rollout in found]
+    well = np.array([report.trajectory_well_formed for report in reports])
+    accuracy = score.wilson(float(score.mean_at_n(correct).mean()), len(correct))
+    longest = score.bootstrap(np.array([c.longest for c in costs], float))
+    total = score.bootstrap(np.array([c.total for c in costs], float))
+    scheduled = [cost.of_calls(t) for t in trajectories]
+    samples = cfg.sample.samples
+    passes = [k for k in (2, 4, 8, 16, 32, 64) if k < samples]
+    return {
+        "problems": len(correct),
+        "samples": samples,
+        "exact_match": accuracy.value,
+        "exact_match_interval": [accuracy.low, accuracy.high],
+        **{f"pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
+        "verdicts": dict(Counter(map(str, verdicts))),
+        "format_correct": float(well.mean()),
+        "format_reasons": grammar.histogram(reports),
+        "has_block": float(np.mean([report.has_block for report in reports])),
+        "longest_tokens": longest.value,
+        "longest_tokens_interval": [longest.low, longest.high],
+        "total_tokens": total.value,
+        "latency_ratio": longest.value / total.value,
+        "parallel_ratio": float(np.mean([c.parallel_ratio for c in costs])),
+        "threads_per_block": sum(c.threads for c in costs) / max(sum(c.blocks for c in costs), 1),
+        "sampled_latency_ratio": sum(c.longest for c in scheduled) / sum(c.total for c in scheduled),
+        "finish": dict(Counter(t.finish for t in trajectories)),
+        "events": dict(sum((Counter(t.counts) for t in trajectories), Counter())),
+        "temperature": cfg.sample.sampler.temperature,
+    }
+
+
+def wall_clock(loaded: Loaded, trajectories: list[Trajectory], repeats: int = 3) -> dict[str, Any]:
+    """Decoding time of the same tokens as threads and as one lane, one request at a time.
+
+    Both ways run the same program with given tokens, so they differ in nothing but the schedule.
+    The first round of both compiles and is not counted.
+
+    Args:
+      loaded: the model.
+      trajectories: what to decode again.
+      repeats: counted rounds, threads and one lane in turn.
+
+    Returns:
+      `wall_ratio`, threads over one lane, of the medians, and both medians in seconds.
+    """
+    protocol, network = loaded.sampler.protocol, loaded.sampler.network
+    longest = max(len(t.ids) - t.prompt_tokens for t in trajectories)
+    one = {"max_new": longest, "parallel": False}
+    alone = ThreadWeaver(protocol.table, _with(protocol.limits, **one))
+    cfg = _with(loaded.sampler.cfg, rows=1)
+    samplers_of = [
+        (samplers.make_sampler(network, who, cfg, draw=_given), script)
+        for who, script in ((protocol, _script_of_calls), (alone, _script_of_path))
+    ]
+    times: list[list[float]] = [[], []]
+    for turn in range(repeats + 1):
+        for kind, (run_sampler, script) in enumerate(samplers_of):
+            spent = 0.0
+            for trajectory in trajectories:
+                given = script(trajectory, trajectories)
+                prompt = trajectory.ids[: trajectory.prompt_tokens]
+                begin = time.perf_counter()
+                state = run_sampler.decode(loaded.params, [prompt], given)
+                jax.block_until_ready(state)
+                spent += time.perf_counter() - begin
+            if turn:
+                times[kind].append(spent)
+    threads, lane = map(statistics.median, times)
+    return {"wall_ratio": threads / lane, "wall_threads_seconds": threads, "wall_lane_seconds": lane}
+
+
+def _given(
+    logits: jax.Array, how: jax.Array, call: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draws the token that stands at [row, call, position] of the script."""
+    row = jnp.arange(logits.shape[0])[:, None]
+    tokens = how[row, jnp.minimum(call, how.shape[1] - 1), jnp.minimum(position, how.shape[2] - 1)]
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+
+
+def _script_of_calls(trajectory: Trajectory, among: list[Trajectory]) -> jax.Array:
+    """[1, R, N] the ids that each call drew; one shape for all trajectories, to compile once."""
+    calls = max(len(t.calls) for t in among)
+    length = max(len(call.sampled) for t in among for call in t.calls)
+    script = np.zeros((1, calls, length), np.int32)
+    for number, call in enumerate(trajectory.calls):
+        script[0, number, : len(call.sampled)] = call.sampled
+    return jnp.asarray(script)
+
+
+def _script_of_path(trajectory: Trajectory, among: list[Trajectory]) -> jax.Array:
+    """[1, 1, N] the joined path behind the prompt, forced tokens too: one lane draws it all."""
+    length = max(len(t.ids) - t.prompt_tokens for t in among)
+    script = np.full((1, 1, length), trajectory.ids[-1], np.int32)
+    path = trajectory.ids[trajectory.prompt_tokens :]
+    script[0, 0, : len(path)] = path
+    return jnp.asarray(script)
+
+
+def _with(cfg: Any, **changes: Any) -> Any:
+    return type(cfg)(**{**vars(cfg), **changes})
+
+
+def _wanted(cfg: Evaluate) -> list[records.Record]:
+    """The rollouts of this evaluation in the order of its problems, whatever the file holds."""
+    path = Path(cfg.sample.workdir) / "rollouts.jsonl"
+    by_id = {record.id: record for record in records.read(path)}
+    return [
+        by_id[f"{problem.id}/{k}"]
+        for problem in sample.problems(cfg.sample)
+        for k in range(cfg.sample.samples)
+    ]
+
+
+def _write(
+    folder: Path,
+    summary: dict[str, Any],
+    found: list[records.Rollout],
+    trajectories: list[Trajectory],
+    verdicts: list[Any],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "id": rollout.id,
+                "verdict": str(verdict),
+                "answer": rollout.answer,
+                "finish": made.finish,
+                "calls": [[list(c.path), len(c.sampled), c.hit.value] for c in made.calls],
+                "text": rollout.text,
+            }
+        )
+        for rollout, made, verdict in zip(found, trajectories, verdicts, strict=True)
+    ]
+    (folder / "graded.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _print(summary: dict[str, Any]) -> None:
+    low, high = summary["exact_match_interval"]
+    rows = [
+        ("exact match", f"{summary['exact_match']:.3f}   [{low:.3f}, {high:.3f}]"),
+        ("format correct", f"{summary['format_correct']:.3f}"),
+        ("total tokens", f"{summary['total_tokens']:.1f}"),
+        ("longest path", f"{summary['longest_tokens']:.1f}"),
+        ("longest / total", f"{summary['latency_ratio']:.3f}"),
+        ("threads per block", f"{summary['threads_per_block']:.2f}"),
+    ]
+    for name, label in (
+        ("wall_ratio", "wall clock, threads / one lane"),
+        ("rows_filled", "rows filled in training"),
+        ("token_sharing", "tokens saved by sharing"),
+    ):
+        if name in summary:
+            rows.append((label, f"{summary[name]:.3f}"))
+    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each, greedy at 0:")
+    print("\n".join(f"  {label:32}{value}" for label, value in rows))

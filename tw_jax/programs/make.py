@@ -1,0 +1,98 @@
+"""`tw make`: problems, their gold trajectories, and a tokenizer that fits them.
+
+Writes train and held-out examples, which share no question, and a SentencePiece file trained on the
+training texts. What it prints is the length of the texts, as users size rows and budgets by it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tw_jax.config import config
+from tw_jax.data import records
+from tw_jax.metrics import progress
+from tw_jax.tasks import multiplication
+from tw_jax.tasks.multiplication import Multiplication
+from tw_jax.tokenizer import SentencePiece, load_tokenizer, train_sentencepiece
+
+_THRESHOLDS = (4_096, 8_192, 16_384, 24_576, 32_768)
+_CORPUS = 5_000
+"""Texts that the tokenizer is trained on; more change nothing in so narrow a language."""
+
+
+@config
+class Make:
+    """Problems and gold trajectories of a task.
+
+    Attributes:
+      workdir: where the files go.
+      task: the problems and the layout of their trajectories.
+      train: number of training examples.
+      held_out: number of held-out examples; none of their questions is trained on.
+      seed: of the training problems.
+      held_out_seed: of the held-out problems.
+      format: of the example files.
+      vocab_size: of the SentencePiece file trained on the training texts.
+    """
+
+    workdir: str
+    task: Multiplication
+    train: int = 10_000
+    held_out: int = 1_000
+    seed: int = 42
+    held_out_seed: int = 100
+    format: Literal["jsonl", "parquet", "array_record"] = "jsonl"
+    vocab_size: int
+
+    def check(self) -> None:
+        """Refuses empty sets and equal seeds."""
+        if min(self.train, self.held_out) < 1:
+            raise ValueError(
+                f"Make.train = {self.train} and Make.held_out = {self.held_out}: want at least 1."
+            )
+        if self.seed == self.held_out_seed:
+            raise ValueError(
+                f"Make.seed = Make.held_out_seed = {self.seed}: want different seeds, or the "
+                "held-out problems are the training problems."
+            )
+
+
+def run(cfg: Make) -> None:
+    """Writes `held_out`, `train`, `tokenizer.model` and `statistics.json` into the workdir."""
+    folder = Path(cfg.workdir)
+    held_out = multiplication.problems(cfg.task, seed=cfg.held_out_seed, count=cfg.held_out)
+    asked = {problem.question for problem in held_out}
+    train = multiplication.problems(cfg.task, seed=cfg.seed, count=cfg.train, exclude=asked)
+    written = {}
+    for name, problems in (("held_out", held_out), ("train", train)):
+        written[name] = [
+            records.Example(
+                id=f"{name}-{number}",
+                question=problem.question,
+                response=multiplication.gold(problem, cfg.task),
+                answer=problem.answer,
+                task="multiplication",
+            )
+            for number, problem in enumerate(progress(problems, desc=f"write {name}"))
+        ]
+        records.write(folder / f"{name}.{cfg.format}", written[name])
+    path = folder / "tokenizer.model"
+    texts = [f"{example.question}\n{example.response}" for example in written["train"][:_CORPUS]]
+    train_sentencepiece(texts, path, cfg.vocab_size)
+    tokenizer = load_tokenizer(SentencePiece(path=str(path)))
+    lengths = np.array([len(tokenizer.encode(text)) for text in texts])
+    statistics = {
+        "train": len(train),
+        "held_out": len(held_out),
+        "tokens_min": int(lengths.min()),
+        "tokens_mean": float(lengths.mean()),
+        "tokens_max": int(lengths.max()),
+        **{f"share_under_{n}": float((lengths < n).mean()) for n in _THRESHOLDS},
+    }
+    (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    print(f"{folder}: {len(train)} training and {len(held_out)} held-out examples")
+    print(f"question and answer: {lengths.min()} to {lengths.max()} tokens, mean {lengths.mean():.1f}")

@@ -1,0 +1,276 @@
+"""Mesh and logical axes: one table says which array dimension is split over which devices.
+
+Parameters and activations carry logical axis names ("heads", "rows", ...); `Rules` maps a name to
+axes of the mesh ("data", "fsdp", "tensor"). The mesh is automatic: programs put shardings on the
+arguments and results of `jax.jit`, `constrain` pins a few activations, and the compiler does the
+rest. This file knows no model and no optimiser; it hands shardings to `programs/` and
+`train/state.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from tw_jax.config import config
+
+MeshAxis = Literal["data", "fsdp", "tensor"]
+MESH_AXES = ("data", "fsdp", "tensor")
+
+LogicalAxes = tuple[str | None, ...]
+"""One logical name for each dimension of an array; None leaves the dimension to the compiler."""
+
+
+@config
+class Mesh:
+    """How many devices each axis of the mesh has; -1 takes the rest.
+
+    Attributes:
+      data: devices over which rows are split and parameters copied.
+      fsdp: devices over which rows and parameters are split.
+      tensor: devices over which heads, the MLP and the vocabulary are split.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def check(self) -> None:
+        """Raises ValueError for sizes that no number of devices can satisfy."""
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"Mesh.{axis} = {size}: want at least 1, or -1 for the rest.")
+        rest = [axis for axis, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise ValueError(
+                f"Mesh.{rest[0]} = -1 and Mesh.{rest[1]} = -1: want at most one -1, for only one "
+                "axis can take the rest."
+            )
+
+
+@config
+class Rules:
+    """Over which mesh axes each logical axis is split; () keeps it whole on every device.
+
+    Attributes:
+      layer: stacked layers.
+      embed: model width of parameters.
+      vocab: vocabulary, of the tables and of logits.
+      heads: query heads.
+      kv_heads: key/value heads.
+      head: entries of one head.
+      mlp: MLP width.
+      norm: scales of the norms.
+      rows: rows of a batch.
+      tokens: tokens of a row.
+      slots: slots of a cache.
+      width: model width of activations.
+    """
+
+    layer: tuple[MeshAxis, ...] = ()
+    embed: tuple[MeshAxis, ...] = ("fsdp",)
+    vocab: tuple[MeshAxis, ...] = ("tensor",)
+    heads: tuple[MeshAxis, ...] = ("tensor",)
+    kv_heads: tuple[MeshAxis, ...] = ("tensor",)
+    head: tuple[MeshAxis, ...] = ()
+    mlp: tuple[MeshAxis, ...] = ("tensor",)
+    norm: tuple[MeshAxis, ...] = ()
+    rows: tuple[MeshAxis, ...] = ("data", "fsdp")
+    tokens: tuple[MeshAxis, ...] = ()
+    slots: tuple[MeshAxis, ...] = ()
+    width: tuple[MeshAxis, ...] = ()
+
+
+# A user context is part of jit's cache key, so a function traced under other rules is traced again.
+_RULES = jax.make_user_context(None)
+
+
+def make_mesh(cfg: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Lays devices out as the mesh ("data", "fsdp", "tensor").
+
+    Args:
+      cfg: sizes.
+      devices: all devices of the job by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = {axis: getattr(cfg, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        if size != -1 and count % size:
+            fits = [str(n) for n in range(1, count + 1) if count % n == 0]
+            choice = " or ".join(filter(None, [", ".join(fits[:-1]), fits[-1]]))
+            raise ValueError(
+                f"Mesh.{axis} = {size}: want a divisor of {count} devices. "
+                f"Set Mesh.{axis} to {choice}."
+            )
+    known = math.prod(size for size in sizes.values() if size != -1)
+    filled = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(filled.values()) != count:
+        product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"Mesh of {product}: want {count} devices together. Set one size to -1, which takes "
+            "the rest, and let the others multiply to a divisor."
+        )
+    return jax.make_mesh(
+        tuple(filled.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+@contextlib.contextmanager
+def use(mesh: jax.sharding.Mesh, rules: Rules) -> Iterator[None]:
+    """Makes `constrain` act: code traced inside pins its activations to this mesh."""
+    with jax.set_mesh(mesh), _RULES(rules):
+        yield
+
+
+def current() -> tuple[AbstractMesh, Rules] | None:
+    """The mesh and the rules of the enclosing `use`, or None outside of it."""
+    rules = _RULES.value
+    return None if rules is None else (jax.sharding.get_abstract_mesh(), rules)
+
+
+def spec(
+    axes: LogicalAxes,
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh | AbstractMesh,
+    rules: Rules,
+    *,
+    name: str = "array",
+) -> PartitionSpec:
+    """Where each dimension of one array goes.
+
+    A dimension of size 1 stays whole, whatever its rule.
+
+    Args:
+      axes: a logical name for each dimension, or None to leave it to the compiler.
+      shape: the array's shape.
+      mesh: the mesh.
+      rules: the table.
+      name: what errors call the array.
+
+    Raises:
+      ValueError: an unknown name, two dimensions on one mesh axis, or a size that does not divide.
+    """
+    table = dataclasses.asdict(rules)
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has {len(shape)} dimensions and axes {axes}: want one for each.")
+    unknown = [axis for axis in axes if axis is not None and axis not in table]
+    if unknown:
+        raise ValueError(f"{name} has axis {unknown[0]!r}: want one of {', '.join(table)}.")
+    taken: dict[str, str] = {}
+    for axis in filter(None, axes):
+        for mesh_axis in table[axis]:
+            if mesh_axis in taken:
+                raise ValueError(
+                    f"{name} has axes {axes}: {taken[mesh_axis]} and {axis} both go to mesh axis "
+                    f"{mesh_axis!r}. Change Rules.{taken[mesh_axis]} or Rules.{axis}."
+                )
+            taken[mesh_axis] = axis
+    parts = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is None:
+            parts.append(PartitionSpec.UNCONSTRAINED)
+            continue
+        split = math.prod(mesh.shape[mesh_axis] for mesh_axis in table[axis])
+        if split > 1 and size > 1 and size % split:
+            over = " x ".join(f"{mesh_axis} {mesh.shape[mesh_axis]}" for mesh_axis in table[axis])
+            raise ValueError(
+                f"{name} has {axis} = {size}: want a multiple of {split} (mesh {over}). Change the "
+                f"size or the mesh, or set Rules.{axis} = () to keep it whole."
+            )
+        parts.append(table[axis] if split > 1 and size > 1 else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh, rules: Rules) -> Any:
+    """A sharding for each array of a tree, from its logical axes and abstract shape.
+
+    Args:
+      axes: tree of tuples of logical names, such as `Network.axes()`.
+      shapes: tree of the same structure, of arrays or `jax.ShapeDtypeStruct`s.
+      mesh: the mesh.
+      rules: the table.
+
+    Returns:
+      Tree of `NamedSharding`.
+
+    Raises:
+      ValueError: as `spec`, naming the array by its path.
+    """
+
+    def one(path: Any, names: LogicalAxes, array: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, spec(names, array.shape, mesh, rules, name=name))
+
+    return jax.tree_util.tree_map_with_path(
+        one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple)
+    )
+
+
+def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Pins an activation to the mesh in `use`; outside of it, returns `x` untouched.
+
+    Args:
+      x: an array.
+      axes: a logical name for each dimension, or None to leave it to the compiler.
+
+    Raises:
+      ValueError: as `spec`.
+    """
+    found = current()
+    if found is None:
+        return x
+    where = spec(axes, x.shape, *found, name="An activation")
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+def to_global(batch: Any, mesh: jax.sharding.Mesh, rules: Rules, *, rows_axis: int = 0) -> Any:
+    """Makes one global batch of the rows that each host holds.
+
+    Hosts whose devices hold the same rows (a mesh axis outside of `Rules.rows` spans them) hand
+    over the same rows.
+
+    Args:
+      batch: tree of host arrays with the rows of this host; every host has as many.
+      mesh: the mesh.
+      rules: the table; `Rules.rows` says how rows are split.
+      rows_axis: which dimension is rows; 1 when [A, B, T] holds A batches to accumulate.
+
+    Returns:
+      The tree with global `jax.Array`s, of the rows of all hosts.
+
+    Raises:
+      ValueError: the rows of a host do not divide over its share of the devices.
+    """
+    where = NamedSharding(mesh, PartitionSpec(*(None,) * rows_axis, rules.rows))
+    split = math.prod(mesh.shape[axis] for axis in rules.rows)
+    parts = where.addressable_devices_indices_map((1,) * rows_axis + (split,)).values()
+    held = len({part[rows_axis].indices(split) for part in parts if part is not None})
+
+    def one(path: Any, local: np.ndarray) -> jax.Array:
+        rows = local.shape[rows_axis]
+        if rows % held:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{name or 'The batch'} has {rows} rows on this host: want a multiple of {held}, "
+                "its share of the devices that rows are split over. Change the rows or the mesh."
+            )
+        shape = list(local.shape)
+        shape[rows_axis] = rows // held * split
+        return jax.make_array_from_process_local_data(where, local, tuple(shape))
+
+    return jax.tree_util.tree_map_with_path(one, batch)

@@ -1,0 +1,252 @@
+r"""The multiplication task: problems, gold trajectories with digit-level working, exact grading.
+
+A pool of factors is multiplied pair by pair until one number is left. In the parallel variant a
+round with several pairs is one block: an outline and a thread per pair. In the sequential variant
+the very same working stands in prose. All working is local: each step is one digit times one digit
+plus a carry, or two digits plus a carry, least significant first, and the carry is written even
+where it is 0, so that every step of a kind looks alike and a tiny model can learn it.
+
+The task follows ThreadWeaver (arXiv:2512.07843, synthetic multiplication), whose generator of text
+was never released; the text here is our own, and every way of writing a step is one small function
+below. This file knows no model and no tokenizer; it hands on questions, answers and texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+
+from tw_jax.config import config
+from tw_jax.forkjoin import grammar
+from tw_jax.tasks import answers
+
+
+@config
+class Multiplication:
+    """What to multiply and how the working is laid out.
+
+    Attributes:
+      min_value: smallest factor, inclusive.
+      max_value: largest factor, inclusive.
+      min_factors: fewest factors of a problem, inclusive.
+      max_factors: most factors of a problem, inclusive.
+      parallel: whether rounds may fork into threads; False writes the same working as prose.
+      parallel_probability: chance that a round which could fork does; drawn for each round.
+      lone_pair: a round with a single pair is worked in "prose", or is a "fork" with one thread per
+        non-zero digit of the shorter factor (prose where there are fewer than two).
+    """
+
+    min_value: int = 0
+    max_value: int = 1000
+    min_factors: int = 5
+    max_factors: int = 8
+    parallel: bool
+    parallel_probability: float = 1.0
+    lone_pair: Literal["prose", "fork"] = "prose"
+
+    def check(self) -> None:
+        """Refuse ranges that hold no problem."""
+        if not 0 <= self.min_value <= self.max_value < 2**63:
+            raise ValueError(
+                f"Multiplication.min_value = {self.min_value} and max_value = {self.max_value}: "
+                "want 0 <= min_value <= max_value < 2**63."
+            )
+        most = 2 * grammar.MAX_OUTLINES
+        if not 2 <= self.min_factors <= self.max_factors <= most:
+            raise ValueError(
+                f"Multiplication.min_factors = {self.min_factors} and max_factors = "
+                f"{self.max_factors}: want 2 <= min_factors <= max_factors <= {most}, for a block "
+                f"holds at most {grammar.MAX_OUTLINES} pairs."
+            )
+        if not 0.0 <= self.parallel_probability <= 1.0:
+            raise ValueError(
+                f"Multiplication.parallel_probability = {self.parallel_probability}: want a "
+                "number from 0 to 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One question.
+
+    Attributes:
+      factors: what to multiply, in the order of the question.
+      seed: seed of this problem alone; the layout of its gold text is drawn from it too.
+    """
+
+    factors: tuple[int, ...]
+    seed: int
+
+    @property
+    def question(self) -> str:
+        """The question as the user asks it."""
+        return f"What is {_times(self.factors)}?"
+
+    @property
+    def answer(self) -> str:
+        """The product in plain digits."""
+        return str(math.prod(self.factors))
+
+
+def problem(cfg: Multiplication, seed: int, index: int) -> Problem:
+    """Problem `index` of the stream `seed`; the same on every machine.
+
+    A 32-bit base is drawn from `seed`, and problem i is drawn from `base + i` alone, so that any
+    part of a stream can be made without the rest. Source: ThreadWeaver's `generate_math.py`.
+    """
+    base = int(np.random.Generator(np.random.PCG64(seed)).integers(2**32))
+    rng = np.random.Generator(np.random.PCG64(base + index))
+    count = int(rng.integers(cfg.min_factors, cfg.max_factors, endpoint=True))
+    factors = rng.integers(cfg.min_value, cfg.max_value, size=count, endpoint=True)
+    return Problem(factors=tuple(int(f) for f in factors), seed=base + index)
+
+
+def problems(
+    cfg: Multiplication, *, seed: int, count: int, exclude: Collection[str] = frozenset()
+) -> list[Problem]:
+    """The first `count` problems of a stream whose questions are new.
+
+    Args:
+      cfg: the task.
+      seed: the stream; splits take different seeds.
+      count: number of problems.
+      exclude: questions not to ask again, usually those of the other splits. Two questions that
+        differ in the order of factors are two questions.
+
+    Raises:
+      ValueError: if the ranges hold too few questions.
+    """
+    seen, found = set(exclude), []
+    tries = 100 * (count + len(seen)) + 1000
+    for index in range(tries):
+        if len(found) == count:
+            return found
+        candidate = problem(cfg, seed, index)
+        if candidate.question not in seen:
+            seen.add(candidate.question)
+            found.append(candidate)
+    raise ValueError(
+        f"Multiplication: only {len(found)} new questions in {tries} draws: want {count}. "
+        "Widen min_value..max_value or min_factors..max_factors, or ask for fewer."
+    )
+
+
+def gold(problem: Problem, cfg: Multiplication) -> str:
+    """The response a perfect student gives: thoughts with all working, then the boxed product."""
+    rng = np.random.Generator(np.random.PCG64([problem.seed, 1]))
+    pool = list(problem.factors)
+    lines = [_pool_line(pool)]
+    while len(pool) > 1:
+        # Drawn in every round, so that cfg.parallel changes the layout and no later draw.
+        fork = rng.random() < cfg.parallel_probability and cfg.parallel
+        pairs = list(zip(pool[0::2], pool[1::2], strict=False))
+        lines += _round(pairs, fork=fork, lone_pair=cfg.lone_pair)
+        carried = pool[2 * len(pairs) :]
+        pool = [a * b for a, b in pairs] + carried
+        lines.append(_pool_line(pool))
+    thoughts = "\n".join(lines)
+    return f"<think>\n{thoughts}\n</think>\n\nThe product is \\boxed{{{pool[0]}}}."
+
+
+def grade(response: str, answer: str) -> bool:
+    """Whether a response boxes exactly this integer after its thoughts.
+
+    Args:
+      response: the model's text, thoughts included.
+      answer: `Problem.answer`.
+    """
+    given = answers.final_answer(response, where="after_thinking")
+    return given is not None and answers.as_integer(given) == int(answer)
+
+
+def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
+    """One row: `123 * 60: 3*6+0=18 2*6+1=13 1*6+1=7 -> 7380`.
+
+    Args:
+      number: the multiplicand.
+      digit: 1 to 9.
+      zeros: how many zeros follow the digit; they pass to the result.
+    """
+    steps, carry = [], 0
+    for place in reversed(str(number)):
+        value = int(place) * digit + carry
+        steps.append(f"{place}*{digit}+{carry}={value}")
+        carry = value // 10
+    scale = 10**zeros
+    return f"{number} * {digit * scale}: {' '.join(steps)} -> {number * digit * scale}"
+
+
+def add(a: int, b: int) -> str:
+    """One sum by columns: `738 + 6150: 8+0+0=8 3+5+0=8 7+1+0=8 0+6+0=6 -> 6888`."""
+    steps, carry = [], 0
+    width = max(len(str(a)), len(str(b)))
+    for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True):
+        value = int(x) + int(y) + carry
+        steps.append(f"{x}+{y}+{carry}={value}")
+        carry = value // 10
+    return f"{a} + {b}: {' '.join(steps)} -> {a + b}"
+
+
+def multiply(a: int, b: int) -> list[str]:
+    """The whole working of one product as lines: its name, rows, sums, result."""
+    long, parts = _parts(a, b)
+    rows = [multiply_by_digit(long, digit, zeros) for digit, zeros in parts]
+    return [f"{a} * {b}", *rows, *_sums(long, parts), f"{a} * {b} = {a * b}"]
+
+
+def _parts(a: int, b: int) -> tuple[int, list[tuple[int, int]]]:
+    """The longer factor, and the (digit, zeros) of the shorter one; no parts for a product of 0."""
+    long, short = (a, b) if len(str(a)) >= len(str(b)) else (b, a)
+    if long == 0:
+        return long, []
+    digits = [(int(digit), zeros) for zeros, digit in enumerate(reversed(str(short)))]
+    return long, [(digit, zeros) for digit, zeros in digits if digit]
+
+
+def _sums(long: int, parts: list[tuple[int, int]]) -> list[str]:
+    """Adds up the rows, two numbers at a time."""
+    values = [long * digit * 10**zeros for digit, zeros in parts]
+    totals = itertools.accumulate(values)
+    return [add(total, value) for total, value in zip(totals, values[1:], strict=False)]
+
+
+def _round(
+    pairs: list[tuple[int, int]], *, fork: bool, lone_pair: Literal["prose", "fork"]
+) -> list[str]:
+    """The lines of one round: all pairs of the pool, as a block or as prose."""
+    if not fork or (len(pairs) == 1 and lone_pair == "prose"):
+        return [line for a, b in pairs for line in multiply(a, b)]
+    if len(pairs) > 1:
+        return [_block([(a, b, "\n".join(multiply(a, b))) for a, b in pairs])]
+    a, b = pairs[0]
+    long, parts = _parts(a, b)
+    if not 2 <= len(parts) <= grammar.MAX_OUTLINES:
+        return multiply(a, b)
+    rows = [
+        (long, digit * 10**zeros, multiply_by_digit(long, digit, zeros)) for digit, zeros in parts
+    ]
+    return [_block(rows), *_sums(long, parts), f"{a} * {b} = {a * b}"]
+
+
+def _block(products: list[tuple[int, int, str]]) -> str:
+    """One block: an outline and a thread per (factor, factor, working)."""
+    numbered = [(str(n), *product) for n, product in enumerate(products, start=1)]
+    return grammar.render_block(
+        grammar.Block(
+            outlines=tuple(grammar.Outline(n, f"Multiply {a} by {b}.") for n, a, b, _ in numbered),
+            threads=tuple(grammar.Thread(n, working) for n, _, _, working in numbered),
+        )
+    )
+
+
+def _pool_line(pool: list[int]) -> str:
+    return f"Pool: {', '.join(map(str, pool))}."
+
+
+def _times(factors: tuple[int, ...]) -> str:
+    return " * ".join(map(str, factors))

@@ -1,0 +1,167 @@
+"""Log-probs of trie nodes, read at their parents, and sums that name their denominators.
+
+Every objective is built from two pieces: `token_logp`, which turns the network's hidden states into
+one log-prob per node without ever holding [B, T, V] logits, and `accumulate`, which adds an
+objective and its gradient over parts of a batch before anything is divided. This file knows no
+optimiser and no algorithm; it hands `train/sft.py` and `train/pgrpo.py` sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tw_jax.contracts import Network, Params
+from tw_jax.sharding import constrain
+from tw_jax.trie.batch import TrieBatch
+
+Sums = dict[str, jax.Array]
+"""Scalars, float32, that add up over parts of a batch: numerators and denominators, never means."""
+
+Objective = Callable[[Params, Any], tuple[jax.Array, Sums]]
+"""(params, batch) -> (total, sums): a scalar to differentiate, not yet divided, and its company."""
+
+
+class TokenLogp(struct.PyTreeNode):
+    """What the model said of each node, given the hidden state of its parent."""
+
+    logp: jax.Array  # [B, T] float32 nats
+    is_argmax: jax.Array  # [B, T] bool, the node is the likeliest token after its parent
+    entropy: jax.Array | None  # [B, T] float32 nats of the distribution that predicts the node
+
+
+def token_logp(
+    network: Network,
+    params: Params,
+    hidden: jax.Array,
+    *,
+    batch: TrieBatch,
+    chunk_tokens: int,
+    temperature: jax.Array | float = 1.0,
+    with_entropy: bool = False,
+) -> TokenLogp:
+    """Log-probs of all nodes of packed tries, each predicted from its parent.
+
+    logp[b, i] = log_softmax(unembed(hidden[b, parent[b, i]]) / temperature)[tokens[b, i]]
+
+    Hidden states are gathered at `parent` and unembedded `chunk_tokens` nodes of every row at a
+    time, under remat: the largest array with V in its shape is [B, chunk_tokens, V], forward and
+    backward. Gradients of the unembedding add up over chunks in the dtype of the parameters.
+    Roots and padding point at themselves; what they score means nothing and has weight 0.
+    Source: ThreadWeaver (arXiv:2512.07843) with labels along trie edges, where its collator shifts
+    them in flat order (spec 2.5).
+
+    Args:
+      network: only `unembed` is used.
+      params: the parameters that made `hidden`.
+      hidden: [B, T, D], after the final norm.
+      batch: `tokens` and `parent` are read, [B, T] int32.
+      chunk_tokens: nodes per row and chunk, at least 1; T need not be a multiple.
+      temperature: divides the logits, above 0; may be traced.
+      with_entropy: also computes the entropy, at the price of one more pass over the logits.
+
+    Raises:
+      ValueError: `chunk_tokens` is below 1.
+    """
+    chex.assert_rank(hidden, 3)
+    chex.assert_shape([batch.tokens, batch.parent], hidden.shape[:2])
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens = {chunk_tokens}: want at least 1, for example 1024.")
+
+    def score(piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
+        source, tokens = piece
+        logits = network.unembed(params, source).astype(jnp.float32) / temperature
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        # A masked sum, not a gather: it stays elementwise over a sharded vocabulary, and its
+        # transpose is a select where a gather's would be a scatter into [B, chunk, V].
+        is_token = jnp.arange(logits.shape[-1], dtype=tokens.dtype) == tokens[..., None]
+        logp = jnp.where(is_token, logits, 0).sum(-1) - log_z
+        entropy = None
+        if with_entropy:
+            logs = logits - log_z[..., None]
+            entropy = -(jnp.exp(logs) * logs).sum(-1)
+        return TokenLogp(logp=logp, is_argmax=logits.argmax(-1) == tokens, entropy=entropy)
+
+    rows, length = batch.tokens.shape
+    num_chunks = -(-length // chunk_tokens)
+    size = -(-length // num_chunks)  # equal chunks, so that at most num_chunks - 1 nodes are padded
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, size, ...]
+        pad = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, pad).reshape(rows, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def merge(x: jax.Array) -> jax.Array:  # [chunks, B, size] -> [B, T]
+        return x.swapaxes(0, 1).reshape(rows, num_chunks * size)[:, :length]
+
+    source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
+    # The scan already keeps forward and backward apart, so remat needs no barrier against CSE.
+    chunk = jax.checkpoint(score, prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
+    return jax.tree.map(merge, jax.lax.map(chunk, (split(source), split(batch.tokens))))
+
+
+def weighted_mean(total: jax.Array, *, denominator: jax.Array) -> jax.Array:
+    """Divides a sum by its denominator in float32; 0 where the denominator is 0.
+
+    The denominator is an argument because it belongs to the whole global batch: sum both over
+    all rows and accumulation steps first, divide once. A mean of means would weigh a token by the
+    company it happens to be packed with.
+
+    Args:
+      total: a weighted sum, or a gradient of one; any shape.
+      denominator: [] the sum of the weights, at least 0.
+    """
+    safe = jnp.where(denominator == 0, 1, denominator)
+    return jnp.where(denominator == 0, 0, total.astype(jnp.float32) / safe)
+
+
+def accumulate(
+    objective: Objective,
+    params: Params,
+    batch: Any,
+    *,
+    accumulation_steps: int,
+    axes: Params,
+) -> tuple[Params, jax.Array, Sums]:
+    """Adds an objective, its gradient and its sums over parts of a batch, in float32.
+
+    Nothing is divided here, so the result does not depend on `accumulation_steps` but for rounding.
+
+    Args:
+      objective: differentiated in `params`, once per part; see `Objective`.
+      params: any dtype.
+      batch: a pytree of arrays [R, ...]; every part is one of [R / accumulation_steps, ...].
+      accumulation_steps: number of parts that are run one after another, a divisor of R.
+      axes: `Network.axes()`. The accumulator is a loop carry, which the compiler would otherwise be
+        free to copy to every device.
+
+    Returns:
+      (gradients of the summed total, float32, shaped like params; the summed total; the sums).
+
+    Raises:
+      ValueError: `accumulation_steps` does not divide R.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if accumulation_steps < 1 or rows % accumulation_steps:
+        raise ValueError(
+            f"accumulation_steps = {accumulation_steps}: want a divisor of the batch's {rows} rows."
+        )
+
+    def split(x: jax.Array) -> jax.Array:  # [R, ...] -> [steps, R / steps, ...]
+        # Strided, not in blocks: each device's rows are spread over all parts and none moves.
+        parts = x.reshape(rows // accumulation_steps, accumulation_steps, *x.shape[1:])
+        return parts.swapaxes(0, 1)
+
+    def add(gradients: Params, part: Any) -> tuple[Params, tuple[jax.Array, Sums]]:
+        values, new = jax.value_and_grad(objective, has_aux=True)(params, part)
+        added = jax.tree.map(lambda old, g: old + g.astype(jnp.float32), gradients, new)
+        return jax.tree.map(constrain, added, axes), values
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    gradients, values = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
+    total, sums = jax.tree.map(lambda x: x.astype(jnp.float32).sum(0), values)
+    return gradients, total, sums

@@ -1,0 +1,312 @@
+"""What training carries from step to step, and the one rule that moves it: AdamW as HF's Trainer.
+
+The only importer of optax. This file knows no loss: it is given gradients, already divided, and
+hands back the next state. A state is born abstract (shapes and shardings, no arrays), so that it
+can be compiled for, or restored onto, any mesh before memory is spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tw_jax.config import config
+from tw_jax.contracts import Network, Params
+from tw_jax.sharding import Rules, shardings
+
+
+@config
+class Optim:
+    """AdamW with decoupled weight decay, a warm-up and a schedule.
+
+    The defaults are those of ThreadWeaver's SFT run, whose peak was 1e-5 for an 8B model (spec 2.8).
+
+    Attributes:
+      peak_lr: learning rate at the end of the warm-up.
+      schedule: what follows the warm-up until the last step: "cosine" or "linear" down to end_lr,
+        or "constant".
+      end_lr: learning rate that "cosine" and "linear" reach after the last step.
+      warmup_ratio: share of all steps in which the rate rises linearly from 0; rounded up.
+      warmup_steps: the same as a number of steps; where it is set, warmup_ratio is not used.
+      beta1: decay of the mean of the gradient.
+      beta2: decay of the mean of its square.
+      epsilon: added to the root of the second moment, after bias correction.
+      weight_decay: times the learning rate; not on norms and biases, on all else, embeddings too.
+      clip_norm: the global norm that gradients are scaled down to; None never scales.
+    """
+
+    peak_lr: float
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    end_lr: float = 0.0
+    warmup_ratio: float = 0.05
+    warmup_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float | None = 1.0
+
+    def check(self) -> None:
+        """Refuses what AdamW cannot run with."""
+        for name, low, high in (
+            ("end_lr", 0, self.peak_lr),
+            ("warmup_ratio", 0, 1),
+            ("warmup_steps", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"Optim.{name} = {value}: want {low} <= {name} <= {high}.")
+        for name in ("peak_lr", "epsilon", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Optim.{name} = {value}: want a number above 0.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"Optim.{name} = {value}: want 0 <= {name} < 1.")
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a step reads and writes, and all that a checkpoint must hold besides the data."""
+
+    step: jax.Array  # [] int32, steps taken; a skipped update is a step too
+    params: Params
+    opt_state: Any  # AdamW's count and moments; the moments are float32 and shaped like params
+    key: jax.Array  # [] typed key; derive with fold_in(key, step), never replaced
+
+
+Metrics = dict[str, jax.Array]
+"""Scalars by name, float32."""
+
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+"""(state, batch) -> (next state, metrics): pure, whatever the algorithm."""
+
+
+def create(params: Params, optim: Optim, *, key: jax.Array) -> TrainState:
+    """A state at step 0 around given parameters.
+
+    Moments are float32 whatever the dtype of `params`. Parameters themselves are updated in their
+    own dtype: bfloat16 ones lose every update below 2^-9 of their size, so keep them in float32 and
+    compute in bfloat16 unless memory forbids it.
+
+    Args:
+      params: fresh, or of a pretrained model.
+      optim: the optimiser whose moments are made.
+      key: [] typed key, kept as it is.
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=_adamw(optim).init(_float32(params)),
+        key=key,
+    )
+
+
+def abstract_state(
+    network: Network, optim: Optim, *, mesh: jax.sharding.Mesh, rules: Rules
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without an array.
+
+    Moments lie where their parameters lie; the rest is on every device.
+
+    Args:
+      network: says shapes and logical axes.
+      optim: the optimiser.
+      mesh: the mesh.
+      rules: the table from logical to mesh axes.
+
+    Returns:
+      A state of `jax.ShapeDtypeStruct`s with shardings: what a compiler or a checkpoint wants.
+    """
+    state = jax.eval_shape(lambda key: create(network.init(key), optim, key=key), jax.random.key(0))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = shardings(network.axes(), state.params, mesh, rules)
+    moments = optax.tree_utils.tree_map_params(
+        _adamw(optim),
+        lambda _, where: where,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    where = TrainState(step=everywhere, params=params, opt_state=moments, key=everywhere)  # pyright: ignore[reportArgumentType]  # shardings stand in for arrays
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        where,
+    )
+
+
+def initial_state(
+    network: Network,
+    optim: Optim,
+    *,
+    mesh: jax.sharding.Mesh,
+    rules: Rules,
+    key: jax.Array,
+    params: Params | None = None,
+) -> TrainState:
+    """A state at step 0, laid out over the mesh from birth.
+
+    Args:
+      network: makes the parameters where none are given.
+      optim: the optimiser.
+      mesh: the mesh.
+      rules: the table from logical to mesh axes.
+      key: [] typed key, consumed: half of it for the parameters, half of it for the run.
+      params: pretrained parameters; they are donated.
+    """
+    for_params, for_run = jax.random.split(key)
+    where = _places(abstract_state(network, optim, mesh=mesh, rules=rules))
+    if params is None:
+        fresh = jax.jit(
+            lambda init, run: create(network.init(init), optim, key=run), out_shardings=where
+        )
+        return fresh(for_params, for_run)
+    around = jax.jit(
+        lambda given, run: create(given, optim, key=run), out_shardings=where, donate_argnums=0
+    )
+    return around(params, for_run)
+
+
+def jit_step(step: Step, abstract: TrainState, *, mesh: jax.sharding.Mesh, rules: Rules) -> Step:
+    """Compiles a step for a mesh; the state is donated, batches are split by rows.
+
+    Call it, or lower it, inside `sharding.use(mesh, rules)`.
+
+    Args:
+      step: pure.
+      abstract: `abstract_state` of the same mesh and rules.
+      mesh: the mesh.
+      rules: the table; `Rules.rows` splits the leading dimension of the batch.
+
+    Returns:
+      The result of `jax.jit`: (state, batch) -> (state, metrics on every device).
+
+    Raises:
+      ValueError: when traced outside of `sharding.use(mesh, rules)`.
+    """
+
+    def traced(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        # Outside of `use`, activations would silently go unconstrained.
+        if jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
+            raise ValueError(
+                "A step was traced outside of its mesh: want `with sharding.use(mesh, rules):` "
+                "around the call, with the mesh that jit_step was given."
+            )
+        return step(state, batch)
+
+    where = _places(abstract)
+    return jax.jit(
+        traced,
+        in_shardings=(where, NamedSharding(mesh, PartitionSpec(rules.rows))),
+        out_shardings=(where, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+def learning_rate(step: jax.Array | int, optim: Optim, *, steps: int) -> jax.Array:
+    """The rate of the update that makes step `step` + 1.
+
+    With w warm-up steps it is peak * step / w for step < w: the first update of a warm-up has rate
+    0, as in HF's schedulers. After that, with x = (step - w) / (steps - w) in [0, 1], constant:
+    peak; linear: end + (peak - end) (1 - x); cosine: end + (peak - end) (1 + cos(pi x)) / 2.
+
+    Args:
+      step: [] int32, steps taken before this one.
+      optim: `Optim`.
+      steps: steps of the whole run.
+
+    Returns:
+      [] float32.
+    """
+    warmup = optim.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(steps * optim.warmup_ratio)
+    now = jnp.asarray(step, jnp.float32)
+    x = jnp.clip((now - warmup) / max(1, steps - warmup), 0, 1)
+    share = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + jnp.cos(jnp.pi * x)) / 2}
+    after = optim.end_lr + (optim.peak_lr - optim.end_lr) * share[optim.schedule]
+    return jnp.where(now < warmup, optim.peak_lr * now / max(1, warmup), after)
+
+
+def update(
+    state: TrainState, gradients: Params, optim: Optim, *, steps: int
+) -> tuple[TrainState, Metrics]:
+    """One AdamW step, or none: a gradient whose norm is not finite changes nothing but `step`.
+
+    g' = g * min(1, clip / |g|);  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
+    p -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * p), t counting real updates.
+    Source: AdamW (arXiv:1711.05101), with the settings of HF's Trainer.
+
+    Args:
+      state: before the step.
+      gradients: float32, shaped like `state.params`, of the loss as it is reported.
+      optim: the same as in `create`.
+      steps: steps of the whole run, for the schedule.
+
+    Returns:
+      (the next state, metrics []: grad_norm before clipping, param_norm before the update, lr,
+      skipped 0 or 1).
+    """
+    chex.assert_trees_all_equal_shapes(state.params, gradients)
+    norm = optax.tree_utils.tree_norm(gradients)
+    applies = jnp.isfinite(norm)
+    if optim.clip_norm is not None:
+        scale = jnp.minimum(1.0, optim.clip_norm / jnp.where(norm > 0, norm, 1.0))
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
+    lr = learning_rate(state.step, optim, steps=steps)
+    params = _float32(state.params)
+    direction, opt_state = _adamw(optim).update(gradients, state.opt_state, params)
+    moved = jax.tree.map(
+        lambda new, p, d: (p - lr * d).astype(new.dtype), state.params, params, direction
+    )
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(applies, new, old),
+        (moved, opt_state),
+        (state.params, state.opt_state),
+    )
+    metrics = {
+        "grad_norm": norm,
+        "param_norm": optax.tree_utils.tree_norm(params),
+        "lr": lr,
+        "skipped": 1.0 - applies.astype(jnp.float32),
+    }
+    return state.replace(step=state.step + 1, params=kept[0], opt_state=kept[1]), metrics
+
+
+def decays(params: Params) -> Params:
+    """True where weight decay applies: parameters with neither "norm" nor "bias" in their path.
+
+    HF's Trainer excludes the same by name; embeddings and the unembedding are decayed.
+    """
+
+    def has_decay(path: tuple[Any, ...], _: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path).lower()
+        return "norm" not in name and "bias" not in name
+
+    return jax.tree_util.tree_map_with_path(has_decay, params)
+
+
+def _adamw(optim: Optim) -> optax.GradientTransformation:
+    """The direction of the step, without rate and clipping, which `update` owns and reports."""
+    return optax.chain(
+        optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon),
+        optax.add_decayed_weights(optim.weight_decay, mask=decays),
+    )
+
+
+def _places(abstract: TrainState) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _float32(tree: Params) -> Params:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
