@@ -63,7 +63,7 @@ def run(cfg):
 '''
 
 TIME = '''
-"""Times things."""
+"""`tw time`: Times things."""
 
 seen = []
 

@@ -213,15 +213,13 @@ def test_bytes_are_their_own_ids():
     assert tokenizer.encode("é1<Thread></s>").tolist() == expected
 
 
-def test_sentencepiece_keeps_digits_colons_and_newlines_apart(pieces):
-    for text in ("Multiply 12600", "pool:: 84", "a\n\nb\n", "x12:\n34", " :"):
-        for id in pieces.encode(text):
-            piece = pieces.piece(int(id))
-            assert len(piece) == 1 or not re.search(r"[0-9:\n]", piece)
-
-
-def test_sentencepiece_learns_merges(pieces):
-    assert len(pieces.encode("Multiply the product")) < 12
+def test_sentencepiece_keeps_digits_colons_and_newlines_apart(tmp_path):
+    text = "note: yes:: 84 12 12:34 note:\n\n12:\n"
+    train_sentencepiece([text] * 20, tmp_path / "x.model", 304)
+    tokenizer = load_tokenizer(SentencePiece(path=str(tmp_path / "x.model")))
+    found = [tokenizer.piece(int(id)) for id in tokenizer.encode(text)]
+    assert any(len(piece) > 2 for piece in found)  # it did learn merges
+    assert all(len(piece) == 1 or not re.search(r"[0-9:\n]", piece) for piece in found)
 
 
 def test_training_twice_writes_the_same_file(tmp_path, files):
@@ -282,6 +280,13 @@ def test_controls_that_a_file_has_keep_their_ids(tmp_path):
     for text in ("</Thread>", "<Thread>"):
         assert tokenizer.id_of(text) == file.token_to_id(text)
     assert tokenizer.vocab_size == file.get_vocab_size(with_added_tokens=True) + 10
+
+
+def test_special_tokens_that_overlap_in_a_question_stay_text(tmp_path):
+    path = save_hf(tmp_path / "t.json", ["#x#", "#y#", "<|im_end|>"])
+    tokenizer = load_tokenizer(HuggingFace(path=path, eos=("<|im_end|>",)))
+    found = {tokenizer.piece(int(id)) for id in tokenizer.encode_plain("#x#y#")}
+    assert not found & {"#x#", "#y#"}
 
 
 def test_a_truncation_that_a_file_carries_does_not_cut_documents(qwen):

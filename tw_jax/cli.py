@@ -141,7 +141,8 @@ def _root(program: ModuleType, verb: str) -> type[Any]:
 def _summary(verb: str) -> str:
     """The first line of a program's docstring, read without importing the program."""
     source = Path(tw_jax.programs.__path__[0], f"{verb}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
+    first = (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
+    return first.removeprefix(f"`tw {verb}`: ")
 
 
 def _help() -> str:

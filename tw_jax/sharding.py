@@ -93,7 +93,10 @@ class Rules:
 _RULES = jax.make_user_context(None)
 
 
-def make_mesh(cfg: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(
+    cfg: Mesh,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> jax.sharding.Mesh:
     """Lays devices out as the mesh ("data", "fsdp", "tensor").
 
     Args:

@@ -217,7 +217,7 @@ def test_blockwise_never_reads_blocks_that_no_query_needs():
     k, v = (normal(rng, jnp.float32, 1, 1, 128, 8) for _ in range(2))
     attend = CANDIDATES["blockwise of 32"]
     want = answers(attend, q, k, v, d_out, at, keys)
-    got = answers(attend, q, k.at[:, :, :64].set(jnp.nan), v.at[:, :, :64].set(jnp.nan), d_out, at, keys)
+    got = answers(attend, q, *(x.at[:, :, :64].set(jnp.nan) for x in (k, v)), d_out, at, keys)
     for poisoned, clean in zip(got, want, strict=True):
         np.testing.assert_array_equal(poisoned, clean)
     assert not np.any(got[2][:, :, :64])

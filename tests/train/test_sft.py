@@ -17,7 +17,7 @@ from tw_jax.train.state import Optim, abstract_state, create, jit_step
 from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.tree import build
 
-OPTIM = Optim(peak_lr=1e-2, warmup_steps=0)
+OPTIM = Optim(peak_lr=5e-2, warmup_steps=0)
 ROWS, TOKENS = 16, 64
 
 
@@ -28,12 +28,13 @@ def network():
 
 @pytest.fixture(scope="module")
 def batches():
-    """Rows of one to three tries and one empty row: every device has another weight."""
-    made = []
-    for seed in (1, 2):
-        _, tries = stub.random_tries(seed=seed, num_tries=ROWS - 1)
-        made.append(stack_rows([*([trie] for trie in tries), []], row_tokens=TOKENS))
-    return made
+    """Tries of random sizes, and one row without any: every device has another weight."""
+    return [rows_of(stub.random_tries(seed=seed, num_tries=ROWS - 1)[1]) for seed in (1, 2)]
+
+
+def rows_of(tries):
+    """A batch of the one shape that is compiled for: a trie to a row, empty rows behind."""
+    return stack_rows([*([trie] for trie in tries), *[[]] * (ROWS - len(tries))], TOKENS)
 
 
 def fresh(network):
@@ -50,9 +51,13 @@ def distance(one, other):
 
 
 @pytest.fixture(scope="module")
-def alone(network, batches):
+def step(network):
+    return jax.jit(make_step(network, OPTIM, steps=60, chunk_tokens=16))
+
+
+@pytest.fixture(scope="module")
+def alone(network, step, batches):
     """State and metrics after two steps, in one piece on one device."""
-    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))
     state, metrics = fresh(network), {}
     for batch in batches:
         state, metrics = step(state, batch)
@@ -61,9 +66,9 @@ def alone(network, batches):
 
 def test_the_loss_is_the_mean_over_all_calls_of_the_batch(network, tolerance):
     groups, tries = stub.random_tries(seed=1, num_tries=3)
-    batch = stub.rows_of([tries[:1], tries[1:]])
+    batch = rows_of(tries)
     state = fresh(network)
-    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16, accumulation_steps=2))
+    step = jax.jit(make_step(network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=2))
     _, metrics = step(state, batch)
     calls = [call for calls in groups for call in calls]
     weight = sum(weight.sum() for _, weight in calls)
@@ -81,10 +86,10 @@ def test_metrics_are_float32_scalars(alone):
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
 
-def test_accuracy_is_the_share_of_trained_nodes_that_are_likeliest(network, batches):
+def test_accuracy_is_the_share_of_trained_nodes_that_are_likeliest(network, step, batches):
     state = fresh(network)
     batch = batches[0]
-    _, metrics = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))(state, batch)
+    _, metrics = step(state, batch)
     hidden, _ = network.apply(state.params, batch.tokens, batch.depth, batch.span)
     guess = np.asarray(network.unembed(state.params, hidden)).argmax(-1)
     hits = np.take_along_axis(guess, batch.parent, axis=1) == batch.tokens
@@ -93,42 +98,39 @@ def test_accuracy_is_the_share_of_trained_nodes_that_are_likeliest(network, batc
     assert float(metrics["accuracy"]) == pytest.approx(hits[trained].mean())
 
 
-def test_a_chain_is_the_sequential_baseline(network, tolerance):
+def test_a_chain_is_the_sequential_baseline(network, step, tolerance):
     """On tries without a branch the step is ordinary next-token training, shifted by one."""
     rng = np.random.default_rng(4)
     texts = [rng.integers(0, stub.VOCAB, n).astype(np.int32) for n in (9, 14, 5)]
     weights = [(np.arange(len(t)) >= 3).astype(np.float32) for t in texts]
     tries = [build([t], [w]) for t, w in zip(texts, weights, strict=True)]
-    batch = stack_rows([tries[:2], tries[2:]], row_tokens=24)
+    batch = rows_of(tries)
     state = fresh(network)
-    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))
     _, metrics = step(state, batch)
     nll = [-stub.logp_after(state.params, t[:i])[t[i]] for t in texts for i in range(3, len(t))]
     assert float(metrics["loss"]) == pytest.approx(np.mean(nll), rel=tolerance["equality_loss"])
     assert float(metrics["tokens"]) == len(nll)
 
 
-def test_a_batch_without_weight_has_loss_zero_and_trains_nothing(network, batches):
-    optim = Optim(peak_lr=1e-2, warmup_steps=0, weight_decay=0.0)
+def test_a_batch_without_weight_has_loss_zero_and_only_decays(network, step, batches):
     batch = batches[0].replace(weight=np.zeros((ROWS, TOKENS), np.float32))
     state = fresh(network)
-    after, metrics = jax.jit(make_step(network, optim, steps=10, chunk_tokens=16))(state, batch)
+    after, metrics = step(state, batch)
     assert (float(metrics["loss"]), float(metrics["accuracy"])) == (0, 0)
     assert (float(metrics["grad_norm"]), float(metrics["skipped"])) == (0, 0)
-    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    shrunk = 1 - OPTIM.peak_lr * OPTIM.weight_decay
+    np.testing.assert_allclose(after.params["out"], shrunk * state.params["out"], rtol=1e-6)
 
 
-def test_training_learns_a_batch_by_heart(network, batches):
-    step = jax.jit(make_step(network, OPTIM, steps=60, chunk_tokens=64), donate_argnums=0)
+def test_training_learns_a_batch_by_heart(network, step, batches):
     state, losses = fresh(network), []
     for _ in range(60):
         state, metrics = step(state, batches[0])
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
-def test_the_same_step_twice_is_bit_equal(network, batches, alone):
-    step = jax.jit(make_step(network, OPTIM, steps=10, chunk_tokens=16))
+def test_the_same_step_twice_is_bit_equal(network, step, batches, alone):
     state = fresh(network)
     for batch in batches:
         state, metrics = step(state, batch)
@@ -158,7 +160,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(
     rules = sharding.Rules()
     abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
     step = make_step(
-        network, OPTIM, steps=10, chunk_tokens=16, accumulation_steps=accumulation_steps
+        network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=accumulation_steps
     )
     with sharding.use(mesh, rules):
         compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
@@ -184,7 +186,7 @@ def test_data_parallel_devices_exchange_sums_and_no_tokens(network, batches):
     """Neither the read at the parent nor the split into parts moves a row off its device."""
     mesh, rules = sharding.make_mesh(sharding.Mesh(data=8, fsdp=1)), sharding.Rules()
     abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(network, OPTIM, steps=10, chunk_tokens=16, accumulation_steps=2)
+    step = make_step(network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=2)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches[0])
     with sharding.use(mesh, rules):
         program = jit_step(step, abstract, mesh=mesh, rules=rules).lower(abstract, shapes)

@@ -64,7 +64,9 @@ def test_an_unused_slot_is_seen_by_nobody_and_one_for_ever_by_all_after_it():
     )
 
 
-@given(parent=forests(), sizes=st.tuples(*[st.sampled_from([4, 8, 16])] * 2), seed=st.integers(0, 9))
+@given(
+    parent=forests(), sizes=st.tuples(*[st.sampled_from([4, 8, 16])] * 2), seed=st.integers(0, 9)
+)
 def test_no_needed_block_is_lost(parent, sizes, seed):
     query_block, key_block = sizes
     rng = np.random.default_rng(seed)

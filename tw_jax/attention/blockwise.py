@@ -107,7 +107,25 @@ def _unfold(x: jax.Array, block: int) -> jax.Array:
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    """Product with float32 sums; a float32 operand is rounded to the dtype of the other.
+
+    On CPU both are widened instead: XLA there has no bfloat16 product with a transposed left operand
+    ("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32", jax 0.10.2), and computes the
+    others in float32 anyhow.
+    """
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+
+    def product(dtype):
+        def multiply(a, b):
+            return jnp.einsum(
+                spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32
+            )
+
+        return multiply
+
+    if narrow == jnp.float32:
+        return product(jnp.float32)(a, b)
+    return lax.platform_dependent(a, b, cpu=product(jnp.float32), default=product(narrow))
 
 
 def _scores(q: jax.Array, k: jax.Array, at: jax.Array, keys: Span, scale: float) -> jax.Array:
@@ -152,7 +170,7 @@ def _forward(scale, q, k, v, at, keys, plan):
                 new_top = jnp.maximum(top, scores.max(axis=-1))
                 weights = jnp.exp(scores - new_top[..., None])
                 shrink = jnp.exp(top - new_top)
-                add = _dot("grb,gbh->grh", weights.astype(v.dtype), v[j])
+                add = _dot("grb,gbh->grh", weights, v[j])
                 out = out * shrink[..., None] + add
                 return out, new_top, total * shrink + weights.sum(axis=-1)
 
@@ -198,10 +216,10 @@ def _backward(scale, kept, d_out):
                 key = jax.tree.map(lambda x: x[j], keys)
                 weights = jnp.exp(_scores(q, k[j], at, key, scale) - log_sum[..., None])
                 d_weights = _dot("grh,gbh->grb", d_out, v[j])
-                d_scores = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
+                d_scores = weights * (d_weights - delta[..., None]) * scale
                 dq = dq + _dot("grb,gbh->grh", d_scores, k[j])
                 dk = _add_at(dk, j, _dot("ghr,grb->ghb", q_t, d_scores))
-                dv = _add_at(dv, j, _dot("ghr,grb->ghb", d_out_t, weights.astype(q.dtype)))
+                dv = _add_at(dv, j, _dot("ghr,grb->ghb", d_out_t, weights))
                 return dq, dk, dv
 
             start = (jnp.zeros(q.shape, jnp.float32), *carry)

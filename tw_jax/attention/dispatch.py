@@ -130,5 +130,8 @@ def _per_device(
     by_head = sharding.spec(("rows", "heads"), q.shape[:2], mesh, rules, name="queries")
     by_row = PartitionSpec(by_head[0])
     return jax.shard_map(
-        local, in_specs=(by_head, by_head, by_head, by_row, by_row), out_specs=by_head, check_vma=False
+        local,
+        in_specs=(by_head, by_head, by_head, by_row, by_row),
+        out_specs=by_head,
+        check_vma=False,
     )(q, k, v, at, keys)

@@ -104,11 +104,9 @@ class CallRecord:
     hit: Hit
 
     def __post_init__(self) -> None:
-        if self.logp is not None and self.logp.shape != self.sampled.shape:
-            raise ValueError(
-                f"CallRecord.logp has {len(self.logp)} numbers for {len(self.sampled)} sampled "
-                "ids; want one each."
-            )
+        want = f"{len(self.sampled)} numbers, one for each sampled id"
+        fits = self.logp is None or self.logp.shape == self.sampled.shape
+        _require(fits, "CallRecord.logp", self.logp, want)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,11 +182,7 @@ def open_records(path: str | Path) -> Sequence[Record]:
       FileNotFoundError: the file is not there.
       ValueError: an unknown suffix, or a file of another format than its suffix says.
     """
-    path = Path(path)
-    _format(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Write it with `write`, or mend the path.")
-    return _Records(path)
+    return _Records(Path(path))
 
 
 def write(path: str | Path, records: Iterable[Record]) -> None:
@@ -202,7 +196,7 @@ def write(path: str | Path, records: Iterable[Record]) -> None:
       ValueError: an unknown suffix, or a record that JSON cannot hold.
     """
     path = Path(path)
-    _, write_file = _format(path)
+    write_file = _WRITERS[_suffix(path)]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -315,10 +309,7 @@ def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> R
             _require(isinstance(calls, list), "calls", calls, "a list")
             whole = isinstance(counts, dict) and _is_list([*counts.values()], int)
             _require(whole, "counts", counts, "an object of integers")
-            fields |= {
-                "prompt": _ids(row["prompt"], "prompt"),
-                "calls": tuple(map(_call, calls)),
-            }
+            fields |= {"prompt": _ids(row["prompt"], "prompt"), "calls": tuple(map(_call, calls))}
         return _KINDS[kind](**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
@@ -359,7 +350,7 @@ def _require_fields(row: Mapping[str, Any], names: Sequence[str], kind: str) -> 
         faults = [f"lacks {', '.join(missing)}"] if missing else []
         faults += [f"has the unknown {', '.join(unknown)}"] if unknown else []
         raise ValueError(
-            f"the {kind} {' and '.join(faults)} ({_excerpt(row)}). The fields of a {kind} are "
+            f"the {kind} {' and '.join(faults)} ({dict(row)!r:.60}). The fields of a {kind} are "
             f"{', '.join(names)}; add, rename or remove."
         )
 
@@ -394,21 +385,30 @@ def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Ex
         question = row["question"]
     else:
         raise ValueError(
-            f"the columns {', '.join(row) or '(none)'} make no record ({_excerpt(row)}). Want "
+            f"the columns {', '.join(row) or '(none)'} make no record ({dict(row)!r:.60}). Want "
             "kind; or qwen_text; or question, or prompt with one user message, together with "
             "response, answer or reward_model."
         )
-    ids = row.get("id"), row.get("uuid"), f"{task}:{index}"
+    model = row.get("reward_model")
+    truth = model.get("ground_truth") if isinstance(model, dict) else None
+    answer = _first(truth, row.get("answer"), None if response is None else "")
+    want = "text or an int in answer or reward_model.ground_truth; in quotes, numbers stay exact"
+    _require(type(answer) in (int, str), "answer", answer, want)
     fields = {
-        "id": str(next(id for id in ids if id is not None)),
+        "id": str(_first(row.get("id"), row.get("uuid"), f"{task}:{index}")),
         "question": question,
-        "answer": _foreign_answer(row, "" if response is not None else None),
-        "task": row.get("data_source") or task,
+        "answer": str(answer),
+        "task": _first(row.get("data_source"), task),
     }
     if response is not None:
         return Example(response=response, **fields)
     read_above = {"id", "uuid", "question", "prompt", "answer", "reward_model", "data_source"}
     return Problem(extra={k: v for k, v in row.items() if k not in read_above}, **fields)
+
+
+def _first(*values: Any) -> Any:
+    # Parquet has null where a row lacks a column that others have.
+    return next((value for value in values if value is not None), None)
 
 
 def _from_qwen_text(text: Any) -> tuple[str, str]:
@@ -431,24 +431,6 @@ def _from_messages(prompt: Any) -> str:
     )
 
 
-def _foreign_answer(row: Mapping[str, Any], fallback: str | None) -> str:
-    model = row.get("reward_model")
-    answers = (
-        (model if isinstance(model, dict) else {}).get("ground_truth"),
-        row.get("answer"),
-        fallback,
-    )
-    answer = next((answer for answer in answers if answer is not None), None)
-    if answer is None:
-        raise ValueError(
-            f"the row has neither response nor answer ({_excerpt(row)}). Add answer, "
-            "or reward_model with ground_truth."
-        )
-    want = f"str or int, got {type(answer).__name__}; in quotes, numbers stay exact"
-    _require(type(answer) in (int, str), "answer", answer, want)
-    return str(answer)
-
-
 # Formats: how many mappings a file holds, and how to get at one.
 
 _Row = tuple[Mapping[str, Any], str]
@@ -464,7 +446,10 @@ class _Records(Sequence[Record]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._length, self._row = _format(path)[0](path)
+        suffix = _suffix(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file. Write it, or mend the path.")
+        self._length, self._row = _OPENERS[suffix](path)
 
     def __reduce__(self) -> tuple[type[_Records], tuple[Path]]:
         return _Records, (self._path,)
@@ -548,9 +533,8 @@ def _write_jsonl(path: Path, records: Iterable[Record]) -> None:
 
 
 def _write_array_record(path: Path, records: Iterable[Record]) -> None:
-    with contextlib.closing(
-        array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    ) as writer:
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    with contextlib.closing(writer):
         for record in records:
             writer.write(_json_bytes(record))
 
@@ -575,23 +559,17 @@ def _write_parquet(path: Path, records: Iterable[Record]) -> None:
             group = list(itertools.islice(rows, _GROUP_ROWS))
 
 
-_Format = tuple[
-    Callable[[Path], tuple[int, Callable[[int], _Row]]], Callable[[Path, Iterable[Record]], None]
-]
-_FORMATS: dict[str, _Format] = {
-    ".jsonl": (_open_jsonl, _write_jsonl),
-    ".parquet": (_open_parquet, _write_parquet),
-    ".array_record": (_open_array_record, _write_array_record),
-}
+_OPENERS = {".jsonl": _open_jsonl, ".parquet": _open_parquet, ".array_record": _open_array_record}
+_WRITERS = dict(zip(_OPENERS, (_write_jsonl, _write_parquet, _write_array_record), strict=True))
 
 
-def _format(path: Path) -> _Format:
-    if path.suffix not in _FORMATS:
+def _suffix(path: Path) -> str:
+    if path.suffix not in _OPENERS:
         raise ValueError(
-            f"{path}: want a file name that ends in {', '.join(_FORMATS)}. Rename it; a .json file "
+            f"{path}: want a file name that ends in {', '.join(_OPENERS)}. Rename it; a .json file "
             "of one object a line is .jsonl."
         )
-    return _FORMATS[path.suffix]
+    return path.suffix
 
 
 def _json_bytes(record: Record) -> bytes:
@@ -635,8 +613,3 @@ def _parse(data: bytes, where: str) -> Mapping[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _excerpt(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:60]}…"

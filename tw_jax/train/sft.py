@@ -64,7 +64,6 @@ def make_step(
       Metrics are float32 scalars: loss (nats per unit of weight), accuracy (share of trained nodes
       that are the likeliest token), tokens, weight, and those of `state.update`.
     """
-
     axes = network.axes()
 
     def step(state: TrainState, batch: TrieBatch) -> tuple[TrainState, Metrics]:

@@ -1,0 +1,365 @@
+"""The decoder against itself seen from the other side: path by path, layer by layer, unremat."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from tw_jax.contracts import KV, Span
+from tw_jax.models.presets import QWEN3_8B
+from tw_jax.models.rope import Rope, rotation
+from tw_jax.models.transformer import Block, Model, RmsNorm, network
+from tw_jax.trie.batch import TrieBatch, stack_rows
+from tw_jax.trie.tree import build
+
+SMALL = Model(
+    vocab_size=40,
+    num_layers=3,
+    width=32,
+    mlp_width=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=16,
+    qk_norm=True,
+    tie_embeddings=True,
+    rope=Rope(),
+    attention="reference",
+)
+
+
+def causal(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, Span]:
+    """Arguments of `apply` for plain sequences [B, T]."""
+    depth = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return jnp.asarray(tokens), depth, Span(enter=depth, exit=jnp.full_like(depth, depth.shape[1]))
+
+
+def forest(seed: int) -> TrieBatch:
+    """Two rows of two tries each, padded."""
+    rng = np.random.default_rng(seed)
+
+    def trie():
+        sequences = oracles.random_sequences(rng, count=4, longest=7, vocabulary=SMALL.vocab_size)
+        return build(sequences, [None] * len(sequences))
+
+    rows = [[trie(), trie()], [trie(), trie()]]
+    longest = max(sum(map(len, row)) for row in rows)
+    return jax.tree.map(jnp.asarray, stack_rows(rows, longest + 3))
+
+
+def path_to(node: int, parent: np.ndarray) -> list[int]:
+    """Row indices from the root to a node."""
+    path = [node]
+    while parent[path[-1]] != path[-1]:
+        path.append(int(parent[path[-1]]))
+    return path[::-1]
+
+
+@pytest.fixture(scope="module")
+def small():
+    net = network(SMALL)
+    return net, net.init(jax.random.key(0))
+
+
+def test_every_node_of_a_packed_trie_sees_what_its_path_alone_shows(small, tolerance) -> None:
+    net, params = small
+    batch = forest(0)
+    packed, _ = jax.jit(net.apply)(params, batch.tokens, batch.depth, batch.span)
+    parent = np.asarray(batch.parent)
+    longest = int(batch.depth.max()) + 1
+    for row in range(2):
+        leaves = set(range(parent.shape[1])) - {
+            int(p) for i, p in enumerate(parent[row]) if p != i
+        }
+        paths = [path_to(leaf, parent[row]) for leaf in sorted(leaves)]
+        assert max(map(len, paths)) == max(len(set(p)) for p in paths) <= longest
+        alone = np.zeros((len(paths), longest), np.int32)
+        for line, path in zip(alone, paths, strict=True):
+            line[: len(path)] = np.asarray(batch.tokens)[row, path]
+        hidden, _ = net.apply(params, *causal(alone))
+        for line, path in zip(hidden, paths, strict=True):
+            np.testing.assert_allclose(packed[row, path], line[: len(path)], atol=tolerance["model"])
+
+
+def test_sibling_threads_do_not_see_each_other(small) -> None:
+    net, params = small
+    sequences = [np.array([1, 2, 3, 4, 5], np.int32), np.array([1, 2, 6, 7], np.int32)]
+    apply = jax.jit(net.apply)
+
+    def hidden(second: np.ndarray) -> np.ndarray:
+        trie = build([sequences[0], second], [None, None])
+        batch = jax.tree.map(jnp.asarray, stack_rows([[trie]], 8))
+        return np.asarray(apply(params, batch.tokens, batch.depth, batch.span)[0])
+
+    before, after = hidden(sequences[1]), hidden(np.array([1, 2, 9, 8], np.int32))
+    np.testing.assert_array_equal(before[0, :5], after[0, :5])
+    assert np.abs(before[0, 5:7] - after[0, 5:7]).min(axis=-1).max() > 0
+
+
+def test_scanned_layers_are_the_blocks_one_after_another(small, tolerance) -> None:
+    net, params = small
+    tokens, depth, span = causal(np.arange(12, dtype=np.int32).reshape(2, 6))
+    x, turned = params["embed"][tokens], rotation(SMALL.rope, SMALL.head_width, depth)
+    for layer in range(SMALL.num_layers):
+        one = jax.tree.map(lambda p, layer=layer: p[layer], params["blocks"])
+        (x, _), _ = Block(SMALL).apply(
+            {"params": one}, (x, None), jnp.int32(layer), turned, span.enter, span, None
+        )
+    x = RmsNorm(SMALL).apply({"params": params["norm"]}, x)
+    hidden, _ = net.apply(params, tokens, depth, span)
+    np.testing.assert_allclose(hidden, x, atol=tolerance["rounding"])
+
+
+def loss_of(cfg: Model):
+    net = network(cfg)
+    batch = forest(1)
+
+    def loss(params):
+        hidden, _ = net.apply(params, batch.tokens, batch.depth, batch.span)
+        logp = jax.nn.log_softmax(net.unembed(params, hidden))
+        return -jnp.take_along_axis(logp, batch.tokens[..., None], axis=-1).mean()
+
+    return net, loss
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialised_gradients_are_the_plain_ones(small, remat, tolerance) -> None:
+    _, params = small
+    want = jax.jit(jax.grad(loss_of(SMALL)[1]))(params)
+    got = jax.jit(jax.grad(loss_of(dataclasses.replace(SMALL, remat=remat))[1]))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        other = got
+        for key in path:
+            other = other[key.key]
+        scale = float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(other, leaf, atol=tolerance["gradient"] * scale, err_msg=path)
+
+
+def test_full_remat_keeps_less_for_the_backward_pass() -> None:
+    deep = dataclasses.replace(SMALL, num_layers=12)
+
+    def temporaries(cfg: Model) -> int:
+        net, loss = loss_of(cfg)
+        params = jax.eval_shape(net.init, jax.random.key(0))
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(dataclasses.replace(deep, remat="full")) < 0.6 * temporaries(deep)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_compute_keeps_parameters_as_they_are(param_dtype, tolerance) -> None:
+    cfg = dataclasses.replace(SMALL, compute_dtype="bfloat16", param_dtype=param_dtype)
+    net, loss = loss_of(cfg)
+    params = net.init(jax.random.key(0))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    for leaf in jax.tree.leaves((params, gradient)):
+        assert leaf.dtype == param_dtype
+        assert jnp.isfinite(leaf).all()
+    assert value.dtype == jnp.float32
+    hidden, _ = net.apply(params, *causal(np.zeros((1, 4), np.int32)))
+    assert hidden.dtype == jnp.bfloat16
+    assert net.unembed(params, hidden).dtype == jnp.float32
+    assert net.empty_kv(1, 4).k.dtype == jnp.bfloat16
+    exact = loss_of(SMALL)[1](jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    assert float(value) == pytest.approx(float(exact), rel=tolerance["bf16_most"])
+
+
+def test_nothing_is_computed_in_float64() -> None:
+    with jax.enable_x64(True):
+        net, loss = loss_of(SMALL)
+        params = jax.eval_shape(net.init, jax.random.key(0))
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        assert "f64" not in str(jax.make_jaxpr(jax.grad(loss))(params))
+
+
+def test_axes_name_every_dimension_of_every_parameter() -> None:
+    net = network(QWEN3_8B)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    axes = net.axes()
+
+    def is_names(node: object) -> bool:
+        return isinstance(node, tuple)
+
+    assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_names)
+    for shape, names in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=is_names), strict=True
+    ):
+        assert len(shape.shape) == len(names)
+        assert ("layer" == names[0]) == (shape.shape[0] == QWEN3_8B.num_layers)
+    assert axes["blocks"]["attention"]["q"] == ("layer", "embed", "heads", "head")
+    assert axes["unembed"] == ("vocab", "embed")
+
+
+def test_a_fresh_model_is_nearly_undecided() -> None:
+    cfg = dataclasses.replace(SMALL, vocab_size=400, width=64, num_layers=4)
+    net = network(cfg)
+    params = net.init(jax.random.key(3))
+    tokens = jax.random.randint(jax.random.key(4), (4, 32), 0, cfg.vocab_size)
+    logits = net.unembed(params, net.apply(params, *causal(np.asarray(tokens)))[0])
+    logp = jax.nn.log_softmax(logits[:, :-1])
+    nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).mean()
+    assert abs(float(nll) - math.log(cfg.vocab_size)) < 0.8
+    blocks = params["blocks"]
+    assert float(blocks["mlp"]["up"].std()) == pytest.approx(64**-0.5, rel=0.05)
+    # Projections into the residual are smaller, so that 2 L of them add up to unit size.
+    assert float(blocks["mlp"]["down"].std()) == pytest.approx((8 * 48) ** -0.5, rel=0.05)
+
+
+def test_logits_may_be_read_from_any_number_of_hidden_states(small, tolerance) -> None:
+    net, params = small
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, SMALL.width))
+    want = np.einsum("btd,vd->btv", np.asarray(hidden), np.asarray(params["embed"]))
+    for part, oracle in ((hidden, want), (hidden[0], want[0]), (hidden[0, 0], want[0, 0])):
+        np.testing.assert_allclose(net.unembed(params, part), oracle, atol=tolerance["module"])
+
+
+def test_half_of_a_cache_is_refused(small) -> None:
+    net, params = small
+    arguments = causal(np.zeros((1, 2), np.int32))
+    with pytest.raises(ValueError, match="kv, keys and start some are given and some are None"):
+        net.apply(params, *arguments, kv=net.empty_kv(1, 4))
+    with pytest.raises(AssertionError):
+        net.apply(
+            params, *arguments, kv=net.empty_kv(1, 4), keys=arguments[2], start=jnp.zeros(1, int)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, "Model.num_kv_heads = 3: want a divisor of Model.num_heads = 4"),
+        ({"head_width": 15}, "Model.head_width = 15: want an even number"),
+        ({"num_layers": 0}, "Model.num_layers = 0: want at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+# ---- the cache ----
+
+
+def test_decoding_step_by_step_equals_one_pass(small, tolerance) -> None:
+    net, params = small
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, SMALL.vocab_size, (2, 12)).astype(np.int32)
+    full, _ = net.apply(params, *causal(tokens))
+    lengths, slots = np.array([6, 4]), 16  # rows stand at different slots
+    apply = jax.jit(net.apply, donate_argnums=4)
+    kv = net.empty_kv(2, slots)
+    at_slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (2, slots))
+
+    def step(kv: KV, start: np.ndarray, count: int) -> tuple[np.ndarray, KV]:
+        depth = jnp.asarray(start[:, None] + np.arange(count), jnp.int32)
+        new = jnp.take_along_axis(jnp.asarray(tokens), depth, axis=1)
+        keys = Span(
+            enter=at_slot,
+            exit=jnp.where(at_slot < jnp.asarray(start + count)[:, None], slots, 0),
+        )
+        span = Span(enter=depth, exit=depth + 1)
+        hidden, kv = apply(params, new, depth, span, kv, keys, jnp.asarray(start, jnp.int32))
+        return np.asarray(hidden), kv
+
+    # A prompt of six for both rows; row 1 forgets two tokens, as a shorter prompt's padding would.
+    hidden, kv = step(kv, np.array([0, 0]), 6)
+    np.testing.assert_allclose(hidden, full[:, :6], atol=tolerance["model"])
+    for count in (1, 2, 1):
+        hidden, kv = step(kv, lengths, count)
+        for row, start in enumerate(lengths):
+            want = full[row, start : start + count]
+            np.testing.assert_allclose(hidden[row], want, atol=tolerance["model"])
+        lengths = lengths + count
+
+
+def test_lanes_that_share_a_cache_equal_the_flattened_trie(small, tolerance) -> None:
+    net, params = small
+    rng = np.random.default_rng(6)
+    prompt, left, right = (rng.integers(0, SMALL.vocab_size, n).astype(np.int32) for n in (5, 4, 4))
+    trie = build([np.r_[prompt, left], np.r_[prompt, right]], [None, None])
+    batch = jax.tree.map(jnp.asarray, stack_rows([[trie]], 13))
+    full, _ = net.apply(params, batch.tokens, batch.depth, batch.span)
+
+    # Slots fill in time order, left and right by turns; enter and exit say who descends from whom.
+    slots = 16
+    enter = np.zeros((1, slots), np.int32)
+    exit = np.zeros((1, slots), np.int32)
+    kv = net.empty_kv(1, slots)
+
+    def step(tokens, depth, numbers, ends, start):
+        nonlocal kv
+        here = slice(start, start + len(tokens))
+        enter[0, here], exit[0, here] = numbers, ends
+        span = Span(enter=jnp.asarray([numbers], jnp.int32), exit=jnp.asarray([ends], jnp.int32))
+        keys = Span(enter=jnp.asarray(enter), exit=jnp.asarray(exit))
+        hidden, kv = net.apply(
+            params,
+            jnp.asarray([tokens], jnp.int32),
+            jnp.asarray([depth], jnp.int32),
+            span,
+            kv,
+            keys,
+            jnp.array([start], jnp.int32),
+        )
+        return np.asarray(hidden[0])
+
+    got = step(prompt, np.arange(5), np.arange(5), np.full(5, 1000), 0)
+    np.testing.assert_allclose(got, full[0, :5], atol=tolerance["model"])
+    for turn in range(4):
+        got = step(
+            [left[turn], right[turn]],
+            [5 + turn] * 2,
+            [100 + turn, 200 + turn],
+            [200, 300],
+            5 + 2 * turn,
+        )
+        np.testing.assert_allclose(got, full[0, [5 + turn, 9 + turn]], atol=tolerance["model"])
+
+
+def decode(net, steps: int, slots: int):
+    """A greedy loop, as the sampler's: the cache is a carry of its while loop."""
+
+    def run(params, tokens: jax.Array, start: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
+        rows = tokens.shape[0]
+        at_slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+
+        def body(state):
+            count, tokens, kv = state
+            at = start[:, None] + count
+            keys = Span(enter=at_slot, exit=jnp.where(at_slot <= at, slots, 0))
+            span = Span(enter=at, exit=at + 1)
+            hidden, kv = net.apply(params, tokens, at, span, kv, keys, start + count)
+            return count + 1, net.unembed(params, hidden).argmax(-1).astype(jnp.int32), kv
+
+        _, tokens, kv = jax.lax.while_loop(
+            lambda state: state[0] < steps, body, (jnp.int32(0), tokens, kv)
+        )
+        return tokens, kv
+
+    return run
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_decoding_loop_never_copies_the_cache(rows, remat) -> None:
+    slots = 2048
+    net = network(dataclasses.replace(SMALL, num_layers=16, remat=remat))
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    kv = jax.eval_shape(lambda: net.empty_kv(rows, slots))
+    tokens, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))
+    compiled = (
+        jax.jit(decode(net, 8, slots), donate_argnums=3).lower(params, tokens, start, kv).compile()
+    )
+    shape = "f32[" + ",".join(map(str, kv.k.shape)) + "]"
+    lines = compiled.as_text().splitlines()
+    assert any(f"= {shape}" in line and "update-slice" in line for line in lines)
+    copies = [line for line in lines if f"= {shape}" in line and " copy(" in line]
+    assert copies == []
+    memory = compiled.memory_analysis()
+    cache_bytes = 2 * 4 * math.prod(kv.k.shape)
+    assert memory.alias_size_in_bytes >= cache_bytes
+    # What one layer reads is a sixteenth; the rest are scores of one query.
+    assert memory.temp_size_in_bytes < 0.12 * cache_bytes
