@@ -127,9 +127,9 @@ def loss_and_gradient(net, params, batch, rows_at_once=8):
 
     @jax.jit
     def part(params, rows):
-        return jax.value_and_grad(
-            lambda p: nll_sums(net, p, rows, chunk_tokens=256), has_aux=True
-        )(params)
+        return jax.value_and_grad(lambda p: nll_sums(net, p, rows, chunk_tokens=256), has_aux=True)(
+            params
+        )
 
     pad = -len(batch.tokens) % rows_at_once
     batch = jax.tree.map(lambda a: np.pad(a, [(0, pad), (0, 0)]), batch)
@@ -180,15 +180,15 @@ def test_a_the_reference_labels_differ_from_the_calls(tolerance):
     net, params = model(TOKENIZER.vocab_size)
     trie = tries.of_trajectory(trajectory)
     flat = flat_labels(trie, trajectory.prompt_tokens)
-    losses = [
-        loss_and_gradient(net, params, stack_rows([[t]], 1024))[0] for t in (trie, flat)
-    ]
+    losses = [loss_and_gradient(net, params, stack_rows([[t]], 1024))[0] for t in (trie, flat)]
     assert abs(losses[0] - losses[1]) > 100 * tolerance["equality_loss"] * losses[0]
 
 
 def sampled_log_probs(trajectory, logp, trie):
     """The loss's log-prob of each sampled token, found by walking the trie."""
-    edges = {(int(p), int(t)): n for n, (p, t) in enumerate(zip(trie.parent, trie.tokens, strict=True))}
+    edges = {
+        (int(p), int(t)): n for n, (p, t) in enumerate(zip(trie.parent, trie.tokens, strict=True))
+    }
     found = []
     for call in trajectory.calls:
         node = -1

@@ -44,8 +44,13 @@ def picked(monkeypatch, queries, slots) -> str:
 
 @pytest.mark.parametrize(
     ("queries", "slots", "name"),
-    [(1, 8192, "reference"), (8, 4096, "reference"), (128, 128, "reference")]
-    + [(512, 512, "blockwise"), (256, 2048, "blockwise"), (4096, 4096, "blockwise")],
+    [
+        (1, 8192, "reference"),
+        (8, 4096, "reference"),
+        (128, 128, "reference"),
+        (512, 512, "blockwise"),
+        (256, 2048, "blockwise"),
+    ],
 )
 def test_auto_writes_out_few_pairs_and_walks_blocks_of_many(monkeypatch, queries, slots, name):
     assert picked(monkeypatch, queries, slots) == name
@@ -118,16 +123,19 @@ def test_arrays_that_do_not_fit_each_other_are_refused():
 
 @pytest.mark.parametrize("impl", dispatch.BACKENDS)
 @pytest.mark.parametrize(
-    ("mesh", "rules"),
+    ("mesh", "rules", "heads", "groups"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {}, 4, 2),
         # Fewer key/value heads than devices: they stay whole and each device takes what it needs.
-        ({"data": 1, "fsdp": 2, "tensor": 4}, {"kv_heads": ()}),
+        ({"data": 1, "fsdp": 2, "tensor": 4}, {"kv_heads": ()}, 4, 2),
+        ({"data": 2, "fsdp": 1, "tensor": 4}, {}, 1, 1),
     ],
-    ids=["rows and heads", "more devices than kv heads"],
+    ids=["rows and heads", "more devices than kv heads", "one head"],
 )
-def test_eight_devices_compute_what_one_does_and_move_no_rows(impl, mesh, rules, tolerance):
-    (q, k, v), rest = inputs(64, 64, rows=4, heads=4, groups=2)
+def test_eight_devices_compute_what_one_does_and_move_no_rows(
+    impl, mesh, rules, heads, groups, tolerance
+):
+    (q, k, v), rest = inputs(64, 64, rows=4, heads=heads, groups=groups)
 
     def loss(q, k, v):
         return jnp.square(dispatch.attend(q, k, v, impl=impl, **rest)).sum()
@@ -136,7 +144,7 @@ def test_eight_devices_compute_what_one_does_and_move_no_rows(impl, mesh, rules,
     want = jax.jit(gradients)(q, k, v)
 
     table, mesh = sharding.Rules(**rules), sharding.make_mesh(sharding.Mesh(**mesh))
-    axes = [("rows", heads, "tokens", "head") for heads in ("heads", "kv_heads", "kv_heads")]
+    axes = [("rows", axis, "tokens", "head") for axis in ("heads", "kv_heads", "kv_heads")]
     with sharding.use(mesh, table):
         places = sharding.shardings(axes, [q, k, v], mesh, table)
         placed = jax.device_put([q, k, v], places)

@@ -376,8 +376,8 @@ GOOD = to_json(problem())
             {"prompt": [{"role": "system", "content": "s"}] * 2, "answer": "1"},
             "want a list of one message",
         ),
-        ({"qwen_text": QWEN_TEXT * 2}, "want one user turn and one assistant turn"),
-        ({"qwen_text": "hello"}, "qwen_text = 'hello': want one user turn"),
+        ({"qwen_text": QWEN_TEXT * 2}, "one user turn, one assistant turn and nothing else"),
+        ({"qwen_text": "hello"}, "qwen_text = 'hello': want Qwen's template"),
     ],
 )
 def test_a_bad_line_is_told_with_file_line_fault_and_remedy(tmp_path, line, sentence):

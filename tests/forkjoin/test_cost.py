@@ -14,9 +14,7 @@ TAGS = GOLDEN["tags"]
 
 
 def golden_tags() -> cost.Tags:
-    return cost.Tags(
-        TAGS["<Parallel>"], TAGS["</Parallel>"], TAGS["<Thread>"], TAGS["</Thread>"]
-    )
+    return cost.Tags(TAGS["<Parallel>"], TAGS["</Parallel>"], TAGS["<Thread>"], TAGS["</Thread>"])
 
 
 @pytest.mark.parametrize("number", range(len(GOLDEN["cases"])))

@@ -288,7 +288,7 @@ def test_the_checker_does_not_look_outside_blocks_or_beside_outlines():
     assert not well_formed(text + "</think>").trajectory_well_formed
 
 
-# Inconsistencies between the released components (specs 1.5), each with one decision.
+# Inconsistencies between the released components, each with one decision.
 
 
 def test_item_1_a_newline_between_threads_is_read_dropped_and_not_well_formed():

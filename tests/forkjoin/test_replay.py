@@ -56,7 +56,9 @@ def test_the_trie_of_a_document_equals_the_released_one(number):
     # The document ends with a newline after its end of sequence, which no call samples.
     made = replay.replay(threadweaver.ThreadWeaver(table, limits), ids[:-1], 1)
     calls = [np.concatenate([call.context, call.sampled]) for call in made.calls]
-    threads = [(call.path[0], len(c)) for call, c in zip(made.calls, calls, strict=True) if call.path]
+    threads = [
+        (call.path[0], len(c)) for call, c in zip(made.calls, calls, strict=True) if call.path
+    ]
     rounds = sorted({path for path, _ in threads}, reverse=True)
     lengths = [length for r in rounds for path, length in threads if path == r]
     assert [len(ids), *lengths] == case["paths"]

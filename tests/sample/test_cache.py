@@ -18,7 +18,9 @@ def spans(enter, exit_):
 
 def visible(span, at):
     enter, exit_ = np.asarray(span.enter), np.asarray(span.exit)
-    return [np.flatnonzero((e <= at) & (at < x)).tolist() for e, x in zip(enter, exit_, strict=True)]
+    return [
+        np.flatnonzero((e <= at) & (at < x)).tolist() for e, x in zip(enter, exit_, strict=True)
+    ]
 
 
 def test_an_empty_cache_is_seen_by_nothing():
@@ -63,8 +65,8 @@ def test_growing_keeps_visible_entries_in_order_and_drops_dead_ones():
     np.testing.assert_array_equal(grown.kv.k[:, 1, :, :2], cache.kv.k[:, 1, :, :2])
 
 
-@pytest.mark.parametrize("slots", [1, 128, 129, 192, 193, 5000, 40_960])
+@pytest.mark.parametrize("slots", [1, 512, 513, 768, 769, 5000, 40_960])
 def test_buckets_hold_what_was_asked_and_waste_at_most_half(slots):
     size = caches.bucket(slots)
     assert slots <= size
-    assert size <= max(128, slots * 3 // 2 + 1)
+    assert size <= max(512, slots * 3 // 2 + 1)

@@ -12,6 +12,7 @@ from tw_jax.forkjoin import threadweaver, tries
 from tw_jax.forkjoin.calls import Hit
 from tw_jax.forkjoin.orchestrator import run
 from tw_jax.forkjoin.protocol import Result
+from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import settings
 from tw_jax.trie.batch import stack_rows
@@ -123,7 +124,7 @@ PROMPTS = [TOKENIZER.encode(text) for text in ("abc", "a", "abcdefgh1234567", "b
 
 
 @pytest.mark.parametrize(("unfinished", "rounds"), [("continue", 3), ("abort", 1)])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_program_makes_the_calls_of_the_host_protocol(seed, unfinished, rounds, tolerance):
     sampler = build(unfinished_thread=unfinished, max_rounds=rounds)
     scripts = np.stack([random_script(4 * seed + n) for n in range(4)])
@@ -153,14 +154,14 @@ def test_random_scripts_reach_every_outcome():
 def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(tolerance):
     listed = "".join(f"<Outline>{n}: a</Outline>" for n in range(1, 5))
     parent = TOKENIZER.encode(f"<Outlines>{listed}</Outlines>")
-    thread = TOKENIZER.encode(" abcdefgh abc\n</Thread>")
+    thread = TOKENIZER.encode(" abcdefgh abcdefgh abcdefgh\n</Thread>")
     script = np.zeros((1, CALLS, LONGEST), np.int32)
     for call in range(CALLS):
         line = parent if call % 5 == 0 else thread
         script[0, call, : len(line)] = line
-    sampler = build(rows=1, max_new=399, max_rounds=9)
+    sampler = build(rows=1, max_context=1000, max_new=900, max_thread=40, max_rounds=16)
     (made,) = sampler(PARAMS, PROMPTS[:1], jnp.asarray(script))
-    assert made.rounds >= 3
+    assert len(made.ids) > 600 > caches.bucket(1)
     assert_same_calls(made, run(sampler.protocol, FromScript(script[0]), PROMPTS[0]))
     drawn = np.concatenate([call.logp for call in made.calls])
     np.testing.assert_allclose(drawn, recomputed(made), atol=tolerance["sampler_logp"], rtol=0)

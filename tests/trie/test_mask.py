@@ -104,6 +104,11 @@ def test_empty_intervals_make_no_block_needed():
     keys = Span(enter=np.int32([[5, 0, 3, 7]]), exit=np.int32([[5, 0, 1, -7]]))
     at = np.int32([[0, 1, 5, 7]])
     assert not mask.needed(at, keys, query_block=2, key_block=2).any()
+    # Nor do they widen a block with a key that only the first, or only the last, queries see.
+    for enter, exits, want in (([0, 9], [2, 9], [1, 0]), ([5, 0], [9, 0], [0, 1])):
+        keys = Span(enter=np.int32([enter]), exit=np.int32([exits]))
+        need = mask.needed(at, keys, query_block=2, key_block=2)
+        np.testing.assert_array_equal(need[0, :, 0], want)
 
 
 def test_visits_list_needed_blocks_first_and_count_them():

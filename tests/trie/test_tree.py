@@ -48,10 +48,9 @@ def test_the_interval_test_is_ancestry(seed):
 
 
 def test_the_worked_example_of_the_collator_comes_out_the_same():
-    text = (
-        "U A p <P> N <Os> <O> 1 o1 </O> <O> 2 o2 </O> </Os> N "
-        "<T> N 1 : a b </T> <T> N 2 : c d </T> N </P> q EOS NL"
-    ).split()
+    outlines = ["<Os>", "<O>", "1", "o1", "</O>", "<O>", "2", "o2", "</O>", "</Os>"]
+    threads = ["<T>", "N", "1", ":", "a", "b", "</T>", "<T>", "N", "2", ":", "c", "d", "</T>"]
+    text = ["U", "A", "p", "<P>", "N", *outlines, "N", *threads, "N", "</P>", "q", "EOS", "NL"]
     vocabulary = {word: n for n, word in enumerate(dict.fromkeys(text))}
     ids = np.array([vocabulary[word] for word in text], np.int32)
     second = np.concatenate([ids[:18], ids[25:30]])

@@ -9,8 +9,8 @@ output and one log-sum per query are kept. No array is as large as T x S.
 The file knows the interval mask and nothing of models or devices; it runs wherever XLA does.
 Source: the online softmax of FlashAttention (arXiv:2205.14135, 2307.08691); the mask is ours.
 
-Layout inside, after `_fold`: one leading index per block, R = M * block queries of a group's M heads
-stacked into the rows of one matrix, so that keys and values are read once per group and never copied.
+Layout inside, after `_fold`: one leading index per block, and the queries of a group's M heads are
+stacked into the R = M * block rows of one matrix, so that keys and values are read once per group.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def attend(
 ) -> jax.Array:
     """Softmax attention over the blocks of pairs that the mask allows.
 
-    The same function as `reference.attend`, zeros for queries that see nothing included. Keys and
-    values of blocks that no query needs are not read at all.
+    The same function as `reference.attend`, zeros for queries that see nothing included. A block of
+    keys and values takes no part in the answer of a block of queries that does not need it.
 
     Rows are cut into the fewest equal blocks of at most `block` tokens, rounded up to a multiple of
     32; what is missing at the end is padded with keys that nobody sees.
@@ -109,9 +109,8 @@ def _unfold(x: jax.Array, block: int) -> jax.Array:
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Product with float32 sums; a float32 operand is rounded to the dtype of the other.
 
-    On CPU both are widened instead: XLA there has no bfloat16 product with a transposed left operand
-    ("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32", jax 0.10.2), and computes the
-    others in float32 anyhow.
+    On CPU both are widened instead: XLA there fails on some bfloat16 products whose left operand is
+    transposed ("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32", jax 0.10.2).
     """
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
 
@@ -134,8 +133,7 @@ def _scores(q: jax.Array, k: jax.Array, at: jax.Array, keys: Span, scale: float)
     return jnp.where(sees(at[:, None], keys), scores, HIDDEN)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, at, keys, plan):
+def _folded(scale, q, k, v, at, keys, plan) -> jax.Array:
     """Attention on folded arrays.
 
     Args:
@@ -239,4 +237,5 @@ def _add_at(x: jax.Array, j: jax.Array, value: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, x[j] + value, j, 0)
 
 
+_attend = jax.custom_vjp(_folded, nondiff_argnums=(0,))
 _attend.defvjp(_forward, _backward)

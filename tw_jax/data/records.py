@@ -36,8 +36,11 @@ from tw_jax.forkjoin.calls import Hit, Trajectory
 class _Record:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
             if field.type == "str":
-                _require_text(f"{type(self).__name__}.{field.name}", getattr(self, field.name))
+                _require_text(name, value)
+            elif field.type == "dict[str, Any]":
+                _require(isinstance(value, dict), name, value, "a dict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +60,6 @@ class Problem(_Record):
     answer: str
     task: str
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(isinstance(self.extra, dict), "Problem.extra", self.extra, "a dict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +139,13 @@ class Rollout(_Record):
         cls, trajectory: Trajectory, problem: Problem, *, id: str, fingerprint: str, text: str
     ) -> Rollout:
         """Keeps what was drawn; contexts and forced tokens are the protocol's to rebuild."""
-        calls = (CallRecord(c.path, c.sampled, c.logp, c.hit) for c in trajectory.calls)
         return cls(
             id=id,
             question=problem.question,
             answer=problem.answer,
             fingerprint=fingerprint,
             prompt=trajectory.ids[: trajectory.prompt_tokens],
-            calls=tuple(calls),
+            calls=tuple(CallRecord(c.path, c.sampled, c.logp, c.hit) for c in trajectory.calls),
             finish=trajectory.finish,
             counts=trajectory.counts,
             text=text,
@@ -252,23 +250,16 @@ def _mend(path: Path) -> None:
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         except ValueError:
-            number = sum(1 for _ in file)
-            end = tail.decode(errors="replace")[-20:]
+            number, end = sum(1 for _ in file), tail.decode(errors="replace")[-20:]
             file.truncate(start)
-            warnings.warn(
-                f"{path}:{number}: the last line was cut short (…{end}) and is "
-                f"removed, {len(tail)} bytes; what stands before it is kept.",
-                stacklevel=4,
-            )
-
-
-# Records as JSON.
+            told = f"the last line was cut short (…{end}) and is removed; the others are kept."
+            warnings.warn(f"{path}:{number}: {told}", stacklevel=4)
 
 
 def to_json(record: Record) -> dict[str, Any]:
     """The record as a mapping that JSON can hold; `kind` says which record it is."""
     kind = type(record).__name__.lower()
-    row = {"kind": kind} | {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    row = {"kind": kind} | vars(record)
     if isinstance(record, Rollout):
         row["prompt"] = record.prompt.tolist()
         row["counts"] = dict(record.counts)
@@ -413,12 +404,10 @@ def _first(*values: Any) -> Any:
 
 def _from_qwen_text(text: Any) -> tuple[str, str]:
     match = _QWEN_TEXT.fullmatch(text) if isinstance(text, str) else None
-    if match is None or "<|im_" in match[1] + match[2]:
-        raise ValueError(
-            f"qwen_text = {text!r:.60}: want one user turn and one assistant turn, "
-            "<|im_start|>user … <|im_end|> <|im_start|>assistant … <|im_end|>, and nothing else."
-        )
-    return match[1], match[2]
+    question, response = match.groups() if match else ("<|im_", "")
+    want = "Qwen's template with one user turn, one assistant turn and nothing else"
+    _require("<|im_" not in question + response, "qwen_text", text, want)
+    return question, response
 
 
 def _from_messages(prompt: Any) -> str:
@@ -433,12 +422,9 @@ def _from_messages(prompt: Any) -> str:
 
 # Formats: how many mappings a file holds, and how to get at one.
 
-_Row = tuple[Mapping[str, Any], str]
-"""A mapping, and where it stands."""
-_NESTED = ("extra", "prompt", "calls", "counts")
-"""Fields that are JSON text in a column of Parquet."""
-_GROUP_ROWS = 256
-"""Rows of a Parquet row group; few, for a whole group is decoded to read a row."""
+_Row = tuple[Mapping[str, Any], str]  # a mapping, and where it stands
+_NESTED = ("extra", "prompt", "calls", "counts")  # fields that are JSON text in Parquet
+_GROUP_ROWS = 256  # of a Parquet row group; few, for all of them are decoded to read one
 
 
 class _Records(Sequence[Record]):
@@ -588,20 +574,18 @@ def _parse(data: bytes, where: str) -> Mapping[str, Any]:
     except UnicodeDecodeError as error:
         text = data[: error.start].decode()
         if error.reason != "unexpected end of data":  # else a cut, which JSON reports below
-            raise ValueError(
-                f"{where}: byte {error.start} is not UTF-8 (…{text[-20:]}). Save it as UTF-8."
-            ) from None
+            fault = f"byte {error.start} is not UTF-8 (…{text[-20:]}). Save the file as UTF-8."
+            raise ValueError(f"{where}: {fault}") from None
     try:
         row = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         fault = f"no JSON at column {error.colno}, {error.msg} ({text[:60]}). Mend that line."
-        in_string = error.msg.startswith("Unterminated string")
-        in_object = error.pos >= len(text) or (text[:1] == "{" and text[-1:] != "}")
-        if in_string or in_object:
+        inside = "string" if error.msg.startswith("Unterminated string") else "object"
+        is_open = error.pos >= len(text) or (text[:1] == "{" and text[-1:] != "}")
+        if is_open or inside == "string":
             fault = (
-                f"the line ends inside a JSON {'string' if in_string else 'object'} "
-                f"(…{text[-20:]}). The file was cut short; delete that line or write the file "
-                "again."
+                f"the line ends inside a JSON {inside} (…{text[-20:]}). The file was cut short; "
+                "delete that line or write the file again."
             )
         raise ValueError(f"{where}: {fault}") from None
     except ValueError as error:

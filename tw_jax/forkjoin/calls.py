@@ -63,6 +63,7 @@ class Call:
 
     @property
     def is_thread(self) -> bool:
+        """Whether this is a thread of a fork, not the parent."""
         return bool(self.path)
 
 

@@ -1,8 +1,8 @@
 """Tokens in total, on the longest path, and the ratios between them: one definition for all.
 
-Two readings. `of_ids` reads the structure of a text (spec 4.6, the reference's reward), with
+Two readings. `of_ids` reads the structure of a text as ThreadWeaver's reward does, with
 prompt tokens out unless asked for. `of_calls` reads what was really run in parallel, so threads
-that a model wrote one after the other earn nothing (spec B11).
+that a model wrote one after the other earn nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Cost:
 
 
 def of_ids(ids: np.ndarray, tags: Tags) -> Cost:
-    """One pass over ids (spec 4.6).
+    """One pass over ids. Source: ThreadWeaver (arXiv:2512.07843), acceleration reward.
 
     Outside blocks every token is sequential. Inside a block but outside threads tokens, thread
     tags included, belong to the block's sequential part; a thread's body runs to its `</Thread>`,

@@ -2,9 +2,9 @@
 
 `Table` holds every id and every transition that the decisions need; the host `ThreadWeaver`
 protocol and the jitted sampler read the same table. Text (parse, check, render) is
-`forkjoin/grammar.py`. Source: arXiv:2512.07843, spec sections 1.3, 3.1 and 3.2.
+`forkjoin/grammar.py`. Source: ThreadWeaver (arXiv:2512.07843), parallel inference.
 
-Decided where the originals disagree (spec 1.5, 8):
+Decided where the released components disagree with each other:
 
 - Outlines are read from the newest parent call only, after its last `<Outlines>`, by ids. A stray
   `</Outlines>` forks nothing; decoding goes on.
@@ -38,7 +38,8 @@ from tw_jax.forkjoin.protocol import (
 from tw_jax.tokenizer import Tokenizer, require_single_ids
 
 _NUMBER_CHARACTERS = "0123456789."
-_RADIX = len(_NUMBER_CHARACTERS)
+RADIX = len(_NUMBER_CHARACTERS)
+"""Base of the codes that labels have on the device."""
 MAX_LABEL = 8
 """Characters of an outline number; the code of a longer one would not fit an int32."""
 EMPTY_CODE = 1
@@ -46,7 +47,7 @@ EMPTY_CODE = 1
 TABLED_LABELS = 99
 """Labels "1".."99" are forced as the tokenizer writes them; others character by character."""
 
-# States of the automaton that reads `<Outline>\s*([0-9]+(\.[0-9]+)*)\s*:` (spec 1.2).
+# States of the automaton that reads `<Outline>\s*([0-9]+(\.[0-9]+)*)\s*:`.
 IDLE, WANT_DIGIT, IN_NUMBER, AFTER_DOT, WANT_COLON = range(5)
 _STATES = 5
 
@@ -137,9 +138,10 @@ class Table:
             return [], False
         labels, state, code, length = [], IDLE, EMPTY_CODE, 0
         for token in sampled[begins[-1] :].tolist():
-            if self.completes[state, token] and 0 < (
-                length + int(self.pushed_length[state, token])
-            ) <= MAX_LABEL:
+            if (
+                self.completes[state, token]
+                and 0 < (length + int(self.pushed_length[state, token])) <= MAX_LABEL
+            ):
                 labels.append(decode_label(self._push(code, state, token)))
             if token == self.outline:
                 code, length = EMPTY_CODE, 0
@@ -151,14 +153,14 @@ class Table:
 
     def _push(self, code: int, state: int, token: int) -> int:
         width = int(self.pushed_length[state, token])
-        return code * _RADIX**width + int(self.pushed[state, token])
+        return code * RADIX**width + int(self.pushed[state, token])
 
 
 def decode_label(code: int) -> str:
     """The label of a code: "2.1" of 1, 2, 10, 1 in base 11."""
     characters = ""
-    while code >= _RADIX:
-        code, digit = divmod(code, _RADIX)
+    while code >= RADIX:
+        code, digit = divmod(code, RADIX)
         characters = _NUMBER_CHARACTERS[digit] + characters
     return characters
 
@@ -167,7 +169,7 @@ def encode_label(label: str) -> int:
     """The code of a label; int32 for labels of at most `MAX_LABEL` characters."""
     code = EMPTY_CODE
     for character in label:
-        code = code * _RADIX + _NUMBER_CHARACTERS.index(character)
+        code = code * RADIX + _NUMBER_CHARACTERS.index(character)
     return code
 
 
@@ -218,7 +220,7 @@ def _automaton(
                 after, digits, done = _read(text, state)
                 next_state[state, token] = after
                 kept = digits[: MAX_LABEL + 1]
-                pushed[state, token] = encode_label(kept[:MAX_LABEL]) - _RADIX ** len(
+                pushed[state, token] = encode_label(kept[:MAX_LABEL]) - RADIX ** len(
                     kept[:MAX_LABEL]
                 )
                 pushed_length[state, token] = len(kept)

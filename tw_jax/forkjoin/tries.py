@@ -17,7 +17,7 @@ def of_trajectory(trajectory: Trajectory) -> Trie:
     """The trie of a rollout: its joined path, then every call; weight 1 on sampled tokens.
 
     Forced, returned and prompt tokens carry no loss: exactly the tokens that the model drew are
-    trained, each in the context in which it was drawn (spec 2.5, the paper's figure).
+    trained, each in the context in which it was drawn (as the paper's figure of decomposed training shows).
     """
     sequences: list[np.ndarray] = [trajectory.ids]
     weights: list[np.ndarray | None] = [None]

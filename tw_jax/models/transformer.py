@@ -274,19 +274,9 @@ def network(cfg: Model) -> Network:
     ) -> tuple[jax.Array, KV | None]:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, depth, span.enter, span.exit])
-        if kv is None and keys is None and start is None:
-            keys = span
-        elif kv is None or keys is None or start is None:
-            raise ValueError(
-                "Of kv, keys and start some are given and some are None: want all three to write "
-                "into a cache, or none to attend within the tokens."
-            )
-        else:
-            rows, slots = tokens.shape[0], kv.k.shape[3]
-            chex.assert_shape([kv.k, kv.v], (cfg.num_layers, rows, None, slots, cfg.head_width))
-            chex.assert_shape([keys.enter, keys.exit], (rows, slots))
-            chex.assert_shape(start, (rows,))
-        return decoder.apply({"params": params}, tokens, depth, span.enter, keys, kv, start)
+        _check_cache(cfg, tokens.shape[0], kv, keys, start)
+        seen = span if keys is None else keys
+        return decoder.apply({"params": params}, tokens, depth, span.enter, seen, kv, start)
 
     def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, hidden, method="unembed")
@@ -316,6 +306,23 @@ def network(cfg: Model) -> Network:
         empty_kv=empty_kv,
         vocab_size=cfg.vocab_size,
     )
+
+
+def _check_cache(
+    cfg: Model, rows: int, kv: KV | None, keys: Span | None, start: jax.Array | None
+) -> None:
+    if kv is None and keys is None and start is None:
+        return
+    if kv is None or keys is None or start is None:
+        raise ValueError(
+            "Of kv, keys and start some are given and some are None: want all three to write into "
+            "a cache, or none to attend within the tokens."
+        )
+    slots = kv.k.shape[3]
+    shape = (cfg.num_layers, rows, cfg.num_kv_heads, slots, cfg.head_width)
+    chex.assert_shape([kv.k, kv.v], shape)
+    chex.assert_shape([keys.enter, keys.exit], (rows, slots))
+    chex.assert_shape(start, (rows,))
 
 
 def _declare(

@@ -1,6 +1,6 @@
 """`tw evaluate`: sample held-out problems, grade them, and report accuracy and latency together.
 
-Token latency is the longest path (spec 4.6, prompt out); wall clock is the decoding time of the
+Token latency is the longest path (`forkjoin/cost.py`, prompt out); wall clock is the decoding time of the
 same trajectories as threads and as one lane, warm, interleaved, one request at a time. Every mean
 comes with its interval and the number of problems.
 """
@@ -30,6 +30,7 @@ from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tokenizer import Tokenizer
 
 
 @config
@@ -69,7 +70,8 @@ def run(cfg: Evaluate) -> None:
     if cfg.training is not None:
         summary |= json.loads((Path(cfg.training) / "packing.json").read_text())
     summary["evaluate_seconds"] = time.monotonic() - began
-    _write(Path(cfg.workdir), summary, found, trajectories, verdicts)
+    summary["seconds"] = summary.get("train_seconds", 0.0) + summary["evaluate_seconds"]
+    _write(Path(cfg.workdir), summary, found, trajectories, verdicts, loaded.tokenizer)
     _print(summary)
 
 
@@ -116,7 +118,8 @@ def summarise(
         "latency_ratio": longest.value / total.value,
         "parallel_ratio": float(np.mean([c.parallel_ratio for c in costs])),
         "threads_per_block": sum(c.threads for c in costs) / max(sum(c.blocks for c in costs), 1),
-        "sampled_latency_ratio": sum(c.longest for c in scheduled) / sum(c.total for c in scheduled),
+        "sampled_latency_ratio": sum(c.longest for c in scheduled)
+        / sum(c.total for c in scheduled),
         "finish": dict(Counter(t.finish for t in trajectories)),
         "events": dict(sum((Counter(t.counts) for t in trajectories), Counter())),
         "temperature": cfg.sample.sampler.temperature,
@@ -160,7 +163,11 @@ def wall_clock(loaded: Loaded, trajectories: list[Trajectory], repeats: int = 3)
             if turn:
                 times[kind].append(spent)
     threads, lane = map(statistics.median, times)
-    return {"wall_ratio": threads / lane, "wall_threads_seconds": threads, "wall_lane_seconds": lane}
+    return {
+        "wall_ratio": threads / lane,
+        "wall_threads_seconds": threads,
+        "wall_lane_seconds": lane,
+    }
 
 
 def _given(
@@ -213,20 +220,25 @@ def _write(
     found: list[records.Rollout],
     trajectories: list[Trajectory],
     verdicts: list[Any],
+    tokenizer: Tokenizer,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    tags = cost.tags_of(tokenizer)
+    costs = [cost.of_ids(made.ids[made.prompt_tokens :], tags) for made in trajectories]
     lines = [
         json.dumps(
             {
                 "id": rollout.id,
                 "verdict": str(verdict),
                 "answer": rollout.answer,
+                "longest": spent.longest,
+                "total": spent.total,
                 "finish": made.finish,
                 "calls": [[list(c.path), len(c.sampled), c.hit.value] for c in made.calls],
                 "text": rollout.text,
             }
         )
-        for rollout, made, verdict in zip(found, trajectories, verdicts, strict=True)
+        for rollout, made, verdict, spent in zip(found, trajectories, verdicts, costs, strict=True)
     ]
     (folder / "graded.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -249,5 +261,5 @@ def _print(summary: dict[str, Any]) -> None:
     ):
         if name in summary:
             rows.append((label, f"{summary[name]:.3f}"))
-    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each, greedy at 0:")
+    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each:")
     print("\n".join(f"  {label:32}{value}" for label, value in rows))

@@ -95,4 +95,6 @@ def run(cfg: Make) -> None:
     }
     (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
     print(f"{folder}: {len(train)} training and {len(held_out)} held-out examples")
-    print(f"question and answer: {lengths.min()} to {lengths.max()} tokens, mean {lengths.mean():.1f}")
+    print(
+        f"question and answer: {lengths.min()} to {lengths.max()} tokens, mean {lengths.mean():.1f}"
+    )

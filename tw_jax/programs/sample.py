@@ -6,6 +6,7 @@ Finished rollouts are appended as they come, so an interrupted run goes on where
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,9 +86,7 @@ def load(cfg: Sample) -> Loaded:
             "tokenizer's ids."
         )
     net = network(cfg.model)
-    params = restore_params(
-        cfg.checkpoint, abstract=jax.eval_shape(net.init, jax.random.key(0))
-    )
+    params = restore_params(cfg.checkpoint, abstract=jax.eval_shape(net.init, jax.random.key(0)))
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
     return Loaded(params, samplers.make_sampler(net, protocol, cfg.sampler), tokenizer)
 
@@ -115,10 +114,13 @@ def rollouts(cfg: Sample, loaded: Loaded) -> Iterator[tuple[records.Rollout, Tra
             top_k=cfg.sampler.top_k,
             seed=cfg.sampler.seed,
         )
-        batches = [missing[i : i + cfg.sampler.rows] for i in range(0, len(missing), cfg.sampler.rows)]
+        batches = [
+            missing[i : i + cfg.sampler.rows] for i in range(0, len(missing), cfg.sampler.rows)
+        ]
         for batch in progress(batches, desc="sample"):
+            index = np.array(batch)
             prompts = [cfg.chat.prompt(loaded.tokenizer, wanted[n][0].question) for n in batch]
-            some = jax.tree.map(lambda a, b=np.array(batch): a[b], how)
+            some = jax.tree.map(operator.itemgetter(index), how)
             for n, made in zip(batch, loaded.sampler(loaded.params, prompts, some), strict=True):
                 rollout = records.Rollout.from_trajectory(
                     made,
@@ -149,9 +151,8 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def _problem(record: records.Record) -> records.Problem:
+    if isinstance(record, records.Example):
+        return record.problem
     if isinstance(record, records.Problem):
         return record
-    return records.Problem(
-        id=record.id, question=record.question, answer=record.answer, task=getattr(record, "task", "")
-    )
-
+    return records.Problem(id=record.id, question=record.question, answer=record.answer, task="")

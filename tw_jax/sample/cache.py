@@ -17,7 +17,7 @@ from tw_jax.contracts import KV, Network, Span
 FOREVER = jnp.iinfo(jnp.int32).max
 """`exit` of an entry that everything after it may see."""
 
-_BUCKET = 128
+_BUCKET = 512
 
 
 class TrieCache(struct.PyTreeNode):
@@ -79,7 +79,7 @@ def join(span: Span, kept: tuple[jax.Array, jax.Array], dropped: tuple[jax.Array
 
 
 def bucket(slots: int) -> int:
-    """The smallest capacity of the ladder 128, 192, 256, 384, 512, 768, ... that holds `slots`."""
+    """The smallest capacity of the ladder 512, 768, 1024, 1536, ... that holds `slots`."""
     size = _BUCKET
     while size < slots:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

@@ -23,7 +23,7 @@ from tw_jax.metrics import Clock, Metrics, count_compiles, progress
 from tw_jax.train.state import Step, TrainState
 
 Hook = Callable[[int, TrainState], Mapping[str, float]]
-"""(steps taken, state) -> numbers for that step's line; it decides itself whether it is its turn."""
+"""(steps taken, state) -> numbers for that step's line; it decides itself when it has any."""
 
 
 class Batches(Protocol):
@@ -79,10 +79,12 @@ def fit(
 ) -> TrainState:
     """Trains until `steps` steps are taken, counting those that `state` has behind it.
 
-    Each step writes one line of metrics, numbered by the steps taken before it: those of the step,
-    those of the hooks, and `data_seconds, hook_seconds, save_seconds, steps_per_second,
-    tokens_per_second`. A checkpoint is saved every `save_every` steps, after the last step, and
-    when SIGTERM or SIGINT (Ctrl-C) asks to stop; a second SIGINT stops at once.
+    Each step writes one line of metrics, numbered by the steps taken before it: the numbers of the
+    step, those of the hooks, and where time went since the line before: `steps_per_second`,
+    `tokens_per_second`, `data_seconds`, `hook_seconds`, `save_seconds`.
+
+    A checkpoint is saved every `save_every` steps, after the last step, and when SIGTERM or SIGINT
+    (Ctrl-C) asks to stop; a second SIGINT stops at once.
 
     Args:
       state: given up where `step` donates it.

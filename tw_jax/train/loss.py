@@ -9,15 +9,17 @@ optimiser and no algorithm; it hands `train/sft.py` and `train/pgrpo.py` sums.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
+from tw_jax import sharding
 from tw_jax.contracts import Network, Params
-from tw_jax.sharding import constrain
 from tw_jax.trie.batch import TrieBatch
 
 Sums = dict[str, jax.Array]
@@ -50,11 +52,12 @@ def token_logp(
     logp[b, i] = log_softmax(unembed(hidden[b, parent[b, i]]) / temperature)[tokens[b, i]]
 
     Hidden states are gathered at `parent` and unembedded `chunk_tokens` nodes of every row at a
-    time, under remat: the largest array with V in its shape is [B, chunk_tokens, V], forward and
-    backward. Gradients of the unembedding add up over chunks in the dtype of the parameters.
+    time, under remat: the largest array with V in its shape is [B * chunk_tokens, V], forward and
+    backward. Gradients of the unembedding add up over chunks in the dtype of the parameters. Under
+    `sharding.use`, each device scores its own rows, and gradients are exchanged once.
     Roots and padding point at themselves; what they score means nothing and has weight 0.
     Source: ThreadWeaver (arXiv:2512.07843) with labels along trie edges, where its collator shifts
-    them in flat order (spec 2.5).
+    them in flat order.
 
     Args:
       network: only `unembed` is used.
@@ -73,35 +76,60 @@ def token_logp(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: want at least 1, for example 1024.")
 
-    def score(piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
-        source, tokens = piece
+    def score(params: Params, piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
+        source, tokens = piece  # [n, D], [n]
         logits = network.unembed(params, source).astype(jnp.float32) / temperature
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum, not a gather: it stays elementwise over a sharded vocabulary, and its
-        # transpose is a select where a gather's would be a scatter into [B, chunk, V].
-        is_token = jnp.arange(logits.shape[-1], dtype=tokens.dtype) == tokens[..., None]
+        # transpose is a select where a gather's would be a scatter into [n, V].
+        is_token = jnp.arange(logits.shape[-1], dtype=tokens.dtype) == tokens[:, None]
         logp = jnp.where(is_token, logits, 0).sum(-1) - log_z
         entropy = None
         if with_entropy:
-            logs = logits - log_z[..., None]
+            logs = logits - log_z[:, None]
             entropy = -(jnp.exp(logs) * logs).sum(-1)
         return TokenLogp(logp=logp, is_argmax=logits.argmax(-1) == tokens, entropy=entropy)
 
-    rows, length = batch.tokens.shape
+    def score_rows(params: Params, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
+        source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
+        # The scan already keeps forward and backward apart: remat needs no barrier against CSE.
+        chunk = jax.checkpoint(partial(score, params), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
+        return _by_chunks(chunk, (source, batch.tokens), chunk_tokens)
+
+    found = sharding.current()
+    rows = None
+    if found is not None:
+        rows = sharding.spec(("rows",), batch.tokens.shape[:1], *found, name="The batch")[0]
+    if rows is not None:
+        # Left to itself, the compiler would sum the table's gradient over devices in every chunk.
+        score_rows = jax.shard_map(
+            score_rows,
+            in_specs=(PartitionSpec(), PartitionSpec(rows), PartitionSpec(rows)),
+            out_specs=PartitionSpec(rows),
+            axis_names=set(rows),
+            check_vma=False,
+        )
+    return score_rows(params, hidden, batch)
+
+
+def _by_chunks(
+    function: Callable[[Any], Any], arrays: tuple[jax.Array, ...], chunk_tokens: int
+) -> Any:
+    """Maps [n, ...] -> [n] over arrays [B, T, ...], a chunk of every row at a time; [B, T]."""
+    rows, length = arrays[0].shape[:2]
     num_chunks = -(-length // chunk_tokens)
     size = -(-length // num_chunks)  # equal chunks, so that at most num_chunks - 1 nodes are padded
 
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, size, ...]
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B * size, ...]
         pad = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, pad).reshape(rows, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
+        parts = jnp.pad(x, pad).reshape(rows, num_chunks, size, *x.shape[2:])
+        return parts.swapaxes(0, 1).reshape(num_chunks, rows * size, *x.shape[2:])
 
-    def merge(x: jax.Array) -> jax.Array:  # [chunks, B, size] -> [B, T]
-        return x.swapaxes(0, 1).reshape(rows, num_chunks * size)[:, :length]
+    def merge(x: jax.Array) -> jax.Array:  # [chunks, B * size] -> [B, T]
+        parts = x.reshape(num_chunks, rows, size).swapaxes(0, 1)
+        return parts.reshape(rows, num_chunks * size)[:, :length]
 
-    source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
-    # The scan already keeps forward and backward apart, so remat needs no barrier against CSE.
-    chunk = jax.checkpoint(score, prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
-    return jax.tree.map(merge, jax.lax.map(chunk, (split(source), split(batch.tokens))))
+    return jax.tree.map(merge, jax.lax.map(function, jax.tree.map(split, arrays)))
 
 
 def weighted_mean(total: jax.Array, *, denominator: jax.Array) -> jax.Array:
@@ -159,7 +187,7 @@ def accumulate(
     def add(gradients: Params, part: Any) -> tuple[Params, tuple[jax.Array, Sums]]:
         values, new = jax.value_and_grad(objective, has_aux=True)(params, part)
         added = jax.tree.map(lambda old, g: old + g.astype(jnp.float32), gradients, new)
-        return jax.tree.map(constrain, added, axes), values
+        return jax.tree.map(sharding.constrain, added, axes), values
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     gradients, values = jax.lax.scan(add, zeros, jax.tree.map(split, batch))

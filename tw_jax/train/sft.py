@@ -50,7 +50,7 @@ def make_step(
 
     loss = sum(weight * nll) / sum(weight), both sums over every row of the global batch, whatever
     `accumulation_steps` and the mesh; 0 where no node has weight. Source: ThreadWeaver
-    (arXiv:2512.07843), whose mean is over the tokens of one device (spec 2.5).
+    (arXiv:2512.07843), whose mean is over the tokens of one device.
 
     Args:
       network: the model.

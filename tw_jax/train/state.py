@@ -27,7 +27,7 @@ from tw_jax.sharding import Rules, shardings
 class Optim:
     """AdamW with decoupled weight decay, a warm-up and a schedule.
 
-    The defaults are those of ThreadWeaver's SFT (spec 2.8), whose peak was 1e-5 for an 8B model.
+    The defaults are those of ThreadWeaver's SFT, whose peak was 1e-5 for an 8B model.
 
     Attributes:
       peak_lr: learning rate at the end of the warm-up.

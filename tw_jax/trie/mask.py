@@ -26,8 +26,8 @@ HIDDEN = -1e30
 """Score of a pair that the mask forbids: finite, because -inf minus -inf is NaN."""
 
 LOWEST = -1e29
-"""Where a running maximum of scores starts. It lies above HIDDEN, so that `exp(HIDDEN - maximum)` is
-exactly 0 even for a query that sees nothing: its weights sum to 0, and backends return zeros."""
+"""Where a running maximum of scores starts. It lies above HIDDEN, so that `exp(HIDDEN - maximum)`
+is exactly 0 even for a query that sees nothing: its weights sum to 0, and backends return zeros."""
 
 
 def sees(at: jax.Array, keys: Span) -> jax.Array:

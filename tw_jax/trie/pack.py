@@ -25,7 +25,7 @@ class Packing:
       rows: B, rows of a global batch (of one accumulation step).
       too_long: what happens to a trie longer than a row: "refuse" stops with a sentence, "drop"
         leaves it out and counts it, "truncate" keeps the first row_tokens nodes, which cuts branch
-        copies of the first blocks before it cuts the joined path (the reference's way, spec 2.4).
+        copies of the first blocks before it cuts the joined path (the reference's way).
       window: trajectories that are packed together; more of them fill better, and a resumed run
         packs at most one window again.
     """

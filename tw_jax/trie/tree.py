@@ -1,7 +1,7 @@
 """Token sequences to one trie, flattened in first-seen preorder (numpy, host, O(total tokens)).
 
 Give the joined path first: then every node's ancestors are at most two contiguous runs, and the
-flat order is the one of ThreadWeaver's collator (spec 2.3). The visibility of node j is the
+flat order is the one of ThreadWeaver's collator. The visibility of node j is the
 interval `j <= i < end[j]`. This file knows neither tags nor calls' meaning; it hands a `Trie` to
 `trie/pack.py`.
 """
@@ -88,7 +88,7 @@ def flat_labels(trie: Trie, prompt_tokens: int) -> Trie:
 
     ThreadWeaver's collator shifts labels in flat order and masks nothing but the prompt, so forced
     tokens and both copies of threads 2..n are trained, and the first node of each branch copy is
-    read from an unrelated leaf (spec 2.5). Kept for comparison; `depth` and `end` stay those of the
+    read from an unrelated leaf. Kept for comparison; `depth` and `end` stay those of the
     tree.
     """
     index = np.arange(len(trie), dtype=np.int32)
@@ -177,7 +177,7 @@ def _flatten_root(
         first = 0
         if segment.parent >= 0:
             parent[at] = segments[segment.parent].start + segment.offset
-            first = depth[parent[at]] + 1
+            first = int(depth[parent[at]]) + 1
         else:
             parent[at] = -1
         tokens[at : at + size] = segment.tokens

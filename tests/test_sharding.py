@@ -1,0 +1,227 @@
+"""Meshes, rules and their refusals; the decoder on eight devices against the decoder on one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tw_jax.contracts import KV, Span
+from tw_jax.models.rope import Rope
+from tw_jax.models.transformer import Model, network
+from tw_jax.sharding import (
+    Mesh,
+    Rules,
+    constrain,
+    current,
+    make_mesh,
+    shardings,
+    spec,
+    to_global,
+    use,
+)
+
+MODEL = Model(
+    vocab_size=64,
+    num_layers=2,
+    width=32,
+    mlp_width=64,
+    num_heads=8,
+    num_kv_heads=4,
+    head_width=8,
+    qk_norm=True,
+    tie_embeddings=False,
+    rope=Rope(),
+    attention="reference",
+)
+CUBE = Mesh(data=2, fsdp=2, tensor=2)
+MESHES = [CUBE, Mesh(fsdp=8), Mesh(data=2, fsdp=1, tensor=4)]
+ROWS, TOKENS = 8, 12
+
+
+def test_minus_one_takes_the_rest_of_the_devices() -> None:
+    mesh = make_mesh(Mesh(data=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(Mesh(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"data": 3},
+            "Mesh.data = 3: want a divisor of 8 devices. Set Mesh.data to 1, 2, 4 or 8.",
+        ),
+        ({"data": 2, "fsdp": 2}, "data 2 x fsdp 2 x tensor 1: want 8 devices together"),
+        ({"data": 4, "tensor": 4}, "data 4 x fsdp -1 x tensor 4: want 8 devices together"),
+        ({"data": -1}, "Mesh.data = -1 and Mesh.fsdp = -1: want at most one -1"),
+        ({"tensor": 0}, "Mesh.tensor = 0: want at least 1, or -1 for the rest"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_mesh(Mesh(**sizes))
+
+
+def test_a_dimension_goes_where_its_rule_says_and_size_one_stays_whole() -> None:
+    mesh = make_mesh(CUBE)
+    assert spec(("layer", "embed", "heads"), (3, 4, 8), mesh, Rules()) == P(
+        None, ("fsdp",), ("tensor",)
+    )
+    assert spec(("rows", None, "heads"), (8, 5, 1), mesh, Rules()) == P(
+        ("data", "fsdp"), P.UNCONSTRAINED, None
+    )
+    assert spec(("embed",), (4,), mesh, Rules(embed=())) == P(None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "message"),
+    [
+        (("heads", "kv_heads"), (8, 4), "heads and kv_heads both go to mesh axis 'tensor'"),
+        (("embed", "embed"), (8, 8), "embed and embed both go to mesh axis 'fsdp'"),
+        (("heads",), (3,), "w has heads = 3: want a multiple of 2 (mesh tensor 2)"),
+        (("rows",), (6,), "w has rows = 6: want a multiple of 4 (mesh data 2 x fsdp 2)"),
+        (("haeds",), (8,), "w has axis 'haeds': want one of layer, embed, vocab, heads"),
+        (("heads",), (8, 8), "w has 2 dimensions and axes ('heads',): want one for each"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused_by_name(axes, shape, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        spec(axes, shape, make_mesh(CUBE), Rules(), name="w")
+
+
+def test_a_parameter_that_does_not_divide_is_named_by_its_path() -> None:
+    net = network(MODEL)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    message = "blocks.attention.k has kv_heads = 4: want a multiple of 8"
+    with pytest.raises(ValueError, match=message):
+        shardings(net.axes(), shapes, make_mesh(Mesh(fsdp=1, tensor=8)), Rules())
+
+
+def test_constrain_acts_inside_use_alone_and_follows_its_rules() -> None:
+    mesh = make_mesh(CUBE)
+
+    @jax.jit
+    def double(x: jax.Array) -> jax.Array:
+        return constrain(2 * x, ("rows", "tokens", "heads"))
+
+    x = jnp.ones((4, 3, 2))
+    assert current() is None
+    assert len(double(x).sharding.device_set) == 1
+    with use(mesh, Rules()):
+        assert double(x).sharding.spec == P(("data", "fsdp"), None, "tensor")
+    # The same function under other rules is traced anew.
+    with use(mesh, Rules(rows=(), heads=())):
+        assert double(x).sharding.is_fully_replicated
+    assert len(double(x).sharding.device_set) == 1
+
+
+def test_an_activation_that_does_not_divide_is_refused() -> None:
+    with (
+        use(make_mesh(Mesh()), Rules()),
+        pytest.raises(ValueError, match="An activation has rows = 3: want a multiple of 8"),
+    ):
+        jax.jit(lambda x: constrain(x, ("rows", "width")))(jnp.ones((3, 2)))
+
+
+def test_a_host_batch_becomes_a_global_one_split_by_rows() -> None:
+    mesh = make_mesh(CUBE)
+    batch = {
+        "tokens": np.arange(24, dtype=np.int32).reshape(8, 3),
+        "weight": np.ones(8, np.float32),
+    }
+    made = to_global(batch, mesh, Rules())
+    np.testing.assert_array_equal(made["tokens"], batch["tokens"])
+    assert made["tokens"].sharding.spec == P(("data", "fsdp"))
+    assert {shard.data.shape for shard in made["tokens"].addressable_shards} == {(2, 3)}
+    accumulated = to_global(batch["tokens"].reshape(2, 4, 3), mesh, Rules(), rows_axis=1)
+    assert {shard.data.shape for shard in accumulated.addressable_shards} == {(2, 1, 3)}
+    with pytest.raises(ValueError, match="tokens has 6 rows on this host: want a multiple of 4"):
+        to_global({"tokens": np.ones((6, 3))}, mesh, Rules())
+
+
+def arguments() -> tuple[jax.Array, jax.Array, Span]:
+    """Rows that fork in the middle: the second half of each cannot see the first's last part."""
+    tokens = jax.random.randint(jax.random.key(1), (ROWS, TOKENS), 0, MODEL.vocab_size, jnp.int32)
+    index = np.arange(TOKENS)
+    depth = np.where(index < 8, index, index - 4)
+    end = np.where((index >= 4) & (index < 8), 8, TOKENS)
+    whole = [jnp.asarray(np.broadcast_to(x, tokens.shape), jnp.int32) for x in (index, depth, end)]
+    return tokens, whole[1], Span(enter=whole[0], exit=whole[2])
+
+
+def loss_and_logits(params, tokens, depth, span):
+    net = network(MODEL)
+    hidden, _ = net.apply(params, tokens, depth, span)
+    logits = net.unembed(params, hidden)
+    return jnp.square(logits).mean(), logits
+
+
+STEP = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def single():
+    params = network(MODEL).init(jax.random.key(0))
+    return params, STEP(params, *arguments())
+
+
+def assert_close(got, want, bound: float) -> None:
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        worst = bound * max(float(np.abs(other).max()), 1e-6)
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=worst)
+
+
+@pytest.mark.parametrize("cfg", MESHES, ids=str)
+def test_eight_devices_compute_what_one_does(single, cfg, tolerance) -> None:
+    net = network(MODEL)
+    params, ((loss, logits), gradient) = single
+    mesh, rules = make_mesh(cfg), Rules()
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    where = shardings(net.axes(), shapes, mesh, rules)
+    with use(mesh, rules):
+        born = jax.jit(net.init, out_shardings=where)(jax.random.key(0))
+        batch = to_global(jax.tree.map(np.asarray, arguments()), mesh, rules)
+        (got_loss, got_logits), got_gradient = STEP(born, *batch)
+    assert all(
+        leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        for leaf, place in zip(jax.tree.leaves(born), jax.tree.leaves(where), strict=True)
+    )
+    assert_close(born, params, tolerance["rounding"])
+    assert_close(got_loss, loss, tolerance["sharded"])
+    assert_close(got_logits, logits, tolerance["sharded"])
+    assert_close(got_gradient, gradient, tolerance["sharded"])
+    split = spec(("rows", "tokens", "vocab"), got_logits.shape, mesh, rules)
+    assert got_logits.sharding.is_equivalent_to(NamedSharding(mesh, split), 3)
+
+
+def test_decoding_on_eight_devices_equals_one_and_never_moves_the_cache(single, tolerance) -> None:
+    net = network(MODEL)
+    params, _ = single
+    tokens, depth, span = arguments()
+    slots = 16
+    spare = ((0, 0), (0, slots - TOKENS))
+    keys = Span(enter=jnp.pad(span.enter, spare), exit=jnp.pad(span.exit, spare))
+    start = jnp.zeros((ROWS,), jnp.int32)
+    want, filled = net.apply(params, tokens, depth, span, net.empty_kv(ROWS, slots), keys, start)
+
+    mesh, rules = make_mesh(CUBE), Rules()
+    where = shardings(net.axes(), jax.eval_shape(lambda: params), mesh, rules)
+    with use(mesh, rules):
+        placed = jax.device_put(params, where)
+        batch = to_global(jax.tree.map(np.asarray, (tokens, depth, span)), mesh, rules)
+        rest = to_global(jax.tree.map(np.asarray, (keys, start)), mesh, rules)
+        kv = jax.jit(lambda: net.empty_kv(ROWS, slots))()
+        assert kv.k.sharding.spec == P(None, ("data", "fsdp"), "tensor")
+        step = jax.jit(net.apply, donate_argnums=4).lower(placed, *batch, kv, *rest).compile()
+        hidden, kv = step(placed, *batch, kv, *rest)
+    assert_close((hidden, kv), (want, filled), tolerance["sharded"])
+    assert isinstance(kv, KV)
+    # One device's share of a layer is [2 rows, 2 heads, 16 slots, 8]; none of it may travel.
+    moving = re.compile(r"(all-gather|all-to-all|collective-permute|all-reduce)\(")
+    travels = [line for line in step.as_text().splitlines() if moving.search(line)]
+    assert travels  # parameters do
+    assert [line for line in travels if f",{slots},{MODEL.head_width}]" in line] == []

@@ -1,0 +1,214 @@
+"""What benchmarks time and tests run in miniature: trajectories of a given shape, and cases.
+
+Trajectories have the lengths of ThreadWeaver's (arXiv:2512.07843) and random ids for text. They are
+made by the protocol from what an engine would have drawn, so their calls, headers and joins are
+real; only the words mean nothing. A case holds the sizes of one benchmark. This file knows no clock;
+it hands `programs/bench.py` and the tests one set of arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.replay import rebuild
+from tw_jax.forkjoin.threadweaver import ForkJoin, Table, ThreadWeaver, make_table
+from tw_jax.models.rope import Rope
+from tw_jax.models.transformer import Model
+from tw_jax.tokenizer import Bytes, load_tokenizer
+
+_BYTES = 256
+"""Ids below are bytes of text, those above control tokens and ends of sequence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Lengths of a trajectory, in tokens; a pair is the least and the most.
+
+    Attributes:
+      prompt: ids of the prompt.
+      blocks: forks.
+      sequential: text before each fork and after the last.
+      outline: one outline, tags and number included.
+      threads: threads of a fork; a pair too.
+      thread: what one thread draws, its closing tag included.
+    """
+
+    prompt: int = 200
+    blocks: int = 4
+    sequential: tuple[int, int] = (300, 1000)
+    outline: int = 60
+    threads: tuple[int, int] = (3, 5)
+    thread: tuple[int, int] = (300, 800)
+
+    def scaled(self, scale: float) -> Shape:
+        """Every length times `scale`; as many blocks and threads."""
+
+        def size(tokens: int) -> int:
+            return round(tokens * scale)
+
+        return dataclasses.replace(
+            self,
+            prompt=size(self.prompt),
+            sequential=(size(self.sequential[0]), size(self.sequential[1])),
+            outline=max(size(self.outline), _LEAST_OUTLINE),
+            thread=(size(self.thread[0]), size(self.thread[1])),
+        )
+
+
+_LEAST_OUTLINE = 5
+"""`<Outline>`, a digit, the colon, a word, `</Outline>`."""
+
+
+@functools.cache
+def table() -> Table:
+    """The protocol's table for the byte tokenizer."""
+    return make_table(load_tokenizer(Bytes()))
+
+
+def text(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Random bytes, [length] int32: no control token and no end of sequence among them."""
+    return rng.integers(0, _BYTES, length, dtype=np.int32)
+
+
+def outlines(rng: np.random.Generator, threads: int, length: int) -> np.ndarray:
+    """The ids of `<Outlines>` ... `</Outlines>` with `threads` outlines of `length` tokens each."""
+    tokenizer = load_tokenizer(Bytes())
+    ids = [tokenizer.encode("<Outlines>")]
+    for number in range(1, threads + 1):
+        head, tail = tokenizer.encode(f"<Outline>{number}:"), tokenizer.encode("</Outline>")
+        ids += [head, text(rng, length - len(head) - len(tail)), tail]
+    return np.concatenate([*ids, tokenizer.encode("</Outlines>")])
+
+
+def trajectory(shape: Shape, seed: int) -> Trajectory:
+    """A rollout of this shape: the protocol's calls around random text.
+
+    Args:
+      shape: its lengths; the joined path must fit `ForkJoin`'s default limits.
+      seed: lengths and ids follow from it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def length(least: int, most: int) -> int:
+        return int(rng.integers(least, most, endpoint=True))
+
+    prompt = text(rng, shape.prompt)
+    drawn = []
+    for _ in range(shape.blocks):
+        threads = length(*shape.threads)
+        before = text(rng, length(*shape.sequential))
+        drawn.append(np.concatenate([before, outlines(rng, threads, shape.outline)]))
+        for _ in range(threads):
+            drawn.append(np.append(text(rng, length(*shape.thread) - 1), table().end_thread))
+    drawn.append(np.append(text(rng, length(*shape.sequential)), table().eos[0]))
+    calls = [Result(sampled.astype(np.int32)) for sampled in drawn]
+    return rebuild(ThreadWeaver(table(), ForkJoin()), prompt, calls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrieCase:
+    """`tw bench trie`.
+
+    Attributes:
+      shape: of the one trajectory whose trie is built.
+      seed: of that trajectory.
+      repeats: measured rounds.
+    """
+
+    shape: Shape
+    seed: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCase:
+    """`tw bench step`.
+
+    Attributes:
+      shape: of the trajectory that the step trains on.
+      seed: of that trajectory.
+      model: the decoder.
+      dense_nodes: nodes of the trie on which dense attention is timed.
+      full_shape: trajectories whose tokens are counted, and nothing more.
+      full_seeds: how many of them.
+      repeats: measured rounds.
+    """
+
+    shape: Shape
+    seed: int
+    model: Model
+    dense_nodes: int
+    full_shape: Shape
+    full_seeds: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerCase:
+    """`tw bench sampler`.
+
+    Attributes:
+      model: the decoder.
+      prefixes: tokens in the cache before decoding starts; one lane decodes after the first alone.
+      lanes: threads of the fork, or rows without one.
+      tokens: what each lane decodes.
+      prompts: lengths of the prompts with which recompilations are counted, all in one bucket.
+      repeats: measured rounds.
+    """
+
+    model: Model
+    prefixes: tuple[int, ...]
+    lanes: int
+    tokens: int
+    prompts: tuple[int, ...]
+    repeats: int
+
+
+SMALL = Model(
+    vocab_size=4096,
+    num_layers=8,
+    width=256,
+    mlp_width=768,
+    num_heads=8,
+    num_kv_heads=2,
+    head_width=32,
+    qk_norm=True,
+    tie_embeddings=True,
+    rope=Rope(),
+)
+"""7 million parameters: large enough that two CPU cores compute rather than dispatch."""
+MINUTE = dataclasses.replace(SMALL, vocab_size=320, num_layers=1, width=32, mlp_width=32)
+"""A decoder for tests of programs, where only shapes matter."""
+
+TRIE = TrieCase(shape=Shape().scaled(1.5), seed=2, repeats=30)
+STEP = StepCase(
+    shape=Shape().scaled(0.2),
+    seed=0,
+    model=SMALL,
+    dense_nodes=4096,
+    full_shape=Shape(),
+    full_seeds=16,
+    repeats=3,
+)
+SAMPLER = SamplerCase(
+    model=SMALL,
+    prefixes=(1000, 8000),
+    lanes=4,
+    tokens=200,
+    prompts=(33, 48, 64, 40),
+    repeats=5,
+)
+
+TINY = Shape(prompt=8, blocks=2, sequential=(8, 16), outline=6, threads=(2, 3), thread=(8, 16))
+TINY_TRIE = TrieCase(shape=TINY, seed=0, repeats=2)
+TINY_STEP = StepCase(
+    shape=TINY, seed=0, model=MINUTE, dense_nodes=96, full_shape=TINY, full_seeds=2, repeats=2
+)
+TINY_SAMPLER = SamplerCase(
+    model=MINUTE, prefixes=(80,), lanes=4, tokens=6, prompts=(5, 9, 7), repeats=2
+)

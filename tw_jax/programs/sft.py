@@ -1,0 +1,166 @@
+"""`tw sft`: supervised training on packed tries, from records to checkpoints.
+
+The same program trains the sequential baseline (`Data.labels = "sequential"`) and the reference's
+flat labels. Run the same command again to go on where a run stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tw_jax import sharding
+from tw_jax.checkpoint import Checkpoints
+from tw_jax.config import config
+from tw_jax.data.pipeline import Batches, Builder, Data
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.metrics import Metrics
+from tw_jax.models.transformer import Model, network
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, load_tokenizer
+from tw_jax.train.loop import fit, resume
+from tw_jax.train.sft import make_step
+from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step
+from tw_jax.trie.pack import Packing
+
+
+@config
+class Sft:
+    """A supervised run.
+
+    Attributes:
+      workdir: checkpoints, metrics, config and `packing.json` go here.
+      steps: optimiser steps of the whole run.
+      model: the model; its vocabulary holds the tokenizer's.
+      tokenizer: text to ids.
+      data: which trajectories, and which of their tokens are trained.
+      forkjoin: limits of the protocol that the trajectories are replayed through.
+      packing: rows of the global batch and what happens to long trajectories.
+      optim: optimiser and schedule.
+      mesh: devices.
+      rules: which logical axis is split over which axis of the mesh.
+      accumulation_steps: parts of a batch that are run one after another.
+      chunk_tokens: nodes per row that are unembedded at a time.
+      save_every: steps between checkpoints.
+      keep: checkpoints kept.
+      seed: of the fresh parameters.
+    """
+
+    workdir: str
+    steps: int
+    model: Model
+    tokenizer: Bytes | SentencePiece | HuggingFace
+    data: Data
+    forkjoin: ForkJoin
+    packing: Packing
+    optim: Optim
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+    accumulation_steps: int = 1
+    chunk_tokens: int = 1024
+    save_every: int = 500
+    keep: int = 2
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other."""
+        for name in ("steps", "accumulation_steps", "chunk_tokens", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Sft.{name} = {getattr(self, name)}: want at least 1.")
+        if self.packing.rows % self.accumulation_steps:
+            raise ValueError(
+                f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "
+                f"Packing.rows = {self.packing.rows}."
+            )
+
+
+def run(cfg: Sft) -> None:
+    """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
+    mesh = sharding.make_mesh(cfg.mesh)
+    net = network(cfg.model)
+    batches = open_batches(cfg)
+    abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
+    step = make_step(
+        net,
+        cfg.optim,
+        steps=cfg.steps,
+        chunk_tokens=cfg.chunk_tokens,
+        accumulation_steps=cfg.accumulation_steps,
+    )
+    compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
+    folder, began = Path(cfg.workdir), time.monotonic()
+    with Checkpoints(folder / "checkpoints", keep=cfg.keep) as checkpoints:
+        state = resume(checkpoints, abstract, batches)
+        first = 0 if state is None else int(state.step)
+        if state is None:
+            key = jax.random.key(cfg.seed)
+            state = initial_state(net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key)
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        print(
+            f"{folder}: {count:,} parameters on {mesh.size} device(s), step {first} of {cfg.steps}"
+        )
+        with Metrics(folder, step=first) as metrics, sharding.use(mesh, cfg.rules):
+            fit(
+                state,
+                compiled,
+                batches,
+                steps=cfg.steps,
+                save_every=cfg.save_every,
+                metrics=metrics,
+                checkpoints=checkpoints,
+                place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
+            )
+        if first < cfg.steps:
+            write_packing(folder, batches, seconds=time.monotonic() - began)
+
+
+def open_batches(cfg: Sft) -> Batches:
+    """The packed batches of this host.
+
+    Raises:
+      ValueError: the model has fewer rows than the tokenizer has ids, or the hosts do not divide
+        the rows of a batch.
+    """
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    if cfg.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"Model.vocab_size = {cfg.model.vocab_size}: want at least {tokenizer.vocab_size}, the "
+            "tokenizer's ids."
+        )
+    hosts = jax.process_count()
+    if cfg.packing.rows % hosts:
+        raise ValueError(
+            f"Packing.rows = {cfg.packing.rows}: want a multiple of {hosts} hosts, for each packs "
+            "its own share."
+        )
+    protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
+    return Batches(
+        cfg.data,
+        cfg.packing,
+        Builder(cfg.data, tokenizer, protocol),
+        rows=cfg.packing.rows // hosts,
+        host=jax.process_index(),
+        num_hosts=hosts,
+    )
+
+
+def write_packing(folder: Path, batches: Batches, *, seconds: float) -> None:
+    """Writes `packing.json` and prints how full the rows were and what sharing saved."""
+    if jax.process_index():
+        return
+    fill = batches.fill
+    counts: dict[str, Any] = {
+        "rows_filled": fill.rows_filled,
+        "token_sharing": fill.token_sharing,
+        "trajectories": fill.tries,
+        "dropped": fill.dropped,
+        "truncated": fill.truncated,
+        "unusable": batches.unusable,
+        "train_seconds": seconds,
+    }
+    (folder / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")
+    print(f"rows filled {fill.rows_filled:.3f}, tokens saved by sharing {fill.token_sharing:.3f}")
