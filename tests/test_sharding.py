@@ -153,20 +153,18 @@ def arguments() -> tuple[jax.Array, jax.Array, Span]:
     return tokens, whole[1], Span(enter=whole[0], exit=whole[2])
 
 
-def loss_and_logits(params, tokens, depth, span):
+def logits_of(params, tokens, depth, span) -> jax.Array:
     net = network(MODEL)
-    hidden, _ = net.apply(params, tokens, depth, span)
-    logits = net.unembed(params, hidden)
-    return jnp.square(logits).mean(), logits
+    return net.unembed(params, net.apply(params, tokens, depth, span)[0])
 
 
-STEP = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+FORWARD = jax.jit(logits_of)
+GRADIENT = jax.jit(jax.grad(lambda *inputs: jnp.square(logits_of(*inputs)).mean()))
 
 
 @pytest.fixture(scope="module")
 def single():
-    params = network(MODEL).init(jax.random.key(0))
-    return params, STEP(params, *arguments())
+    return network(MODEL).init(jax.random.key(0))
 
 
 def assert_close(got, want, bound: float) -> None:
@@ -175,45 +173,56 @@ def assert_close(got, want, bound: float) -> None:
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=worst)
 
 
+def place(cfg: Mesh) -> tuple[jax.sharding.Mesh, dict]:
+    """A mesh, and where parameters go on it."""
+    net, mesh = network(MODEL), make_mesh(cfg)
+    return mesh, shardings(net.axes(), jax.eval_shape(net.init, jax.random.key(0)), mesh, Rules())
+
+
 @pytest.mark.parametrize("cfg", MESHES, ids=str)
 def test_eight_devices_compute_what_one_does(single, cfg, tolerance) -> None:
-    net = network(MODEL)
-    params, ((loss, logits), gradient) = single
-    mesh, rules = make_mesh(cfg), Rules()
-    shapes = jax.eval_shape(net.init, jax.random.key(0))
-    where = shardings(net.axes(), shapes, mesh, rules)
-    with use(mesh, rules):
-        born = jax.jit(net.init, out_shardings=where)(jax.random.key(0))
-        batch = to_global(jax.tree.map(np.asarray, arguments()), mesh, rules)
-        (got_loss, got_logits), got_gradient = STEP(born, *batch)
-    assert all(
-        leaf.sharding.is_equivalent_to(place, leaf.ndim)
-        for leaf, place in zip(jax.tree.leaves(born), jax.tree.leaves(where), strict=True)
-    )
-    assert_close(born, params, tolerance["rounding"])
-    assert_close(got_loss, loss, tolerance["sharded"])
-    assert_close(got_logits, logits, tolerance["sharded"])
-    assert_close(got_gradient, gradient, tolerance["sharded"])
-    split = spec(("rows", "tokens", "vocab"), got_logits.shape, mesh, rules)
-    assert got_logits.sharding.is_equivalent_to(NamedSharding(mesh, split), 3)
+    mesh, where = place(cfg)
+    with use(mesh, Rules()):
+        batch = to_global(jax.tree.map(np.asarray, arguments()), mesh, Rules())
+        logits = FORWARD(jax.device_put(single, where), *batch)
+    assert_close(logits, FORWARD(single, *arguments()), tolerance["sharded"])
+    split = spec(("rows", "tokens", "vocab"), logits.shape, mesh, Rules())
+    assert logits.sharding.is_equivalent_to(NamedSharding(mesh, split), 3)
+
+
+def test_gradients_on_eight_devices_are_those_on_one(single, tolerance) -> None:
+    mesh, where = place(CUBE)
+    with use(mesh, Rules()):
+        batch = to_global(jax.tree.map(np.asarray, arguments()), mesh, Rules())
+        gradient = GRADIENT(jax.device_put(single, where), *batch)
+    assert_close(gradient, GRADIENT(single, *arguments()), tolerance["sharded"])
+
+
+def test_parameters_born_in_their_places_are_the_same_numbers(single, tolerance) -> None:
+    mesh, where = place(CUBE)
+    with use(mesh, Rules()):
+        born = jax.jit(network(MODEL).init, out_shardings=where)(jax.random.key(0))
+    assert_close(born, single, tolerance["rounding"])
+    for leaf, there in zip(jax.tree.leaves(born), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(there, leaf.ndim)
 
 
 def test_decoding_on_eight_devices_equals_one_and_never_moves_the_cache(single, tolerance) -> None:
     net = network(MODEL)
-    params, _ = single
     tokens, depth, span = arguments()
     slots = 16
     spare = ((0, 0), (0, slots - TOKENS))
     keys = Span(enter=jnp.pad(span.enter, spare), exit=jnp.pad(span.exit, spare))
     start = jnp.zeros((ROWS,), jnp.int32)
-    want, filled = net.apply(params, tokens, depth, span, net.empty_kv(ROWS, slots), keys, start)
+    want, filled = jax.jit(net.apply)(
+        single, tokens, depth, span, net.empty_kv(ROWS, slots), keys, start
+    )
 
-    mesh, rules = make_mesh(CUBE), Rules()
-    where = shardings(net.axes(), jax.eval_shape(lambda: params), mesh, rules)
-    with use(mesh, rules):
-        placed = jax.device_put(params, where)
-        batch = to_global(jax.tree.map(np.asarray, (tokens, depth, span)), mesh, rules)
-        rest = to_global(jax.tree.map(np.asarray, (keys, start)), mesh, rules)
+    mesh, where = place(CUBE)
+    with use(mesh, Rules()):
+        placed = jax.device_put(single, where)
+        batch = to_global(jax.tree.map(np.asarray, (tokens, depth, span)), mesh, Rules())
+        rest = to_global(jax.tree.map(np.asarray, (keys, start)), mesh, Rules())
         kv = jax.jit(lambda: net.empty_kv(ROWS, slots))()
         assert kv.k.sharding.spec == P(None, ("data", "fsdp"), "tensor")
         step = jax.jit(net.apply, donate_argnums=4).lower(placed, *batch, kv, *rest).compile()

@@ -83,13 +83,11 @@ class Builder:
         ids = chat.document(tokenizer, record.question, record.response)
         check_ids(ids, tokenizer.vocab_size, where)
         try:
+            # The grammar sees what the protocol leaves to the model (a block that is never closed),
+            # and points at the character, which says more than a token index.
+            parse(record.response)
             return replay(self._protocol, ids, len(chat.prompt(tokenizer, record.question)))
-        except ReplayError as error:
-            # The grammar points at the character, which says more than a token index.
-            try:
-                parse(record.response)
-            except GrammarError as shown:
-                raise ValueError(f"{where}: {shown}") from error
+        except (GrammarError, ReplayError) as error:
             raise ValueError(f"{where}: {error}") from error
 
     def _rebuilt(self, record: Rollout, where: str) -> Trajectory:

@@ -405,7 +405,7 @@ SMALL = 8.0
 """Points of the text in boxes; monospace, so that a box knows its size before it is drawn."""
 CHARACTER, LINE = SMALL * 0.602 / 72, SMALL * 1.4 / 72
 """Inches per character and per line."""
-WIDTH, MOST_LINES = 42, 9
+WIDTH, MOST_LINES = 44, 10
 """Characters across a box, its margins included, and lines of text that it shows."""
 GUTTER, GAP = 4, 0.8
 """Characters between the two columns of boxes, and lines between two boxes."""

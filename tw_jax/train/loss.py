@@ -53,8 +53,8 @@ def token_logp(
 
     Hidden states are gathered at `parent` and unembedded `chunk_tokens` nodes of every row at a
     time, under remat: the largest array with V in its shape is [B * chunk_tokens, V], forward and
-    backward. Gradients of the unembedding add up over chunks in the dtype of the parameters. Under
-    `sharding.use`, each device scores its own rows, and gradients are exchanged once.
+    backward. The unembedding's gradients add up over chunks in float32. Under `sharding.use`, each
+    device scores its own rows, and these gradients are exchanged once.
     Roots and padding point at themselves; what they score means nothing and has weight 0.
     Source: ThreadWeaver (arXiv:2512.07843) with labels along trie edges, where its collator shifts
     them in flat order.
@@ -109,7 +109,10 @@ def token_logp(
             axis_names=set(rows),
             check_vma=False,
         )
-    return score_rows(params, hidden, batch)
+    # Float32 copies of what `unembed` reads make float32 cotangents: a scan adds up in the dtype of
+    # what it closes over. (And XLA for CPU aborts on a bfloat16 psum under shard_map.)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return score_rows(wide, hidden, batch)
 
 
 def _by_chunks(

@@ -1,0 +1,217 @@
+"""The pipeline: what is packed is what was written, positions are exact, bad input is a sentence."""
+
+import itertools
+import json
+
+import fakes
+import numpy as np
+import pytest
+
+from tw_jax.data import records
+from tw_jax.data.pipeline import Batches, Builder, Data
+from tw_jax.forkjoin import threadweaver, tries
+from tw_jax.forkjoin.replay import replay
+from tw_jax.tasks import multiplication
+from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.trie.pack import Packing
+
+TOKENIZER = load_tokenizer(Bytes())
+TASK = multiplication.Multiplication(
+    min_value=11, max_value=99, min_factors=2, max_factors=3, parallel=True, lone_pair="fork"
+)
+CHAT = Chat(template="plain")
+LIMITS = threadweaver.ForkJoin(max_threads=4)
+PROTOCOL = threadweaver.ThreadWeaver(threadweaver.make_table(TOKENIZER), LIMITS)
+
+
+def examples(count):
+    return [
+        records.Example(
+            id=str(n),
+            question=problem.question,
+            response=multiplication.gold(problem, TASK),
+            answer=problem.answer,
+            task="multiplication",
+        )
+        for n, problem in enumerate(multiplication.problems(TASK, seed=1, count=count))
+    ]
+
+
+def write(path, found):
+    records.write(path, found)
+    return str(path)
+
+
+def open_batches(path, *, rows=2, row_tokens=3000, window=5, host=0, num_hosts=1, **data):
+    cfg = Data(path=path, chat=CHAT, **data)
+    packing = Packing(row_tokens=row_tokens, rows=rows, window=window)
+    builder = Builder(cfg, TOKENIZER, PROTOCOL)
+    return Batches(cfg, packing, builder, rows=rows, host=host, num_hosts=num_hosts)
+
+
+def texts(batch):
+    """The joined paths found in the rows: each root's path along first children to an end."""
+    found = []
+    for tokens, depth in zip(batch.tokens, batch.depth, strict=True):
+        roots = [i for i in np.flatnonzero(depth == 0) if tokens[i]]
+        for root in roots:
+            length = next(
+                (n for n in itertools.count(1) if root + n >= len(depth) or depth[root + n] != n), 0
+            )
+            found.append(TOKENIZER.decode(tokens[root : root + length]))
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "array_record"])
+def test_an_epoch_holds_every_record_once_in_every_format(tmp_path, suffix):
+    written = examples(10)
+    batches = open_batches(write(tmp_path / f"x.{suffix}", written), window=10)
+    found: list[str] = []
+    while len(found) < 10:
+        found += texts(next(batches))
+    want = {f"{e.question}\n{e.response}" for e in written}
+    assert {text.removesuffix(TOKENIZER.piece(TOKENIZER.eos_ids[0])) for text in found} == want
+
+
+def test_batches_are_the_tries_of_the_replayed_texts(tmp_path):
+    (written,) = examples(1)
+    batch = next(open_batches(write(tmp_path / "x.jsonl", [written]), rows=1, window=1, seed=None))
+    ids = CHAT.document(TOKENIZER, written.question, written.response)
+    made = replay(PROTOCOL, ids, len(CHAT.prompt(TOKENIZER, written.question)))
+    trie = tries.of_trajectory(made)
+    assert batch.tokens[0, : len(trie)].tolist() == trie.tokens.tolist()
+    assert batch.weight[0, : len(trie)].tolist() == trie.weight.tolist()
+    assert batch.weight.sum() == sum(len(call.sampled) for call in made.calls)
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 4, 9])
+def test_a_restored_position_yields_the_same_batches(tmp_path, drawn):
+    path = write(tmp_path / "x.jsonl", examples(12))
+    first = open_batches(path)
+    for _ in range(drawn):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    want = [next(first) for _ in range(6)]
+    second = open_batches(path)
+    second.set_state(state)
+    for batch in want:
+        again = next(second)
+        for a, b in zip(vars(batch).values(), vars(again).values(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert vars(second.fill) == vars(first.fill)
+
+
+def test_hosts_share_the_records_without_overlap(tmp_path):
+    path = write(tmp_path / "x.jsonl", examples(12))
+    seen = []
+    for host in range(3):
+        batches = open_batches(path, window=4, host=host, num_hosts=3)
+        found: list[str] = []
+        while len(found) < 4:
+            found += texts(next(batches))
+        seen.append(set(found))
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    assert len(set.union(*seen)) == 12
+
+
+def test_labels_of_the_reference_and_of_the_baseline(tmp_path):
+    path = write(tmp_path / "x.jsonl", examples(1))
+    calls, flat, chain = (
+        next(open_batches(path, rows=1, window=1, seed=None, labels=labels))
+        for labels in ("calls", "flat", "sequential")
+    )
+    np.testing.assert_array_equal(calls.tokens, flat.tokens)
+    np.testing.assert_array_equal(calls.end, flat.end)
+    assert calls.weight.sum() < flat.weight.sum()
+    nodes = int((flat.tokens > 0).sum())
+    assert flat.parent[0, 1:nodes].tolist() == list(range(nodes - 1))
+    assert (chain.end[0, : int((chain.weight > 0).sum())] == chain.end[0, 0]).all()
+    assert (chain.tokens > 0).sum() < nodes
+
+
+def rollout(found, **changes):
+    problem = found.problem
+    ids = CHAT.document(TOKENIZER, found.question, found.response)
+    made = replay(PROTOCOL, ids, len(CHAT.prompt(TOKENIZER, found.question)))
+    record = records.Rollout.from_trajectory(
+        made, problem, id=found.id, fingerprint=TOKENIZER.fingerprint, text=found.response
+    )
+    return type(record)(**{**vars(record), **changes})
+
+
+def test_rollouts_are_rebuilt_from_their_ids_and_never_encoded(tmp_path):
+    (written,) = examples(1)
+    by_text = open_batches(write(tmp_path / "a.jsonl", [written]), rows=1, window=1)
+    kept = rollout(written, text="another text altogether")
+    by_ids = open_batches(write(tmp_path / "b.jsonl", [kept]), rows=1, window=1)
+    for a, b in zip(vars(next(by_text)).values(), vars(next(by_ids)).values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def unclosed(found):
+    assert "</Parallel>" in found.response
+    response = found.response.replace("</Parallel>", "", 1)
+    return type(found)(**{**vars(found), "response": response})
+
+
+def test_a_record_with_an_unclosed_block_names_its_line_and_place(tmp_path):
+    found = examples(3)
+    found[1] = unclosed(found[1])
+    path = write(tmp_path / "x.jsonl", found)
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: [\s\S]*<Parallel>[\s\S]*line"):
+        next(open_batches(path, seed=None))
+
+
+def test_a_truncated_file_names_its_line_and_the_remedy(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write(path, examples(3))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"x\.jsonl:3.*cut short|x\.jsonl:3.*ends inside"):
+        next(open_batches(str(path), seed=None))
+
+
+def test_a_token_outside_the_vocabulary_names_its_line(tmp_path):
+    bad = rollout(examples(1)[0], prompt=np.array([5, 4000], np.int32))
+    path = write(tmp_path / "x.jsonl", [bad])
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: id 4000 at position 1 is outside"):
+        next(open_batches(path))
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path):
+    bad = rollout(examples(1)[0], fingerprint=fakes.Characters().fingerprint)
+    path = write(tmp_path / "x.jsonl", [bad])
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: ids of the tokenizer characters"):
+        next(open_batches(path))
+
+
+def test_a_trajectory_longer_than_a_row_names_its_line_and_the_remedy(tmp_path):
+    path = write(tmp_path / "x.jsonl", examples(2))
+    with pytest.raises(ValueError, match=r"x\.jsonl:1 makes a trie of \d+ nodes.*row_tokens"):
+        next(open_batches(path, row_tokens=100, seed=None))
+
+
+def test_unusable_records_can_be_left_out_and_are_counted(tmp_path):
+    found = examples(4)
+    found[1] = unclosed(found[1])
+    path = write(tmp_path / "x.jsonl", found)
+    batches = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
+    next(batches)
+    assert (batches.unusable, batches.fill.tries) == (1, 3)
+
+
+def test_a_file_of_nothing_usable_says_so(tmp_path):
+    path = write(tmp_path / "x.jsonl", [unclosed(e) for e in examples(2)])
+    with pytest.raises(ValueError, match="none of 5 records in a row could be used"):
+        next(open_batches(path, unusable="drop"))
+
+
+def test_problems_without_a_response_are_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [e.problem for e in examples(1)])
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: a problem without a response"):
+        next(open_batches(path))
+
+
+def test_fewer_records_than_hosts_are_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", examples(2))
+    with pytest.raises(ValueError, match="2 records for 3 hosts"):
+        open_batches(path, num_hosts=3)

@@ -1,0 +1,92 @@
+"""One tiny run of every program, from problems to a graded model, made once for all their tests."""
+
+import pytest
+
+from tw_jax.cli import main
+
+CONFIG = """
+Model.vocab_size = 340
+Model.num_layers = 1
+Model.width = 32
+Model.mlp_width = 64
+Model.num_heads = 2
+Model.num_kv_heads = 1
+Model.head_width = 16
+Model.qk_norm = True
+Model.tie_embeddings = True
+Model.rope = @Rope()
+SentencePiece.path = '{folder}/data/tokenizer.model'
+Chat.template = 'plain'
+ForkJoin.max_threads = 3
+ForkJoin.max_new = 60
+ForkJoin.max_thread = 20
+"""
+MAKE = """
+Make.workdir = '{folder}/data'
+Make.task = @Multiplication()
+Make.train = 40
+Make.held_out = 3
+Make.vocab_size = 340
+Multiplication.min_value = 11
+Multiplication.max_value = 99
+Multiplication.min_factors = 2
+Multiplication.max_factors = 2
+Multiplication.parallel = True
+Multiplication.lone_pair = 'fork'
+"""
+SFT = """
+Sft.workdir = '{folder}/sft'
+Sft.steps = 4
+Sft.save_every = 2
+Sft.model = @Model()
+Sft.tokenizer = @SentencePiece()
+Sft.data = @Data()
+Sft.forkjoin = @ForkJoin()
+Sft.packing = @Packing()
+Sft.optim = @Optim()
+Sft.mesh = @Mesh()
+ForkJoin.max_new = 1000
+ForkJoin.max_thread = 200
+Mesh.data = 8
+Mesh.fsdp = 1
+Data.path = '{folder}/data/train.jsonl'
+Data.chat = @Chat()
+Packing.rows = 8
+Packing.row_tokens = 384
+Optim.peak_lr = 1e-3
+"""
+SAMPLE = """
+Sample.workdir = '{folder}/samples'
+Sample.checkpoint = '{folder}/sft/checkpoints'
+Sample.model = @Model()
+Sample.tokenizer = @SentencePiece()
+Sample.chat = @Chat()
+Sample.forkjoin = @ForkJoin()
+Sample.sampler = @Sampler()
+Sample.problems = '{folder}/data/held_out.jsonl'
+Sample.samples = 2
+Sampler.rows = 4
+Sampler.max_prompt = 40
+"""
+EVALUATE = """
+Evaluate.workdir = '{folder}/graded'
+Evaluate.sample = @Sample()
+Evaluate.grader = @Grader()
+Evaluate.timed = 1
+Evaluate.training = '{folder}/sft'
+"""
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The folder of a whole run, with its configs: make.gin, sft.gin, sample.gin, evaluate.gin."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, text in (
+        ("make", MAKE),
+        ("sft", CONFIG + SFT),
+        ("sample", CONFIG + SAMPLE),
+        ("evaluate", CONFIG + SAMPLE + EVALUATE),
+    ):
+        (folder / f"{name}.gin").write_text(text.format(folder=folder), encoding="utf-8")
+        assert main([name, str(folder / f"{name}.gin")]) == 0
+    return folder

@@ -1,0 +1,83 @@
+"""`tw sft`: a run leaves what it should, goes on where it stopped, and is its own record."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tw_jax import metrics
+from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax.cli import main
+
+
+def sft(runs, folder, *words):
+    sets = [f"Sft.workdir='{folder}'", *words]
+    return main(["sft", str(runs / "sft.gin"), *[w for s in sets for w in ("--set", s)]])
+
+
+def params(folder):
+    return jax.tree.leaves(jax.device_get(restore_params(folder / "checkpoints")))
+
+
+def test_a_run_leaves_metrics_checkpoints_its_config_and_its_packing(runs):
+    lines = metrics.read(runs / "sft" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    packing = json.loads((runs / "sft" / "packing.json").read_text())
+    assert 0.5 < packing["rows_filled"] <= 1
+    assert 0 < packing["token_sharing"] < 1
+    assert Checkpoints(runs / "sft" / "checkpoints", keep=2).latest() == 4
+    assert (runs / "sft" / "tensorboard").is_dir()
+
+
+def test_running_the_written_config_is_the_same_run(runs, tmp_path):
+    config = (runs / "sft" / "config.gin").read_text().replace(str(runs / "sft"), str(tmp_path))
+    (tmp_path / "again.gin").write_text(config)
+    assert main(["sft", str(tmp_path / "again.gin")]) == 0
+    for a, b in zip(params(runs / "sft"), params(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path, monkeypatch):
+    from tw_jax.train import loop
+
+    stops = iter([False, False, True, False])
+    monkeypatch.setattr(loop, "_stops", lambda caught, index: next(stops))
+    assert sft(runs, tmp_path) == 130
+    assert sft(runs, tmp_path) == 0
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    for a, b in zip(params(runs / "sft"), params(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_mesh_gives_the_same_losses(runs, tmp_path, tolerance):
+    words = ["Mesh.data=2", "Mesh.fsdp=2", "Mesh.tensor=2", "Model.num_kv_heads=2"]
+    wide, one = tmp_path / "wide", tmp_path / "one"
+    assert sft(runs, wide, *words) == 0
+    assert sft(runs, one, "Model.num_kv_heads=2") == 0
+    want = [line["loss"] for line in metrics.read(one / "metrics.jsonl")]
+    got = [line["loss"] for line in metrics.read(wide / "metrics.jsonl")]
+    assert got == pytest.approx(want, rel=tolerance["sharded"])
+
+
+def test_a_finished_run_has_nothing_left_to_do(runs, capsys):
+    before = (runs / "sft" / "packing.json").read_text()
+    assert main(["sft", str(runs / "sft.gin")]) == 0
+    assert "step 4 of 4" in capsys.readouterr().out
+    assert (runs / "sft" / "packing.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("Model.vocab_size=300", "Model.vocab_size = 300: want at least 340"),
+        ("Packing.row_tokens=64", "makes a trie of"),
+        ("Sft.accumulation_steps=3", "Sft.accumulation_steps = 3: want a divisor"),
+        ("Mesh.data=3", "Mesh.data = 3: want a divisor of 8 devices"),
+        ("Data.path='nowhere.jsonl'", "nowhere.jsonl: no such file"),
+    ],
+)
+def test_bad_settings_end_in_a_sentence(runs, tmp_path, capsys, word, sentence):
+    assert sft(runs, tmp_path, word) == 2
+    assert sentence in capsys.readouterr().err
