@@ -14,7 +14,9 @@ def summary(runs):
 
 @pytest.fixture(scope="module")
 def graded(runs):
-    return [json.loads(line) for line in (runs / "graded" / "graded.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (runs / "graded" / "graded.jsonl").read_text().splitlines()
+    ]
 
 
 def test_the_summary_has_accuracy_latency_and_packing(summary):

@@ -29,7 +29,9 @@ def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
     # Two whole lines and the half of a third, as a crash leaves them.
     path.write_bytes(b"\n".join(lines[:2]) + b"\n" + lines[2][:30])
     with pytest.warns(UserWarning, match="rollouts.jsonl"):
-        assert main(["sample", str(runs / "sample.gin"), "--set", f"Sample.workdir='{tmp_path}'"]) == 0
+        assert (
+            main(["sample", str(runs / "sample.gin"), "--set", f"Sample.workdir='{tmp_path}'"]) == 0
+        )
     assert "4 new rollouts" in capsys.readouterr().out
     want = {r.id: [c.sampled.tolist() for c in r.calls] for r in whole}
     assert {r.id: [c.sampled.tolist() for c in r.calls] for r in rollouts(tmp_path)} == want

@@ -19,7 +19,7 @@ from tw_jax.tasks.multiplication import (
     problems,
 )
 
-_STEP = re.compile(r"(\d+(?:[*+]\d+)+)=(\d+)")
+_STEP = re.compile(r"(\d+(?:[*+]\d+)+)(?:=(\d+(?:[*+]\d+)+))?=(\d+)")
 _LINE = re.compile(r"(\d+) ([*+]) (\d+): (.*) -> (\d+)")
 _PRODUCT = re.compile(r"(\d+) \* (\d+) = (\d+)")
 
@@ -31,13 +31,13 @@ def _value(expression: str) -> int:
 def _assert_true_everywhere(text: str) -> int:
     """Checks each equation of a text with Python's integers; returns how many there were."""
     count = 0
-    for left, right in _STEP.findall(text):
-        assert _value(left) == int(right), f"{left}={right}"
+    for left, middle, right in _STEP.findall(text):
+        assert _value(left) == _value(middle or left) == int(right), f"{left}={middle}={right}"
         count += 1
     for a, operator, b, steps, result in _LINE.findall(text):
         true = int(a) * int(b) if operator == "*" else int(a) + int(b)
         assert true == int(result), f"{a} {operator} {b} -> {result}"
-        values = [int(value) for _, value in _STEP.findall(steps)]
+        values = [int(value) for *_, value in _STEP.findall(steps)]
         digits = str(values[-1]) + "".join(str(value % 10) for value in reversed(values[:-1]))
         assert result.rstrip("0") == digits.rstrip("0"), "the result is not what its steps say"
         count += 1
@@ -149,8 +149,8 @@ def test_every_text_is_canonical_and_passes_the_strict_checker(cfg):
 def test_a_lone_pair_forks_over_the_non_zero_digits_of_the_shorter_factor():
     cfg = Multiplication(parallel=True, lone_pair="fork", min_factors=2, max_factors=2)
     text = gold(Problem(factors=(305, 1234), seed=0), cfg)
-    assert "<Outline>1: Multiply 1234 by 5.</Outline>" in text
-    assert "<Outline>2: Multiply 1234 by 300.</Outline>" in text
+    assert "<Outline>1: 5 times 1234.</Outline>" in text
+    assert "<Outline>2: 300 times 1234.</Outline>" in text
     assert text.count("<Thread>") == 2
     for factors in ((300, 1234), (7, 8), (0, 55), (1000, 1000)):
         assert "<Parallel>" not in gold(Problem(factors=factors, seed=0), cfg)
@@ -169,19 +169,19 @@ def test_the_probability_of_a_fork_is_drawn_for_each_round():
 def test_zeros_are_worked_like_any_number():
     assert multiply(0, 123) == ["0 * 123", "0 * 123 = 0"]
     assert multiply(0, 0) == ["0 * 0", "0 * 0 = 0"]
-    row = "100 * 10: 0*1+0=0 0*1+0=0 1*1+0=1 -> 1000"
+    row = "10 * 100: 0*1=0 0*1+0=0+0=0 1*1+0=1+0=1 -> 1000"
     assert multiply(100, 10) == ["100 * 10", row, "100 * 10 = 1000"]
 
 
 def test_the_format_of_each_step_stays_as_it_is():
-    assert multiply_by_digit(123, 6) == "123 * 6: 3*6+0=18 2*6+1=13 1*6+1=7 -> 738"
-    assert multiply_by_digit(99, 9, 2) == "99 * 900: 9*9+0=81 9*9+8=89 -> 89100"
+    assert multiply_by_digit(123, 6) == "6 * 123: 3*6=18 2*6+1=12+1=13 1*6+1=6+1=7 -> 738"
+    assert multiply_by_digit(99, 9, 2) == "900 * 99: 9*9=81 9*9+8=81+8=89 -> 89100"
     assert add(738, 6150) == "738 + 6150: 8+0+0=8 3+5+0=8 7+1+0=8 0+6+0=6 -> 6888"
     assert add(95, 7) == "95 + 7: 5+7+0=12 9+0+1=10 -> 102"
     assert multiply(46, 123) == [
         "46 * 123",
-        "123 * 6: 3*6+0=18 2*6+1=13 1*6+1=7 -> 738",
-        "123 * 40: 3*4+0=12 2*4+1=9 1*4+0=4 -> 4920",
+        "6 * 123: 3*6=18 2*6+1=12+1=13 1*6+1=6+1=7 -> 738",
+        "40 * 123: 3*4=12 2*4+1=8+1=9 1*4+0=4+0=4 -> 4920",
         "738 + 4920: 8+0+0=8 3+2+0=5 7+9+0=16 0+4+1=5 -> 5658",
         "46 * 123 = 5658",
     ]
@@ -194,28 +194,28 @@ def test_a_parallel_text_stays_as_it_is():
         "Pool: 12, 7, 30, 5, 1.\n"
         "<Parallel>\n"
         "<Outlines>\n"
-        "<Outline>1: Multiply 12 by 7.</Outline>\n"
-        "<Outline>2: Multiply 30 by 5.</Outline>\n"
+        "<Outline>1: 12 times 7.</Outline>\n"
+        "<Outline>2: 30 times 5.</Outline>\n"
         "</Outlines>\n"
         "<Thread>\n"
         "1: 12 * 7\n"
-        "12 * 7: 2*7+0=14 1*7+1=8 -> 84\n"
+        "7 * 12: 2*7=14 1*7+1=7+1=8 -> 84\n"
         "12 * 7 = 84\n"
         "</Thread><Thread>\n"
         "2: 30 * 5\n"
-        "30 * 5: 0*5+0=0 3*5+0=15 -> 150\n"
+        "5 * 30: 0*5=0 3*5+0=15+0=15 -> 150\n"
         "30 * 5 = 150\n"
         "</Thread>\n"
         "</Parallel>\n"
         "Pool: 84, 150, 1.\n"
         "84 * 150\n"
-        "150 * 4: 0*4+0=0 5*4+0=20 1*4+2=6 -> 600\n"
-        "150 * 80: 0*8+0=0 5*8+0=40 1*8+4=12 -> 12000\n"
+        "4 * 150: 0*4=0 5*4+0=20+0=20 1*4+2=4+2=6 -> 600\n"
+        "80 * 150: 0*8=0 5*8+0=40+0=40 1*8+4=8+4=12 -> 12000\n"
         "600 + 12000: 0+0+0=0 0+0+0=0 6+0+0=6 0+2+0=2 0+1+0=1 -> 12600\n"
         "84 * 150 = 12600\n"
         "Pool: 12600, 1.\n"
         "12600 * 1\n"
-        "12600 * 1: 0*1+0=0 0*1+0=0 6*1+0=6 2*1+0=2 1*1+0=1 -> 12600\n"
+        "1 * 12600: 0*1=0 0*1+0=0+0=0 6*1+0=6+0=6 2*1+0=2+0=2 1*1+0=1+0=1 -> 12600\n"
         "12600 * 1 = 12600\n"
         "Pool: 12600.\n"
         "</think>\n"
@@ -231,13 +231,13 @@ def test_a_fork_of_a_lone_pair_stays_as_it_is():
         "Pool: 84, 150.\n"
         "<Parallel>\n"
         "<Outlines>\n"
-        "<Outline>1: Multiply 150 by 4.</Outline>\n"
-        "<Outline>2: Multiply 150 by 80.</Outline>\n"
+        "<Outline>1: 4 times 150.</Outline>\n"
+        "<Outline>2: 80 times 150.</Outline>\n"
         "</Outlines>\n"
         "<Thread>\n"
-        "1: 150 * 4: 0*4+0=0 5*4+0=20 1*4+2=6 -> 600\n"
+        "1: 4 * 150: 0*4=0 5*4+0=20+0=20 1*4+2=4+2=6 -> 600\n"
         "</Thread><Thread>\n"
-        "2: 150 * 80: 0*8+0=0 5*8+0=40 1*8+4=12 -> 12000\n"
+        "2: 80 * 150: 0*8=0 5*8+0=40+0=40 1*8+4=8+4=12 -> 12000\n"
         "</Thread>\n"
         "</Parallel>\n"
         "600 + 12000: 0+0+0=0 0+0+0=0 6+0+0=6 0+2+0=2 0+1+0=1 -> 12600\n"

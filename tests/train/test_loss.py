@@ -166,6 +166,19 @@ def test_log_probs_are_float32_whatever_the_network_says(network, params, packed
     assert got.logp.dtype == got.entropy.dtype == jnp.float32
 
 
+def test_gradients_of_a_bfloat16_table_add_up_over_chunks_in_float32(network, params, packed):
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+
+    def slope(chunk_tokens):
+        total = partial(nll_sums, network, batch=packed[-1], chunk_tokens=chunk_tokens)
+        gradient = jax.jit(jax.grad(lambda p: total(p)[0]))(low)["out"]
+        assert gradient.dtype == jnp.bfloat16
+        return np.asarray(gradient, np.float32)
+
+    # Added up in bfloat16, the difference is about 1e-2.
+    assert np.linalg.norm(slope(1) - slope(1000)) < 1e-3 * np.linalg.norm(slope(1000))
+
+
 def test_a_chunk_of_no_tokens_is_refused(network, params, packed):
     with pytest.raises(ValueError, match="chunk_tokens = 0: want at least 1"):
         said(network, params, packed[-1], chunk_tokens=0)

@@ -182,14 +182,48 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(
     )
 
 
-def test_data_parallel_devices_exchange_sums_and_no_tokens(network, batches):
-    """Neither the read at the parent nor the split into parts moves a row off its device."""
-    mesh, rules = sharding.make_mesh(sharding.Mesh(data=8, fsdp=1)), sharding.Rules()
+def program_text(network, batch, sizes, accumulation_steps):
+    """The compiled step for a mesh."""
+    mesh, rules = sharding.make_mesh(sharding.Mesh(**sizes)), sharding.Rules()
     abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=2)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches[0])
+    step = make_step(
+        network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=accumulation_steps
+    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     with sharding.use(mesh, rules):
         program = jit_step(step, abstract, mesh=mesh, rules=rules).lower(abstract, shapes)
-        text = program.compile().as_text()
-    moves = re.findall(r"(all-gather|all-to-all|collective-permute|all-reduce)\(", text)
-    assert set(moves) == {"all-reduce"}
+    return program.compile().as_text()
+
+
+COLLECTIVE = re.compile(r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\(")
+
+
+def test_data_parallel_devices_exchange_sums_and_no_tokens(network, batches):
+    """Neither the read at the parent nor the split into parts moves a row off its device."""
+    text = program_text(network, batches[0], {"data": 8, "fsdp": 1}, accumulation_steps=2)
+    assert set(COLLECTIVE.findall(text)) == {"all-reduce"}
+
+
+def test_devices_exchange_gradients_once_and_not_in_every_chunk(network, batches):
+    text = program_text(network, batches[0], {"fsdp": 8}, accumulation_steps=1)
+    assert "while(" in text  # the chunks
+    loops, main = text.split("\nENTRY ")
+    assert COLLECTIVE.findall(loops) == []
+    assert COLLECTIVE.findall(main) != []
+
+
+def test_a_bfloat16_model_trains_on_a_mesh(network, batches):
+    low = network._replace(
+        init=lambda key: jax.tree.map(lambda p: p.astype(jnp.bfloat16), network.init(key)),
+        unembed=lambda params, hidden: network.unembed(params, hidden).astype(jnp.float32),
+    )
+    mesh, rules = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2)), sharding.Rules()
+    abstract = abstract_state(low, OPTIM, mesh=mesh, rules=rules)
+    step = make_step(low, OPTIM, steps=60, chunk_tokens=16)
+    state = jax.device_put(fresh(low), jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    with sharding.use(mesh, rules):
+        compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
+        state, metrics = compiled(state, sharding.to_global(batches[0], mesh, rules))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    assert np.isfinite(float(metrics["loss"]))
+    assert float(metrics["skipped"]) == 0

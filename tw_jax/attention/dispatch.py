@@ -121,10 +121,10 @@ def _per_device(
     def local(q, k, v, at, keys):
         return backend(q, k, v, at=at, keys=keys, scale=scale)
 
-    rules = sharding._RULES.value
-    if rules is None:
+    current = sharding.current()
+    if current is None:
         return local(q, k, v, at, keys)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, rules = current
     by_head = sharding.spec(("rows", "heads"), q.shape[:2], mesh, rules, name="queries")
     if by_head[1] is not None:
         split = math.prod(mesh.shape[axis] for axis in rules.heads)

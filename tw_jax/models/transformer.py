@@ -229,9 +229,11 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, KV | None]:
         """Hidden states [B, T, D] after the final norm, and the cache; see `Network.apply`."""
         cfg = self.cfg
-        # Look up, then cast: the gradient of a repeated token adds up in the parameter's dtype.
-        x = self.embed[tokens].astype(cfg.compute_dtype)
-        x = constrain(x, ("rows", "tokens", "width"))
+        # Whole in its width, as every weight where it is used: a lookup of split vectors would
+        # bring all rows to every device. Looked up, then cast: the gradient of a repeated token
+        # adds up in the parameter's dtype.
+        table = constrain(self.embed, ("vocab", "width"))
+        x = constrain(table[tokens].astype(cfg.compute_dtype), ("rows", "tokens", "width"))
         turned = rotation(cfg.rope, cfg.head_width, depth)
         layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
         # The cache is carried, not scanned over: scanning would copy it whole at every step.

@@ -3,7 +3,7 @@ r"""The multiplication task: problems, gold trajectories with digit-level workin
 A pool of factors is multiplied pair by pair until one number is left. In the parallel variant a
 round with several pairs is one block: an outline and a thread per pair. In the sequential variant
 the very same working stands in prose. All working is local: each step is one digit times one digit
-plus a carry, or two digits plus a carry, least significant first, and the carry is written even
+plus a carry, or two digits plus a carry, least significant first, and a carry is written even
 where it is 0, so that every step of a kind looks alike and a tiny model can learn it.
 
 The task follows ThreadWeaver (arXiv:2512.07843, synthetic multiplication), whose generator of text
@@ -165,20 +165,26 @@ def grade(response: str, answer: str) -> bool:
 
 
 def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
-    """One row: `123 * 60: 3*6+0=18 2*6+1=13 1*6+1=7 -> 7380`.
+    """One row: `60 * 123: 3*6=18 2*6+1=12+1=13 1*6+1=6+1=7 -> 7380`.
+
+    The digit comes first, for it tells the threads of a block apart: a thread begins as its outline
+    does. A product of digits is written before its carry is added, which leaves two small tables to
+    learn where one step would be a table of a thousand entries.
 
     Args:
       number: the multiplicand.
       digit: 1 to 9.
       zeros: how many zeros follow the digit; they pass to the result.
     """
-    steps, carry = [], 0
+    steps, carry = [], None
     for place in reversed(str(number)):
-        value = int(place) * digit + carry
-        steps.append(f"{place}*{digit}+{carry}={value}")
+        product = int(place) * digit
+        value = product + (carry or 0)
+        added = "" if carry is None else f"+{carry}={product}+{carry}"
+        steps.append(f"{place}*{digit}{added}={value}")
         carry = value // 10
     scale = 10**zeros
-    return f"{number} * {digit * scale}: {' '.join(steps)} -> {number * digit * scale}"
+    return f"{digit * scale} * {number}: {' '.join(steps)} -> {number * digit * scale}"
 
 
 def add(a: int, b: int) -> str:
@@ -228,7 +234,7 @@ def _round(
     if not 2 <= len(parts) <= grammar.MAX_OUTLINES:
         return multiply(a, b)
     rows = [
-        (long, digit * 10**zeros, multiply_by_digit(long, digit, zeros)) for digit, zeros in parts
+        (digit * 10**zeros, long, multiply_by_digit(long, digit, zeros)) for digit, zeros in parts
     ]
     return [_block(rows), *_sums(long, parts), f"{a} * {b} = {a * b}"]
 
@@ -238,7 +244,7 @@ def _block(products: list[tuple[int, int, str]]) -> str:
     numbered = [(str(n), *product) for n, product in enumerate(products, start=1)]
     return grammar.render_block(
         grammar.Block(
-            outlines=tuple(grammar.Outline(n, f"Multiply {a} by {b}.") for n, a, b, _ in numbered),
+            outlines=tuple(grammar.Outline(n, f"{a} times {b}.") for n, a, b, _ in numbered),
             threads=tuple(grammar.Thread(n, working) for n, _, _, working in numbered),
         )
     )

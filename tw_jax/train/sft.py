@@ -12,7 +12,7 @@ import jax
 
 from tw_jax.contracts import Network, Params
 from tw_jax.train.loss import Sums, accumulate, token_logp, weighted_mean
-from tw_jax.train.state import Metrics, Optim, Step, TrainState, update
+from tw_jax.train.state import Numbers, Optim, Step, TrainState, update
 from tw_jax.trie.batch import TrieBatch
 
 
@@ -66,7 +66,7 @@ def make_step(
     """
     axes = network.axes()
 
-    def step(state: TrainState, batch: TrieBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: TrieBatch) -> tuple[TrainState, Numbers]:
         def objective(params: Params, part: TrieBatch) -> tuple[jax.Array, Sums]:
             return nll_sums(network, params, part, chunk_tokens=chunk_tokens)
 

@@ -84,10 +84,10 @@ class TrainState(struct.PyTreeNode):
     key: jax.Array  # [] typed key; derive with fold_in(key, step), never replaced
 
 
-Metrics = dict[str, jax.Array]
+Numbers = dict[str, jax.Array]
 """Scalars by name, float32."""
 
-Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Any], tuple[TrainState, Numbers]]
 """(state, batch) -> (next state, metrics): pure, whatever the algorithm."""
 
 
@@ -195,7 +195,7 @@ def jit_step(step: Step, abstract: TrainState, *, mesh: jax.sharding.Mesh, rules
       ValueError: when traced outside of `sharding.use(mesh, rules)`.
     """
 
-    def traced(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def traced(state: TrainState, batch: Any) -> tuple[TrainState, Numbers]:
         # Outside of `use`, activations would silently go unconstrained.
         if jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
             raise ValueError(
@@ -240,7 +240,7 @@ def learning_rate(step: jax.Array | int, optim: Optim, *, steps: int) -> jax.Arr
 
 def update(
     state: TrainState, gradients: Params, optim: Optim, *, steps: int
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, Numbers]:
     """One AdamW step, or none: a gradient whose norm is not finite changes nothing but `step`.
 
     g' = g * min(1, clip / |g|);  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
