@@ -35,4 +35,4 @@ demo: .venv/run.stamp
 	$(BIN)/tw evaluate configs/evaluate/demo.gin
 	$(BIN)/tw plot configs/plot/demo.gin
 bench: .venv/run.stamp
-	$(BIN)/tw bench configs/bench/demo.gin
+	for name in trie step sampler; do $(BIN)/tw bench $$name --json || exit 1; done

@@ -3,7 +3,7 @@
 import importlib
 import pathlib
 
-from house.figure import draw
+from house.figure import draw, draw_multiplication
 from house.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
@@ -57,7 +57,12 @@ def fields() -> str:
     return "".join(parts)
 
 
-MADE = {"configs/README.md": listing, "docs/configs.md": fields, "docs/trie.svg": draw}
+MADE = {
+    "configs/README.md": listing,
+    "docs/configs.md": fields,
+    "docs/trie.svg": draw,
+    "docs/images/trie.svg": draw_multiplication,
+}
 """Path from the repository's root to what makes its text."""
 
 

@@ -17,7 +17,8 @@ def of_trajectory(trajectory: Trajectory) -> Trie:
     """The trie of a rollout: its joined path, then every call; weight 1 on sampled tokens.
 
     Forced, returned and prompt tokens carry no loss: exactly the tokens that the model drew are
-    trained, each in the context in which it was drawn (as the paper's figure of decomposed training shows).
+    trained, each in the context in which it was drawn. Source: ThreadWeaver
+    (arXiv:2512.07843), the figure of decomposed training.
     """
     sequences: list[np.ndarray] = [trajectory.ids]
     weights: list[np.ndarray | None] = [None]

@@ -1,8 +1,8 @@
 """`tw evaluate`: sample held-out problems, grade them, and report accuracy and latency together.
 
-Token latency is the longest path (`forkjoin/cost.py`, prompt out); wall clock is the decoding time of the
-same trajectories as threads and as one lane, warm, interleaved, one request at a time. Every mean
-comes with its interval and the number of problems.
+Token latency is the longest path (`forkjoin/cost.py`, prompt out); wall clock is the decoding time
+of the same trajectories as threads and as one lane, warm, interleaved, one request at a time. Every
+mean comes with its interval and the number of problems.
 """
 
 from __future__ import annotations
