@@ -5,7 +5,7 @@ import pytest
 from tw_jax.cli import main
 
 CONFIG = """
-Model.vocab_size = 340
+Model.vocab_size = 320
 Model.num_layers = 1
 Model.width = 32
 Model.mlp_width = 64
@@ -26,7 +26,7 @@ Make.workdir = '{folder}/data'
 Make.task = @Multiplication()
 Make.train = 40
 Make.held_out = 3
-Make.vocab_size = 340
+Make.vocab_size = 320
 Multiplication.min_value = 11
 Multiplication.max_value = 99
 Multiplication.min_factors = 2

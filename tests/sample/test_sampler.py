@@ -104,7 +104,7 @@ def full_pass(tokens, depth, span, temperature):
 def recomputed(trajectory, temperature=1.0):
     """Log-probs of every weighted node from one full pass over the packed trie."""
     trie = tries.of_trajectory(trajectory)
-    batch = stack_rows([[trie]], 1024)
+    batch = stack_rows([[trie]], 1024 if len(trie) <= 1024 else 2048)
     logp = full_pass(batch.tokens, batch.depth, batch.span, temperature)
     of_node = np.asarray(logp)[0, batch.parent[0], batch.tokens[0]]
     found, walked = [], {}

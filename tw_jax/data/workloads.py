@@ -1,9 +1,9 @@
 """What benchmarks time and tests run in miniature: trajectories of a given shape, and cases.
 
-Trajectories have the lengths of ThreadWeaver's (arXiv:2512.07843) and random ids for text. They are
-made by the protocol from what an engine would have drawn, so their calls, headers and joins are
-real; only the words mean nothing. A case holds the sizes of one benchmark. This file knows no clock;
-it hands `programs/bench.py` and the tests one set of arguments.
+Trajectories have the lengths of ThreadWeaver's (arXiv:2512.07843) and random bytes for text. They
+are made by the protocol from what an engine would have drawn, so their calls, headers and joins are
+real; only the words mean nothing. A case holds the sizes of one benchmark. This file knows no
+clock; it hands `programs/bench.py` and the tests one set of arguments.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Shape:
             self,
             prompt=size(self.prompt),
             sequential=(size(self.sequential[0]), size(self.sequential[1])),
-            outline=max(size(self.outline), _LEAST_OUTLINE),
+            outline=max(size(self.outline), LEAST_OUTLINE),
             thread=(size(self.thread[0]), size(self.thread[1])),
         )
 
 
-_LEAST_OUTLINE = 5
+LEAST_OUTLINE = 5
 """`<Outline>`, a digit, the colon, a word, `</Outline>`."""
 
 
@@ -157,6 +157,7 @@ class SamplerCase:
       prefixes: tokens in the cache before decoding starts; one lane decodes after the first alone.
       lanes: threads of the fork, or rows without one.
       tokens: what each lane decodes.
+      prefill_chunk: of the sampler.
       prompts: lengths of the prompts with which recompilations are counted, all in one bucket.
       repeats: measured rounds.
     """
@@ -165,6 +166,7 @@ class SamplerCase:
     prefixes: tuple[int, ...]
     lanes: int
     tokens: int
+    prefill_chunk: int
     prompts: tuple[int, ...]
     repeats: int
 
@@ -200,6 +202,7 @@ SAMPLER = SamplerCase(
     prefixes=(1000, 8000),
     lanes=4,
     tokens=200,
+    prefill_chunk=64,
     prompts=(33, 48, 64, 40),
     repeats=5,
 )
@@ -210,5 +213,11 @@ TINY_STEP = StepCase(
     shape=TINY, seed=0, model=MINUTE, dense_nodes=96, full_shape=TINY, full_seeds=2, repeats=2
 )
 TINY_SAMPLER = SamplerCase(
-    model=MINUTE, prefixes=(80,), lanes=4, tokens=6, prompts=(5, 9, 7), repeats=2
+    model=MINUTE,
+    prefixes=(64,),
+    lanes=4,
+    tokens=6,
+    prefill_chunk=4,
+    prompts=(5, 9, 7),
+    repeats=2,
 )

@@ -14,15 +14,15 @@ TINY = Model(
     vocab_size=384,
     num_layers=4,
     width=128,
-    mlp_width=384,
+    mlp_width=512,
     num_heads=4,
     num_kv_heads=2,
     head_width=32,
-    qk_norm=True,
-    tie_embeddings=True,
+    qk_norm=False,
+    tie_embeddings=False,
     rope=Rope(),
 )
-"""0.8 million parameters for the byte tokenizer; trains from scratch in minutes on two cores."""
+"""1.1 million parameters for bytes or a small vocabulary; trains from scratch on two cores."""
 
 
 def _qwen3(

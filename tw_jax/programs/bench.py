@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -38,7 +39,8 @@ from tw_jax.models.transformer import Model, network
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import Draw, draw, settings
-from tw_jax.sample.sampler import ForkJoinSampler, Sampler, State
+from tw_jax.sample.flight import DONE, State
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler
 from tw_jax.train import sft
 from tw_jax.train.loss import accumulate
 from tw_jax.train.state import Optim, create
@@ -47,7 +49,6 @@ from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.tree import build
 
 _CHUNK_TOKENS = 1024
-_MEBIBYTE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +148,16 @@ def bench_step(case: StepCase) -> Report:
     """Trains one trajectory as a trie and as one row per call, and a trie with dense attention.
 
     Both ways train the same tokens by the same step; the calls stand in one row without padding,
-    which is kinder to them than any packing of whole calls into fixed rows. Dense attention is
-    timed under remat on both sides: without it, its scores take 12 GiB at 4,096 nodes, and
-    page faults would decide.
+    which is kinder to them than any packing of whole calls into fixed rows. Dense attention and
+    what it is compared with run under remat: without it, the scores of all layers take 12 GiB at
+    4,096 nodes, and page faults would decide.
     """
     made = workloads.trajectory(case.shape, case.seed)
     trie, rows = tries.of_trajectory(made), _of_calls(made)
-    batches = {"trie": stack_rows([[trie]], len(trie)), "rows": stack_rows([rows], trie.source_tokens)}
+    batches = {
+        "trie": stack_rows([[trie]], len(trie)),
+        "rows": stack_rows([rows], trie.source_tokens),
+    }
     net = network(case.model)
     params = net.init(jax.random.key(0))
     loss_diff, gradient_diff = _difference(net, params, batches)
@@ -161,25 +165,26 @@ def bench_step(case: StepCase) -> Report:
 
     dense_nodes = min(case.dense_nodes, len(trie))
     cut = stack_rows([[pack.truncate(trie, dense_nodes)]], dense_nodes)
+    dense = {"dense": "reference", "blockwise": "blockwise"}
     times |= interleave(
-        {name: _trainer(_with_attention(case.model, name), params, cut) for name in _ATTENTIONS},
+        {n: _trainer(_with_attention(case.model, to), params, cut) for n, to in dense.items()},
         case.repeats,
     )
-    shares = [tries.of_trajectory(workloads.trajectory(case.full_shape, s)) for s in range(case.full_seeds)]
     token_ratio = trie.source_tokens / len(trie)
     time_ratio = times["rows"].median_ms / times["trie"].median_ms
+    full_ratio, deviation = _full_token_ratio(case)
     values = {
         "nodes": len(trie),
         "row_tokens": trie.source_tokens,
         "token_ratio": token_ratio,
         "time_ratio": time_ratio,
         "time_ratio_over_token_ratio": time_ratio / token_ratio,
-        "token_ratio_full": sum(t.source_tokens for t in shares) / sum(map(len, shares)),
-        "token_ratio_full_deviation": statistics.pstdev(t.source_tokens / len(t) for t in shares),
+        "token_ratio_full": full_ratio,
+        "token_ratio_full_deviation": deviation,
         "loss_rel_diff": loss_diff,
         "grad_rel_l2": gradient_diff,
         "dense_nodes": dense_nodes,
-        "blockwise_over_dense": times["reference"].median_ms / times["blockwise"].median_ms,
+        "blockwise_over_dense": times["dense"].median_ms / times["blockwise"].median_ms,
     }
     bars = {
         "time_ratio_over_token_ratio": ("least", 0.75),
@@ -190,7 +195,12 @@ def bench_step(case: StepCase) -> Report:
     return Report(times, values, bars)
 
 
-_ATTENTIONS = ("reference", "blockwise")
+def _full_token_ratio(case: StepCase) -> tuple[float, float]:
+    """Tokens of the calls over nodes of the tries, over all trajectories, and its deviation."""
+    made = [workloads.trajectory(case.full_shape, seed) for seed in range(case.full_seeds)]
+    full = [tries.of_trajectory(one) for one in made]
+    ratio = sum(trie.source_tokens for trie in full) / sum(map(len, full))
+    return ratio, statistics.pstdev(trie.source_tokens / len(trie) for trie in full)
 
 
 def _with_attention(model: Model, name: str) -> Network:
@@ -209,7 +219,8 @@ def _of_calls(made: Trajectory) -> list[Any]:
 def _trainer(net: Network, params: Params, batch: TrieBatch) -> Callable[[Any], Any]:
     """Takes one step after another, each from the state that the one before left."""
     optim = Optim(peak_lr=1e-4, schedule="constant")
-    step = jax.jit(sft.make_step(net, optim, steps=100, chunk_tokens=_CHUNK_TOKENS), donate_argnums=0)
+    pure = sft.make_step(net, optim, steps=100, chunk_tokens=_CHUNK_TOKENS)
+    step = jax.jit(pure, donate_argnums=0)
     # The state is donated, and params are used again.
     state = create(jax.tree.map(jnp.copy, params), optim, key=jax.random.key(0))
     batch = jax.device_put(batch)
@@ -250,42 +261,40 @@ def _difference(
 def bench_sampler(case: SamplerCase) -> Report:
     """Decodes as lanes over one prefix, as rows with a prefix each, and in one lane.
 
-    The program is the sampler's own, from the step in which the prefix is encoded to the end: the
-    threads end by their budgets and the rollout with them, so neither prefill nor join is timed.
-    Tokens are given, and the draw is made nevertheless. Every cache has the bucket that its last
-    token needs from the start on, so nothing grows on the clock.
+    The program is the sampler's own, from the step after the one that encoded the prefix to the
+    end: threads end by their budgets and the rollout with them, so neither prefill nor join is
+    timed. Tokens are given, and the draw is made nevertheless. Every cache has the bucket that its
+    last token needs from the start on, so nothing grows on the clock.
     """
     net = network(case.model)
     params = net.init(jax.random.key(0))
     times: dict[str, Times] = {}
     values: dict[str, float] = {}
+    lanes = f"lanes{case.lanes}"
     for prefix in case.prefixes:
-        made = {
-            f"lanes{case.lanes}_{prefix}": _Decode.of_lanes(net, case, prefix),
-            f"rows{case.lanes}_{prefix}": _Decode.of_rows(net, case.lanes, prefix, case.tokens),
+        ways = {
+            f"{lanes}_{prefix}": _Decode.of_lanes(net, case, prefix),
+            f"rows{case.lanes}_{prefix}": _Decode.of_rows(net, case, prefix, rows=case.lanes),
         }
         if prefix == case.prefixes[0]:
-            longest = case.lanes * case.tokens
-            made[f"sequential_{prefix}"] = _Decode.of_rows(net, 1, prefix, longest)
-        ready = {name: decode.encoded(params) for name, decode in made.items()}
+            ways[f"sequential_{prefix}"] = _Decode.of_rows(net, case, prefix, rows=1)
+        ready = {name: way.encoded(params) for name, way in ways.items()}
         times |= interleave(
-            {n: lambda state, d=d: d.finish(params, state) for n, d in made.items()},
+            {name: functools.partial(way.finish, params) for name, way in ways.items()},
             case.repeats,
             # The program is given its state for good.
             prepare=lambda name, ready=ready: jax.tree.map(jnp.copy, ready[name]),
         )
-        lanes, rows = (times[f"{kind}{case.lanes}_{prefix}"].median_ms for kind in ("lanes", "rows"))
-        values[f"lanes{case.lanes}_over_rows_{prefix}"] = rows / lanes
-        values[f"lanes{case.lanes}_step_ms_{prefix}"] = lanes / case.tokens
     first = case.prefixes[0]
-    alone = times[f"sequential_{first}"].median_ms
-    values[f"lanes{case.lanes}_over_sequential"] = (
-        alone / times[f"lanes{case.lanes}_{first}"].median_ms
-    )
+    ms = {name: found.median_ms for name, found in times.items()}
+    values[f"{lanes}_over_sequential"] = ms[f"sequential_{first}"] / ms[f"{lanes}_{first}"]
+    for prefix in case.prefixes:
+        rows = ms[f"rows{case.lanes}_{prefix}"]
+        values[f"{lanes}_over_rows_{prefix}"] = rows / ms[f"{lanes}_{prefix}"]
     values["recompiles"] = _recompiles(net, params, case)
-    bars = {f"lanes{case.lanes}_over_sequential": ("least", 1.7), "recompiles": ("most", 0.0)}
+    bars = {f"{lanes}_over_sequential": ("least", 1.7), "recompiles": ("most", 0.0)}
     for prefix, bar in zip(case.prefixes, (1.0, 1.4), strict=False):
-        bars[f"lanes{case.lanes}_over_rows_{prefix}"] = ("least", bar)
+        bars[f"{lanes}_over_rows_{prefix}"] = ("least", bar)
     return Report(times, values, bars)
 
 
@@ -300,27 +309,29 @@ class _Decode:
     tokens: int  # of one row, all its lanes together, that are decoded behind the prefix
 
     @classmethod
-    def of_rows(cls, net: Network, rows: int, prefix: int, tokens: int) -> _Decode:
-        """`rows` rows of one lane, each with its own copy of the prefix."""
+    def of_rows(cls, net: Network, case: SamplerCase, prefix: int, *, rows: int) -> _Decode:
+        """Rows of one lane, each with its own prefix; together they decode what the lanes do."""
         rng = np.random.default_rng(0)
+        tokens = case.lanes * case.tokens // rows
         prompt = workloads.text(rng, prefix)
-        # The first token is drawn with the prefix; so many more are decoded.
+        # The first token is drawn when the prefix is encoded; so many more are decoded.
         limits = ForkJoin(max_new=tokens + 1, parallel=False)
         script = np.broadcast_to(workloads.text(rng, tokens + 1), (rows, 1, tokens + 1))
-        return cls(_forced(net, limits, rows, prefix), [prompt] * rows, _how(script), prefix, tokens)
+        sampler = _forced(net, limits, case, rows=rows, max_prompt=prefix)
+        return cls(sampler, [prompt] * rows, _how(script), prefix, tokens)
 
     @classmethod
     def of_lanes(cls, net: Network, case: SamplerCase, prefix: int) -> _Decode:
-        """One row that forks after the prefix; every thread ends by its budget."""
+        """One row that forks behind the prefix; every thread ends by its budget."""
         rng = np.random.default_rng(0)
         table = workloads.table()
-        plan = workloads.outlines(rng, case.lanes, 6)
+        plan = workloads.outlines(rng, case.lanes, workloads.LEAST_OUTLINE)
         # What each header forces: newline, tag, newline, number, colon.
         headers = sum(4 + len(table.label_ids(str(n + 1))) for n in range(case.lanes))
         prompt = workloads.text(rng, prefix - len(plan) - headers)
         budget = case.tokens + 1
         limits = ForkJoin(
-            # Each thread's closer is reserved too, a newline behind the last and a token after it.
+            # A fork also reserves each thread's closer, a newline and one token for the parent.
             max_new=len(plan) + headers + case.lanes * (budget + 2) + 2,
             max_thread=budget,
             max_threads=case.lanes,
@@ -329,29 +340,34 @@ class _Decode:
         script = np.zeros((1, 1 + case.lanes, max(len(plan), budget)), np.int32)
         script[0, 0, : len(plan)] = plan
         script[0, 1:] = workloads.text(rng, script.shape[2])
-        sampler = _forced(net, limits, 1, len(prompt))
+        sampler = _forced(net, limits, case, rows=1, max_prompt=len(prompt))
         return cls(sampler, [prompt], _how(script), prefix, case.lanes * case.tokens)
 
     def encoded(self, params: Params) -> State:
-        """The state whose cache holds the prefix and nothing else, with room for the rest."""
-        sizes = self.sampler.sizes
-        # The program comes back when a chunk has no room: exactly when the prefix is encoded.
-        cache = caches.empty(self.sampler.network, sizes.rows, self.prefix + sizes.chunk - 1)
-        state = self.sampler._start(self.prompts).replace(cache=cache)
-        state = self.sampler.advance(params, state, self.how)
+        """The state whose cache holds the prefix, with room for all that follows."""
+        sampler, chunk = self.sampler, self.sampler.sizes.chunk
+        slots = caches.bucket(self.prefix + self.tokens + chunk)
+        cache = caches.empty(sampler.network, sampler.sizes.rows, slots)
+        # The program comes back when a chunk has no room. Slots that hold nothing make that the
+        # moment when the prefix is encoded; growing, though to the same size, drops them.
+        taken = jnp.full_like(cache.used, slots - self.prefix - chunk + 1)
+        state = sampler._start(self.prompts).replace(cache=cache.replace(used=taken))
+        state = sampler.grow(sampler.advance(params, state, self.how), slots)
         if (np.asarray(state.cache.used) != self.prefix).any():
-            raise RuntimeError(f"{state.cache.used} slots are used: want {self.prefix} in all rows.")
-        return self.sampler.grow(state, caches.bucket(self.prefix + self.tokens + sizes.chunk))
+            raise RuntimeError(f"{state.cache.used} slots hold entries: want {self.prefix}.")
+        return state
 
     def finish(self, params: Params, state: State) -> State:
         """Decodes to the end."""
         state = self.sampler.advance(params, state, self.how)
-        if (np.asarray(state.phase) != samplers.DONE).any():
+        if (np.asarray(state.phase) != DONE).any():
             raise RuntimeError("The cache was full before the end: want room for every token.")
         return state
 
 
-def _forced(net: Network, limits: ForkJoin, rows: int, longest_prompt: int) -> ForkJoinSampler:
+def _forced(
+    net: Network, limits: ForkJoin, case: SamplerCase, *, rows: int, max_prompt: int
+) -> ForkJoinSampler:
     """A sampler that draws as always and then takes the token that its script has there."""
 
     def forced(
@@ -365,7 +381,7 @@ def _forced(net: Network, limits: ForkJoin, rows: int, longest_prompt: int) -> F
         return script[row, *at], draw(logits, given, call, position)[1]
 
     protocol = ThreadWeaver(workloads.table(), limits)
-    cfg = Sampler(rows=rows, max_prompt=longest_prompt)
+    cfg = Sampler(rows=rows, max_prompt=max_prompt, prefill_chunk=case.prefill_chunk)
     return samplers.make_sampler(net, protocol, cfg, draw=forced)
 
 
@@ -379,7 +395,9 @@ def _recompiles(net: Network, params: Params, case: SamplerCase) -> int:
     rng = np.random.default_rng(0)
     limits = ForkJoin(max_new=case.tokens // 4 + 1, max_threads=case.lanes)
     protocol = ThreadWeaver(workloads.table(), limits)
-    cfg = Sampler(rows=len(case.prompts), max_prompt=max(case.prompts))
+    cfg = Sampler(
+        rows=len(case.prompts), max_prompt=max(case.prompts), prefill_chunk=case.prefill_chunk
+    )
     sampler = samplers.make_sampler(net, protocol, cfg)
 
     def rollouts(lengths: Sequence[int], **given: Any) -> None:

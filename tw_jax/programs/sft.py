@@ -15,7 +15,7 @@ import jax
 
 from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints
-from tw_jax.config import config
+from tw_jax.config import config, operative
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import Metrics
@@ -113,6 +113,7 @@ def run(cfg: Sft) -> None:
                 metrics=metrics,
                 checkpoints=checkpoints,
                 place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
+                note={"config": operative(cfg)},
             )
         if first < cfg.steps:
             write_packing(folder, batches, seconds=time.monotonic() - began)

@@ -14,6 +14,7 @@ raise if host and device ever disagreed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -218,11 +219,11 @@ class ForkJoinSampler:
             length = int(log.length[b])
             order = np.argsort(log.call[b, :length], kind="stable")
             call = log.call[b, :length][order]
-            starts = np.flatnonzero(np.diff(call, prepend=-1))
+            bounds = [*np.flatnonzero(np.diff(call, prepend=-1)), length]
             tokens, logp = log.tokens[b, :length][order], log.logp[b, :length][order]
             drawn = [
                 Result(tokens[start:end], logp[start:end])
-                for start, end in zip(starts, [*starts[1:], length], strict=True)
+                for start, end in itertools.pairwise(bounds)
             ]
             made.append(rebuild(self.protocol, prompt, drawn))
         return made

@@ -76,6 +76,7 @@ def fit(
     checkpoints: Checkpoints,
     place: Callable[[Any], Any],
     hooks: Sequence[Hook] = (),
+    note: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `steps` steps are taken, counting those that `state` has behind it.
 
@@ -96,6 +97,7 @@ def fit(
       checkpoints: of the run.
       place: puts a batch on the devices; nothing else is moved there while a step is called.
       hooks: called in order after each step, with the state that it made.
+      note: kept in every checkpoint beside the position, as JSON: the config of the run.
 
     Returns:
       The state after the last step; its checkpoint is on disk.
@@ -128,7 +130,9 @@ def fit(
                 log.write(late)
                 late = None
                 with clock.spend("save"):
-                    checkpoints.save(index + 1, state, {"batches": batches.get_state()})
+                    checkpoints.save(
+                        index + 1, state, {**(note or {}), "batches": batches.get_state()}
+                    )
             if stops:
                 checkpoints.wait()
                 raise KeyboardInterrupt(
