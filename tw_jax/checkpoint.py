@@ -173,6 +173,19 @@ class Checkpoints:
         )
 
 
+def newest(directory: str | Path) -> int:
+    """The step of the newest complete checkpoint of a run, which may be going on.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no checkpoint in it.
+    """
+    directory = _normalised(directory)
+    if _is_local(directory) and not os.path.isdir(directory):
+        raise FileNotFoundError(f"{directory}: no such folder of checkpoints.")
+    with contextlib.closing(_open(directory, create=False)) as manager:
+        return _existing(manager, None, directory)
+
+
 def restore_params(
     directory: str | Path, *, step: int | None = None, abstract: Params | None = None
 ) -> Params:

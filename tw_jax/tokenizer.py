@@ -125,8 +125,9 @@ class Chat:
     r"""How a question becomes a prompt, and what ends an answer.
 
     plain: `{question}\n`. qwen: the Qwen3 template with one user turn. llama: the Llama 3 headers
-    with one user turn. A non-empty instruction follows the question after one space. The newline
-    that Qwen's template writes behind the last `<|im_end|>` is never sampled and thus left out.
+    with one user turn. The instruction follows the question after one space, unless the
+    question ends with it already, as in ThreadWeaver's tables. The newline that Qwen's template
+    writes behind the last `<|im_end|>` is never sampled and thus left out.
     Source: ThreadWeaver (arXiv:2512.07843), training texts.
 
     Attributes:
@@ -150,7 +151,8 @@ class Chat:
         Raises:
           ValueError: the tokenizer lacks a special token of the template.
         """
-        user = f"{question} {self.instruction}" if self.instruction else question
+        bare = not question.endswith(self.instruction)  # "" ends every question
+        user = f"{question} {self.instruction}" if bare else question
         if self.template == "plain":
             return tokenizer.encode_plain(user + "\n")
         # Between two special tokens goes one stretch of text, encoded as a whole, so that the ids

@@ -1,7 +1,6 @@
 """Decisions between ThreadWeaver's components that no other test shows, and the page of all."""
 
 import re
-from types import SimpleNamespace
 
 import fakes
 import numpy as np
@@ -14,8 +13,6 @@ from tw_jax.forkjoin.protocol import Result, steps
 from tw_jax.forkjoin.replay import RecordError, rebuild
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import of_trajectory
-from tw_jax.programs import sample
-from tw_jax.sample.sampler import Sampler
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.trie.tree import flat_labels
 
@@ -73,28 +70,6 @@ def test_item_16_ids_that_no_tokenizer_would_choose_survive_fork_and_join():
 def test_item_18_outlines_that_end_by_an_end_of_sequence_fork_nothing():
     made = rolled(plan(2).replace("</Outlines>", "<eos>"))
     assert (made.finish, made.rounds, len(made.calls)) == ("eos", 0, 1)
-
-
-def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(tmp_path):
-    records.write(tmp_path / "asked.jsonl", [records.Problem("p", "abc", "4", "t")])
-    response = plan(1), " b\n</Thread>", "</Parallel>d<eos>"
-
-    def sampler(_, prompts, how):
-        return [rolled(*response, prompt=TOKENIZER.decode(prompt)) for prompt in prompts]
-
-    cfg = SimpleNamespace(
-        workdir=tmp_path,
-        problems=tmp_path / "asked.jsonl",
-        count=None,
-        samples=1,
-        sampler=Sampler(),
-        chat=Chat(template="plain"),
-    )
-    for _ in sample.rollouts(cfg, sample.Loaded({}, sampler, TOKENIZER)):
-        pass
-    (kept,) = records.read(tmp_path / "rollouts.jsonl")
-    assert kept.text == f"{response[0]}\n<Thread>\n1:{response[1]}\n{response[2]}"
-    assert TOKENIZER.decode(kept.prompt) == "abc\n"
 
 
 def test_p10_all_threads_of_a_fork_are_asked_for_at_once():

@@ -9,6 +9,7 @@ import pytest
 
 from tw_jax.forkjoin import replay, threadweaver, tries
 from tw_jax.forkjoin.calls import Provenance
+from tw_jax.forkjoin.protocol import Result
 from tw_jax.trie import tree
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trie.json").read_text())
@@ -124,6 +125,23 @@ def test_the_chain_of_the_sequential_baseline_trains_all_after_the_prompt():
 def test_text_that_inference_would_not_write_is_refused_with_its_place(text, sentence):
     with pytest.raises(replay.ReplayError, match=sentence):
         play(text)
+
+
+def test_recorded_calls_that_another_protocol_made_are_refused():
+    prompt, alone = TOKENIZER.encode("abc"), threadweaver.ForkJoin(parallel=False)
+    ids = TOKENIZER.encode(f"abcd{BLOCK}<eos>")
+    one_call = [Result(ids[len(prompt) :])]
+    sequential = threadweaver.ThreadWeaver(PROTOCOL.table, alone)
+    assert replay.rebuild(sequential, prompt, one_call).finish == "eos"
+    with pytest.raises(replay.RecordError, match="first stop id"):
+        replay.rebuild(PROTOCOL, prompt, one_call)
+    made = play(f"d{BLOCK}\nc<eos>")
+    calls = [Result(call.sampled) for call in made.calls]
+    assert replay.rebuild(PROTOCOL, prompt, calls).ids.tolist() == made.ids.tolist()
+    with pytest.raises(replay.RecordError, match="asks for call 3"):
+        replay.rebuild(PROTOCOL, prompt, calls[:3])
+    with pytest.raises(replay.RecordError, match="5 calls were recorded"):
+        replay.rebuild(PROTOCOL, prompt, [*calls, calls[-1]])
 
 
 def test_a_thread_longer_than_its_budget_is_refused():

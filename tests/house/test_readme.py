@@ -6,7 +6,13 @@ import shlex
 import pytest
 from house.sources import ROOT, VERBS
 
-PAGES = ["README.md", "docs/architecture.md", "docs/contributing.md", "docs/trie.md"]
+PAGES = [
+    "README.md",
+    "docs/architecture.md",
+    "docs/contributing.md",
+    "docs/decisions.md",
+    "docs/trie.md",
+]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/|\$\(BIN\)/)?((?:tw|make) .*)$")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

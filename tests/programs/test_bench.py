@@ -3,6 +3,7 @@
 import json
 import re
 
+import fakes
 import jax
 import numpy as np
 import pytest
@@ -27,6 +28,12 @@ def run(monkeypatch, capsys):
         return lines, json.loads(last)
 
     return run
+
+
+@pytest.fixture
+def quick_network(monkeypatch):
+    """A network of one fixed layer in place of the decoder: it compiles in a moment."""
+    monkeypatch.setattr(bench, "network", lambda model: fakes.path_network(model.vocab_size))
 
 
 def test_trie_reports_its_nodes_times_and_memory(run):
@@ -54,7 +61,7 @@ def test_the_timed_step_has_nodes_enough_for_the_dense_comparison():
     assert len(tries.of_trajectory(made)) >= workloads.STEP.dense_nodes
 
 
-def test_step_trains_the_same_tokens_both_ways(run, tolerance):
+def test_step_trains_the_same_tokens_both_ways(quick_network, run, tolerance):
     _, found = run("step")
     assert found["loss_rel_diff"] <= tolerance["equality_loss"]
     assert found["grad_rel_l2"] <= tolerance["equality_gradient"]
@@ -70,7 +77,7 @@ def test_step_trains_the_same_tokens_both_ways(run, tolerance):
     assert found["dense_nodes"] == case.dense_nodes
 
 
-def test_a_gradient_of_other_weights_is_seen_as_different():
+def test_a_gradient_of_other_weights_is_seen_as_different(quick_network):
     case = workloads.TINY_STEP
     made = workloads.trajectory(case.shape, case.seed)
     trie = tries.of_trajectory(made)
@@ -83,7 +90,7 @@ def test_a_gradient_of_other_weights_is_seen_as_different():
     assert gradient > 0.1
 
 
-def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch):
+def test_every_way_of_decoding_draws_the_same_number_of_tokens(quick_network, run, monkeypatch):
     drawn, finish = {}, bench._Decode.finish
 
     def recorded(self, params, state):
@@ -107,6 +114,15 @@ def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch)
     assert found["lanes4_over_rows_64"] == pytest.approx(over_rows)
     assert found["lanes4_over_sequential"] == pytest.approx(ms["sequential_64"] / ms["lanes4_64"])
     assert found["recompiles"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step", "sampler"])
+def test_a_benchmark_runs_on_the_decoder(run, name, tolerance):
+    _, found = run(name)
+    assert found.get("recompiles", 0) == 0
+    assert found.get("grad_rel_l2", 0) <= tolerance["equality_gradient"]
+    assert min(times["fastest_ms"] for times in found["times"].values()) > 0
 
 
 def test_runs_are_interleaved_and_the_first_round_is_not_counted(monkeypatch):

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from tw_jax.cli import main
+from tw_jax.config import load
 from tw_jax.data import records
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.replay import rebuild
+from tw_jax.programs import sample
+from tw_jax.programs.sample import Sample
 from tw_jax.tokenizer import SentencePiece, load_tokenizer
 
 
@@ -22,6 +27,17 @@ def test_every_problem_has_its_rollouts_with_ids_and_log_probs(runs):
         assert all((np.asarray(call.logp) <= 0).all() for call in rollout.calls)
 
 
+def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
+    cfg = load(Sample, [str(runs / "sample.gin")])
+    loaded = sample.load(cfg)
+    for rollout in rollouts(runs / "samples"):
+        prompt = cfg.chat.prompt(loaded.tokenizer, rollout.question)
+        assert rollout.prompt.tolist() == prompt.tolist()
+        calls = [Result(call.sampled, call.logp) for call in rollout.calls]
+        made = rebuild(loaded.sampler.protocol, rollout.prompt, calls)
+        assert rollout.text == loaded.tokenizer.decode(made.ids[len(prompt) :])
+
+
 def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
     whole = rollouts(runs / "samples")
     path = tmp_path / "rollouts.jsonl"
@@ -35,6 +51,13 @@ def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
     assert "4 new rollouts" in capsys.readouterr().out
     want = {r.id: [c.sampled.tolist() for c in r.calls] for r in whole}
     assert {r.id: [c.sampled.tolist() for c in r.calls] for r in rollouts(tmp_path)} == want
+
+
+@pytest.mark.parametrize("word", ["Sampler.temperature=0.5", "ForkJoin.max_thread=19"])
+def test_rollouts_of_other_settings_are_not_mixed(runs, capsys, word):
+    assert main(["sample", str(runs / "sample.gin"), "--set", word]) == 2
+    name = "temperature" if "temperature" in word else "forkjoin"
+    assert f"holds rollouts with another {name}" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(runs, tmp_path, capsys):

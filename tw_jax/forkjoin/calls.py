@@ -80,8 +80,9 @@ class Trajectory:
       rounds: number of forks.
       finish: why the rollout ended: "eos", "length", "rounds", "budget", "unfinished_thread",
         "error".
-      counts: events of interest, by name, zero ones left out: "forced_close", "eos_in_thread",
-        "duplicate_outline", "no_outline", "dropped_outline", "long_number", ...
+      counts: events of interest, by name, zero ones left out: "stray_outlines" (no `<Outlines>`),
+        "empty_outlines" (no number), "duplicate_outline", "dropped_outline"; threads closed by
+        force, "thread_eos", "thread_length", "thread_error"; "engine_error" in a parent call.
     """
 
     prompt_tokens: int

@@ -82,8 +82,8 @@ class _Written:
         found = f"{have[first]}" if first < len(have) else "the end of the text"
         raise ReplayError(
             f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}): the "
-            "text is not in canonical form. Normalise it (forkjoin.grammar.normalise), or leave "
-            "it out.",
+            "text is not in canonical form, or a block has more than ForkJoin.max_threads threads. "
+            "Normalise it (forkjoin.grammar.normalise), raise that limit, or leave it out.",
             at + first,
         )
 
@@ -138,12 +138,14 @@ class _Recorded:
             )
         call = self._calls[self.next]
         self.next += 1
-        stopped = len(call.sampled) > 0 and int(call.sampled[-1]) in request.stops
-        if not (stopped or call.failed or len(call.sampled) == request.max_tokens):
+        ends = np.flatnonzero(np.isin(call.sampled, list(request.stops)))
+        length = min([request.max_tokens, *(ends[:1] + 1)])
+        drawn = len(call.sampled)
+        if drawn > length or (drawn < length and not call.failed):
             raise RecordError(
-                f"Call {self.next - 1} {request.path} ends after {len(call.sampled)} tokens "
-                f"without a stop id, and its budget is {request.max_tokens}. Use the limits "
-                "(ForkJoin) that it was recorded with."
+                f"Call {self.next - 1} {request.path} ends after {drawn} tokens: want it to end "
+                f"with its first stop id, or after {request.max_tokens} tokens without one. Use "
+                "the limits (ForkJoin) that it was recorded with."
             )
         return call
 

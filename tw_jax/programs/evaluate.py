@@ -21,7 +21,7 @@ import numpy as np
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.forkjoin import cost, grammar
-from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.calls import Hit, Trajectory
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
@@ -71,15 +71,24 @@ def run(cfg: Evaluate) -> None:
         summary |= json.loads((Path(cfg.training) / "packing.json").read_text())
     summary["evaluate_seconds"] = time.monotonic() - began
     summary["seconds"] = summary.get("train_seconds", 0.0) + summary["evaluate_seconds"]
-    _write(Path(cfg.workdir), summary, found, trajectories, verdicts, loaded.tokenizer)
+    costs = costs_of(cfg, trajectories, loaded.tokenizer)
+    _write(Path(cfg.workdir), summary, found, trajectories, verdicts, costs)
     _print(summary)
 
 
 def rebuilt(protocol: ThreadWeaver, rollout: records.Rollout) -> Trajectory:
     """The trajectory of a stored rollout."""
-    return rebuild(
-        protocol, rollout.prompt, [Result(call.sampled, call.logp) for call in rollout.calls]
-    )
+    calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in rollout.calls]
+    return rebuild(protocol, rollout.prompt, calls)
+
+
+def costs_of(
+    cfg: Evaluate, trajectories: list[Trajectory], tokenizer: Tokenizer
+) -> list[cost.Cost]:
+    """What each trajectory cost, with or without its prompt."""
+    tags = cost.tags_of(tokenizer)
+    skipped = [0 if cfg.prompt_in_cost else t.prompt_tokens for t in trajectories]
+    return [cost.of_ids(t.ids[n:], tags) for t, n in zip(trajectories, skipped, strict=True)]
 
 
 def summarise(
@@ -90,18 +99,19 @@ def summarise(
     loaded: Loaded,
 ) -> dict[str, Any]:
     """Accuracy, format and token latency with 95 % intervals over problems."""
-    tags = cost.tags_of(loaded.tokenizer)
-    skipped = [0 if cfg.prompt_in_cost else t.prompt_tokens for t in trajectories]
-    costs = [cost.of_ids(t.ids[n:], tags) for t, n in zip(trajectories, skipped, strict=True)]
+    costs = costs_of(cfg, trajectories, loaded.tokenizer)
     correct = np.array([v == "correct" for v in verdicts]).reshape(-1, cfg.sample.samples)
     reports = [grammar.well_formed(rollout.text) for rollout in found]
     well = np.array([report.trajectory_well_formed for report in reports])
     accuracy = score.wilson(float(score.mean_at_n(correct).mean()), len(correct))
-    longest = score.bootstrap(np.array([c.longest for c in costs], float))
-    total = score.bootstrap(np.array([c.total for c in costs], float))
-    scheduled = [cost.of_calls(t) for t in trajectories]
     samples = cfg.sample.samples
-    passes = [k for k in (2, 4, 8, 16, 32, 64) if k < samples]
+    # Samples of one problem resemble each other: intervals are over problems.
+    longest, total = (
+        score.bootstrap(np.array(values, float).reshape(-1, samples).mean(axis=1))
+        for values in ([c.longest for c in costs], [c.total for c in costs])
+    )
+    scheduled = [cost.of_calls(t) for t in trajectories]
+    passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= samples]
     return {
         "problems": len(correct),
         "samples": samples,
@@ -112,6 +122,8 @@ def summarise(
         "format_correct": float(well.mean()),
         "format_reasons": grammar.histogram(reports),
         "has_block": float(np.mean([report.has_block for report in reports])),
+        "blocks_well_formed": sum(report.blocks_well_formed for report in reports)
+        / max(sum(report.blocks for report in reports), 1),
         "longest_tokens": longest.value,
         "longest_tokens_interval": [longest.low, longest.high],
         "total_tokens": total.value,
@@ -220,11 +232,9 @@ def _write(
     found: list[records.Rollout],
     trajectories: list[Trajectory],
     verdicts: list[Any],
-    tokenizer: Tokenizer,
+    costs: list[cost.Cost],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tags = cost.tags_of(tokenizer)
-    costs = [cost.of_ids(made.ids[made.prompt_tokens :], tags) for made in trajectories]
     lines = [
         json.dumps(
             {

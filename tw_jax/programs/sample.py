@@ -6,6 +6,7 @@ Finished rollouts are appended as they come, so an interrupted run goes on where
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tw_jax.checkpoint import restore_params
-from tw_jax.config import config
+from tw_jax.checkpoint import newest, restore_params
+from tw_jax.config import config, operative
 from tw_jax.contracts import Params
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Trajectory
@@ -71,6 +72,7 @@ class Loaded:
     params: Params
     sampler: ForkJoinSampler
     tokenizer: Tokenizer
+    step: int
 
 
 def load(cfg: Sample) -> Loaded:
@@ -86,9 +88,11 @@ def load(cfg: Sample) -> Loaded:
             "tokenizer's ids."
         )
     net = network(cfg.model)
-    params = restore_params(cfg.checkpoint, abstract=jax.eval_shape(net.init, jax.random.key(0)))
+    step = newest(cfg.checkpoint)
+    abstract = jax.eval_shape(net.init, jax.random.key(0))
+    params = restore_params(cfg.checkpoint, step=step, abstract=abstract)
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
-    return Loaded(params, samplers.make_sampler(net, protocol, cfg.sampler), tokenizer)
+    return Loaded(params, samplers.make_sampler(net, protocol, cfg.sampler), tokenizer, step)
 
 
 def problems(cfg: Sample) -> list[records.Problem]:
@@ -99,8 +103,13 @@ def problems(cfg: Sample) -> list[records.Problem]:
 
 
 def rollouts(cfg: Sample, loaded: Loaded) -> Iterator[tuple[records.Rollout, Trajectory]]:
-    """Rollouts that `rollouts.jsonl` does not hold yet, appended to it as they come."""
+    """Rollouts that `rollouts.jsonl` does not hold yet, appended to it as they come.
+
+    Raises:
+      ValueError: the workdir holds rollouts of another model or of other settings.
+    """
     path = Path(cfg.workdir) / "rollouts.jsonl"
+    _require_same_maker(cfg, loaded)
     wanted = [(p, k) for p in problems(cfg) for k in range(cfg.samples)]
     with records.append(path) as add:
         have = {record.id for record in records.read(path)}
@@ -144,6 +153,36 @@ def run(cfg: Sample) -> None:
     print("ended by: " + (_listed(finishes) or "nothing new"))
     if counts:
         print("events: " + _listed(counts))
+
+
+def _require_same_maker(cfg: Sample, loaded: Loaded) -> None:
+    """Rollouts of two models or settings in one file would be graded as one."""
+    sampler = cfg.sampler
+    maker = {
+        "checkpoint": cfg.checkpoint,
+        "step": loaded.step,
+        "problems": cfg.problems,
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "model": operative(cfg.model),
+        "chat": operative(cfg.chat),
+        "forkjoin": operative(cfg.forkjoin),
+        "temperature": sampler.temperature,
+        "top_p": sampler.top_p,
+        "top_k": sampler.top_k,
+        "seed": sampler.seed,
+    }
+    path = Path(cfg.workdir) / "made_by.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(maker, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name, value in maker.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{cfg.workdir} holds rollouts with another {', '.join(changed)}: want the same, or "
+            "another Sample.workdir. Delete the folder to sample anew."
+        )
 
 
 def _listed(counts: Counter[str]) -> str:
