@@ -179,8 +179,8 @@ def place(cfg: Mesh) -> tuple[jax.sharding.Mesh, dict]:
     return mesh, shardings(net.axes(), jax.eval_shape(net.init, jax.random.key(0)), mesh, Rules())
 
 
-# Results are awaited before the next program starts: virtual devices share the threads of one
-# host, and another program's work among theirs can keep a collective waiting for ever.
+# Results are awaited before the next program starts: virtual devices share one host's threads, and
+# the eight that meet in a collective should not have to wait for another program's work.
 @pytest.mark.parametrize("cfg", MESHES, ids=str)
 def test_eight_devices_compute_what_one_does(single, cfg, tolerance, capfd) -> None:
     want = jax.block_until_ready(FORWARD(single, *arguments()))

@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tw: {_sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        print("tw: interrupted.", file=sys.stderr)
+        print(f"tw: {str(stop) or 'interrupted.'}", file=sys.stderr)
         return 130
 
 

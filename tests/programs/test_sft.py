@@ -55,12 +55,13 @@ def test_running_the_written_config_is_the_same_run(runs, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path, monkeypatch, capsys):
     from tw_jax.train import loop
 
     stops = iter([False, False, True, False])
     monkeypatch.setattr(loop, "_stops", lambda caught, index: next(stops))
     assert sft(runs, tmp_path) == 130
+    assert "Stopped after step 3 of 4, which is saved in" in capsys.readouterr().err
     assert sft(runs, tmp_path) == 0
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
     for a, b in zip(params(runs / "sft"), params(tmp_path), strict=True):
