@@ -6,6 +6,7 @@ Which tokens are trained is decided here and nowhere else; how sequences merge i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -20,16 +21,11 @@ def of_trajectory(trajectory: Trajectory) -> Trie:
     trained, each in the context in which it was drawn. Source: ThreadWeaver
     (arXiv:2512.07843), the figure of decomposed training.
     """
-    sequences: list[np.ndarray] = [trajectory.ids]
-    weights: list[np.ndarray | None] = [None]
-    for call in trajectory.calls:
-        if not len(call.sampled):
-            continue
-        sequences.append(np.concatenate([call.context, call.sampled]))
-        weight = np.zeros(len(sequences[-1]), np.float32)
-        weight[len(call.context) :] = 1
-        weights.append(weight)
-    trie = build(sequences, weights)
+    calls = [call for call in trajectory.calls if len(call.sampled)]
+    # Generators: the contexts of all calls together are several times the trie.
+    contexts = (np.concatenate([call.context, call.sampled]) for call in calls)
+    weights = (np.arange(len(c.context) + len(c.sampled)) >= len(c.context) for c in calls)
+    trie = build(itertools.chain([trajectory.ids], contexts), itertools.chain([None], weights))
     # Sharing is measured against one row per call, which the joined path is not.
     return dataclasses.replace(trie, source_tokens=trie.source_tokens - len(trajectory.ids))
 

@@ -9,7 +9,7 @@ interval `j <= i < end[j]`. This file knows neither tags nor calls' meaning; it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -43,21 +43,23 @@ class Trie:
 class _Segment:
     """A run of nodes without a branch inside it that came before it: one sequence's new tail."""
 
-    tokens: np.ndarray  # a view of the sequence
+    tokens: np.ndarray
+    weight: np.ndarray  # float32, summed over the sequences that pass
     parent: int  # segment that it hangs from, -1 for a root
     offset: int  # node of that segment that it hangs from
     children: list[tuple[int, int]]  # (offset, segment), in order of insertion
     start: int = 0  # flat index of the first node
 
 
-def build(sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray | None]) -> Trie:
+def build(sequences: Iterable[np.ndarray], weights: Iterable[np.ndarray | None]) -> Trie:
     """Merges sequences into one trie.
 
     Sequences that share a prefix share its nodes; where several sequences weigh a node their
     weights add up, so that sum(weight * nll) over the trie is the sum over the sequences.
 
     Args:
-      sequences: arrays of int32 ids, none empty; the joined path first.
+      sequences: arrays of int32 ids, none empty; the joined path first. They are read one at a
+        time and not kept, so a generator needs memory for one.
       weights: for each sequence [len] float32 loss weights, or None for no loss.
 
     Raises:
@@ -66,21 +68,16 @@ def build(sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray | None])
     """
     segments: list[_Segment] = []
     child: dict[tuple[int, int, int], int] = {}
-    walks: list[list[tuple[int, int, int]]] = []
+    source_tokens = 0
     for number, (sequence, weight) in enumerate(zip(sequences, weights, strict=True)):
         _check(number, sequence, weight)
-        walks.append(_insert(sequence, segments, child))
+        _insert(sequence, weight, segments, child)
+        source_tokens += len(sequence)
     tokens, parent, depth, end = _flatten(segments)
-    total = np.zeros(len(tokens), np.float32)
-    for walk, weight in zip(walks, weights, strict=True):
-        if weight is None:
-            continue
-        at = 0
-        for segment, lo, hi in walk:
-            start = segments[segment].start
-            total[start + lo : start + hi] += weight[at : at + hi - lo]
-            at += hi - lo
-    return Trie(tokens, parent, depth, end, total, sum(len(s) for s in sequences))
+    total = np.empty(len(tokens), np.float32)
+    for segment in segments:
+        total[segment.start : segment.start + len(segment.tokens)] = segment.weight
+    return Trie(tokens, parent, depth, end, total, source_tokens)
 
 
 def flat_labels(trie: Trie, prompt_tokens: int) -> Trie:
@@ -115,32 +112,37 @@ def _check(number: int, sequence: np.ndarray, weight: np.ndarray | None) -> None
 
 
 def _insert(
-    sequence: np.ndarray, segments: list[_Segment], child: dict[tuple[int, int, int], int]
-) -> list[tuple[int, int, int]]:
-    """Walks the sequence down, hangs its new tail, and returns its (segment, lo, hi) pieces."""
-    walk: list[tuple[int, int, int]] = []
+    sequence: np.ndarray,
+    weight: np.ndarray | None,
+    segments: list[_Segment],
+    child: dict[tuple[int, int, int], int],
+) -> None:
+    """Walks the sequence down, adds its weight on the way, and hangs its new tail."""
     segment, offset, at = -1, -1, 0  # last matched node, and what is left of the sequence
     while at < len(sequence):
         found = child.get((segment, offset, int(sequence[at])))
         if found is None:
-            tail = sequence[at:]
+            # Copies, for a view would keep the whole sequence.
+            tail = sequence[at:].astype(np.int32)
+            added = np.zeros(len(tail), np.float32)
+            if weight is not None:
+                added[:] = weight[at:]
             child[segment, offset, int(tail[0])] = len(segments)
             if segment >= 0:
                 segments[segment].children.append((offset, len(segments)))
-            walk.append((len(segments), 0, len(tail)))
-            segments.append(_Segment(tail, segment, offset, []))
-            return walk
+            segments.append(_Segment(tail, added, segment, offset, []))
+            return
         have = segments[found].tokens
         length = min(len(have), len(sequence) - at)
         differs = have[:length] != sequence[at : at + length]
         first = int(differs.argmax())
         # argmax of all-False is 0, and the first token is known to match.
         shared = first or length
-        walk.append((found, 0, shared))
+        if weight is not None:
+            segments[found].weight[:shared] += weight[at : at + shared]
         at += shared
         segment, offset = found, shared - 1
         # A branch that an earlier sequence hung inside this run may go on from here.
-    return walk
 
 
 def _flatten(
