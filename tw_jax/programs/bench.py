@@ -1,4 +1,4 @@
-"""Times trie building, the train step or the sampler, each against what it replaces.
+"""Times trie building, or the train step or the sampler against what they replace.
 
 What is compared runs in one process, in turn: A B A B. The first round compiles and is not counted;
 a time is the median of the others, and the fastest is printed beside it. Ratios are ratios of
@@ -109,24 +109,15 @@ def interleave(
 
 
 def bench_trie(case: TrieCase) -> Report:
-    """Builds one trie from the calls of a rollout; `merge` is the part below the copying of ids."""
+    """Builds one trie from the calls of a rollout."""
     made = workloads.trajectory(case.shape, case.seed)
-    sequences = [made.ids] + [np.concatenate([c.context, c.sampled]) for c in made.calls]
-    weights = [None] + [
-        np.repeat(np.array([0, 1], np.float32), [len(c.context), len(c.sampled)])
-        for c in made.calls
-    ]
-    runs = {
-        "build": lambda _: tries.of_trajectory(made),
-        "merge": lambda _: build(sequences, weights),
-    }
-    times = interleave(runs, case.repeats)
+    times = interleave({"build": lambda _: tries.of_trajectory(made)}, case.repeats)
     nodes = len(tries.of_trajectory(made))
-    values: dict[str, float] = {"nodes": nodes}
-    for name, run in runs.items():
-        values[f"{name}_ms"] = times[name].median_ms
-        values[f"{name}_bytes_per_node"] = _peak_bytes(lambda run=run: run(None)) / nodes
-    values["bytes_per_node"] = values.pop("build_bytes_per_node")
+    values = {
+        "nodes": nodes,
+        "build_ms": times["build"].median_ms,
+        "bytes_per_node": _peak_bytes(lambda: tries.of_trajectory(made)) / nodes,
+    }
     return Report(times, values, {"build_ms": ("most", 5.0), "bytes_per_node": ("most", 64.0)})
 
 
