@@ -73,6 +73,8 @@ def test_step_trains_the_same_tokens_both_ways(quick_network, run, tolerance):
     ms = {name: times["median_ms"] for name, times in found["times"].items()}
     assert found["time_ratio"] == pytest.approx(ms["rows"] / ms["trie"])
     assert found["blockwise_over_dense"] == pytest.approx(ms["dense"] / ms["blockwise"])
+    remat = ms["dense_remat"] / ms["blockwise_remat"]
+    assert found["blockwise_over_dense_remat"] == pytest.approx(remat)
     assert found["token_ratio_full"] > 1
     assert found["dense_nodes"] == case.dense_nodes
 
