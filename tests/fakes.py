@@ -58,6 +58,7 @@ class Characters:
         self.vocab_size = len(self._pieces)
         self.pad_id, self.eos_ids = 0, (1, 2)
         self.fingerprint = "characters"
+        self.source = "characters"
 
     def encode(self, text: str) -> np.ndarray:
         ids = []

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece
@@ -55,12 +55,14 @@ class Tokenizer(Protocol):
       eos_ids: ids that end a sampled text; the first one ends a written one.
       pad_id: id for places that nobody reads.
       fingerprint: sha256 of the vocabulary in hex; equal where ids mean the same.
+      source: what errors call it: the file it was read from, or its kind.
     """
 
     vocab_size: int
     eos_ids: tuple[int, ...]
     pad_id: int
     fingerprint: str
+    source: str
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a document, [n] int32; a control string in it becomes its control id."""
@@ -224,9 +226,9 @@ def require_single_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> None:
     if wrong:
         named = ", ".join(f"{text!r} is {ids}" for text, ids in wrong.items())
         raise ValueError(
-            f"Tokenizer with {tokenizer.vocab_size} ids: {named}; want one id of its own for each, "
-            "for threads are forced, stopped and joined by id. HuggingFace adds the control tokens "
-            "by itself; write a SentencePiece file with train_sentencepiece, which includes them."
+            f"{tokenizer.source}: {named}; want one id of its own for each, for threads are "
+            "forced, stopped and joined by id. Use the hf/tokenizer.json that `tw convert` writes, "
+            "or a SentencePiece file of train_sentencepiece: both have the control tokens."
         )
 
 
@@ -269,10 +271,12 @@ class _Backend(abc.ABC):
         self,
         pieces: Sequence[str | None],
         *,
+        source: str,
         eos_ids: tuple[int, ...],
         pad_id: int,
         reserved: Iterable[str] = (),
     ) -> None:
+        self.source = source
         self.vocab_size = len(pieces)
         self.eos_ids = eos_ids
         self.pad_id = pad_id
@@ -323,9 +327,15 @@ class _TableBackend(_Backend):
     """
 
     def __init__(
-        self, table: list[bytes], pieces: Sequence[str], eos_ids: tuple[int, ...], *, pad_id: int
+        self,
+        table: list[bytes],
+        pieces: Sequence[str],
+        eos_ids: tuple[int, ...],
+        *,
+        pad_id: int,
+        source: str,
     ) -> None:
-        super().__init__(pieces, eos_ids=eos_ids, pad_id=pad_id)
+        super().__init__(pieces, source=source, eos_ids=eos_ids, pad_id=pad_id)
         self._table = table
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -338,7 +348,8 @@ class _ByteTokenizer(_TableBackend):
     def __init__(self) -> None:
         table = [bytes([i]) for i in range(256)]
         table += [s.encode() for s in ("<pad>", "</s>", *CONTROL)]
-        super().__init__(table, [b.decode("latin-1") for b in table], (257,), pad_id=256)
+        pieces = [b.decode("latin-1") for b in table]
+        super().__init__(table, pieces, (257,), pad_id=256, source="Bytes()")
         self._controls = re.compile(f"({'|'.join(CONTROL)})")
         self._ids = {text: np.array([258 + i], np.int32) for i, text in enumerate(CONTROL)}
 
@@ -375,7 +386,8 @@ class _SentencePieceTokenizer(_TableBackend):
             else piece.replace(_SPACE, " ").encode()
             for i, piece in enumerate(pieces)
         ]
-        super().__init__(table, pieces, (eos,), pad_id=pad if pad >= 0 else eos)
+        pad = pad if pad >= 0 else eos
+        super().__init__(table, pieces, (eos,), pad_id=pad, source=cfg.path)
         self._space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._require_lossless(cfg.path)
 
@@ -391,14 +403,7 @@ class _SentencePieceTokenizer(_TableBackend):
 
 class _HuggingFaceTokenizer(_Backend):
     def __init__(self, cfg: HuggingFace) -> None:
-        data = _existing(cfg.path).read_bytes()
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises no narrower class
-            raise ValueError(
-                f"{cfg.path}: not a tokenizer.json of Hugging Face tokenizers ({error}). Give the "
-                "tokenizer.json of a checkpoint."
-            ) from None
+        tokenizer = _read_hugging_face(cfg.path)
         # A file may carry the limits of the program that wrote it; they would cut documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -416,7 +421,9 @@ class _HuggingFaceTokenizer(_Backend):
         for text, id in known.items():
             pieces[id] = text
         eos_ids = tuple(known[text] for text in cfg.eos)
-        super().__init__(pieces, eos_ids=eos_ids, pad_id=eos_ids[0], reserved=special)
+        super().__init__(
+            pieces, source=cfg.path, eos_ids=eos_ids, pad_id=eos_ids[0], reserved=special
+        )
         self._require_lossless(cfg.path)
 
     def encode(self, text: str) -> np.ndarray:
@@ -478,6 +485,63 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
     part.replace(path)
 
 
+class AddedToken(NamedTuple):
+    """A control token that a vocabulary did not have.
+
+    Attributes:
+      text: its name.
+      id: its new id.
+      word: ids of its name without the outer brackets, such as `/Thread`, at least one.
+    """
+
+    text: str
+    id: int
+    word: list[int]
+
+
+def add_control_tokens(source: str | Path, target: str | Path) -> list[AddedToken]:
+    """Writes a tokenizer.json that has the control tokens, for engines that read it by themselves.
+
+    Those that the source has keep their ids; the others come behind its last id, in order.
+
+    Args:
+      source: the tokenizer.json of a checkpoint.
+      target: the file to write, in one move; may be the source.
+
+    Returns:
+      The added tokens in order; none where the source has all twelve.
+
+    Raises:
+      FileNotFoundError: the source is not there.
+      ValueError: it is not a tokenizer.json.
+    """
+    before = _read_hugging_face(source)
+    known = before.get_vocab(with_added_tokens=True)
+    after = _read_hugging_face(source)
+    after.add_special_tokens(list(CONTROL))
+    target = Path(target)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part.write_text(after.to_str(pretty=True), encoding="utf-8")
+    part.replace(target)
+    ids = after.get_vocab(with_added_tokens=True)
+    return [
+        AddedToken(text, ids[text], before.encode(text[1:-1], add_special_tokens=False).ids)
+        for text in CONTROL
+        if text not in known
+    ]
+
+
+def _read_hugging_face(path: str | Path) -> tokenizers.Tokenizer:
+    data = _existing(path).read_bytes()
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(
+            f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error}). Give the "
+            "tokenizer.json of a checkpoint."
+        ) from None
+
+
 def _joined(parts: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
     return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
@@ -493,7 +557,7 @@ def _utf8(text: str) -> bytes:
         ) from None
 
 
-def _existing(path: str) -> Path:
+def _existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         hint = "a folder; name the file in it" if Path(path).is_dir() else "not there"
         raise FileNotFoundError(f"{path}: the tokenizer file is {hint}.")

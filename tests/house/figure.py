@@ -5,10 +5,10 @@ import io
 import numpy as np
 from house.example import PROMPT, VOCABULARY, WRITTEN, calls
 
+from tw_jax import figures
 from tw_jax.forkjoin.calls import Call, Hit, Provenance, Trajectory
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.programs import plot
 from tw_jax.tasks.multiplication import Multiplication, Problem, gold
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 
@@ -58,18 +58,18 @@ def multiplication_trajectory() -> Trajectory:
 def draw() -> str:
     """docs/trie.svg."""
     words = np.array(VOCABULARY)
-    return _svg(plot.trie_figure(example_trajectory(), lambda ids: " ".join(words[ids])))
+    return _svg(figures.trie_figure(example_trajectory(), lambda ids: " ".join(words[ids])))
 
 
 def draw_multiplication() -> str:
     """docs/images/trie.svg."""
     decode = load_tokenizer(Bytes()).decode
-    return _svg(plot.trie_figure(multiplication_trajectory(), decode))
+    return _svg(figures.trie_figure(multiplication_trajectory(), decode))
 
 
-def _svg(figure: plot.Figure) -> str:
+def _svg(figure: figures.Figure) -> str:
     file = io.BytesIO()
-    plot.save(figure, file, "svg")
+    figures.save(figure, file, "svg")
     return file.getvalue().decode()
 
 

@@ -131,27 +131,42 @@ def plain(small):
     return jax.jit(jax.value_and_grad(loss_of(SMALL)[1]))(small[1])
 
 
-def test_rematerialised_gradients_are_the_plain_ones(small, plain, tolerance) -> None:
-    got = jax.jit(jax.grad(loss_of(dataclasses.replace(SMALL, remat="full"))[1]))(small[1])
+@pytest.mark.parametrize(
+    ("remat", "attention"), [("full", "reference"), ("attention", "blockwise")]
+)
+def test_rematerialised_gradients_are_the_plain_ones(
+    small, plain, tolerance, remat, attention
+) -> None:
+    cfg = dataclasses.replace(SMALL, remat=remat, attention=attention)
+    got = jax.jit(jax.grad(loss_of(cfg)[1]))(small[1])
     want, where = jax.tree_util.tree_flatten_with_path(plain[1])
     for (path, leaf), other in zip(want, where.flatten_up_to(got), strict=True):
         worst = tolerance["gradient"] * float(jnp.abs(leaf).max())
         np.testing.assert_allclose(other, leaf, atol=worst, err_msg=jax.tree_util.keystr(path))
 
 
+def kept(remat, *, layers: int, attention: str = "reference") -> int:
+    """Numbers that the forward pass leaves for the backward pass, parameters aside."""
+    cfg = dataclasses.replace(SMALL, num_layers=layers, remat=remat, attention=attention)
+    net, loss = loss_of(cfg)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    total, own = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (residuals, params))
+    return total - own
+
+
 def test_full_remat_keeps_little_more_than_the_input_of_each_block() -> None:
-    layers = 12
+    inputs = 12 * forest(1).tokens.size * SMALL.width
+    full, dots, none = (kept(remat, layers=12) for remat in ("full", "dots", "none"))
+    assert inputs < full < 2 * inputs < dots < none / 2
 
-    def kept(remat) -> int:
-        """Numbers that the forward pass leaves for the backward pass, parameters aside."""
-        net, loss = loss_of(dataclasses.replace(SMALL, num_layers=layers, remat=remat))
-        params = jax.eval_shape(net.init, jax.random.key(0))
-        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
-        total, own = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (residuals, params))
-        return total - own
 
-    inputs = layers * forest(1).tokens.size * SMALL.width
-    assert inputs < kept("full") < 2 * inputs < kept("dots") < kept("none") / 2
+def test_attention_remat_keeps_outputs_and_log_sums_too() -> None:
+    rows, tokens = forest(1).tokens.shape
+    padded = -(-tokens // 32) * 32  # whole blocks
+    outputs = 12 * rows * padded * SMALL.num_heads * (SMALL.head_width + 1)
+    more = [kept(remat, layers=12, attention="blockwise") for remat in ("attention", "full")]
+    assert more[0] - more[1] == outputs
 
 
 def test_bfloat16_compute_stays_finite_and_near_float32(small, plain, tolerance) -> None:

@@ -20,10 +20,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tw_jax.contracts import Span
 from tw_jax.trie.mask import HIDDEN, LOWEST, needed, sees, visits
 
+KEPT = "attention"
+"""Name, for remat policies, of the output and the log-sums that the backward pass reads."""
 BLOCK = 256
 _GRAIN = 32
 
@@ -188,6 +191,8 @@ def _forward(scale, q, k, v, at, keys, plan):
         return lax.map(query_block, (q, at, plan))
 
     out, log_sum = lax.map(row, (q, k, v, at, keys, plan))
+    # A remat policy that keeps these two spares the backward pass this whole loop.
+    out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
     return out, (q, k, v, at, keys, plan, out, log_sum)
 
 

@@ -171,6 +171,36 @@ class SamplerCase:
     repeats: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CutTrie:
+    """A trie of a rollout, cut to a round number of nodes.
+
+    Attributes:
+      shape: of the trajectory, whose trie has a little more than `nodes`.
+      seed: of that trajectory.
+      nodes: that are kept.
+    """
+
+    shape: Shape
+    seed: int
+    nodes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityCase:
+    """`tw bench parity`.
+
+    Attributes:
+      tries: what both frameworks train on, one after the other, the largest last.
+      model: the decoder.
+      repeats: measured rounds.
+    """
+
+    tries: tuple[CutTrie, ...]
+    model: Model
+    repeats: int
+
+
 SMALL = Model(
     vocab_size=4096,
     num_layers=8,
@@ -206,11 +236,25 @@ SAMPLER = SamplerCase(
     prompts=(33, 48, 64, 40),
     repeats=5,
 )
+PARITY = ParityCase(
+    tries=(
+        CutTrie(shape=Shape().scaled(0.2), seed=0, nodes=4096),
+        CutTrie(shape=Shape().scaled(0.45), seed=1, nodes=8192),
+    ),
+    # What is gained by keeping all activations of such rows is lost in memory traffic.
+    model=dataclasses.replace(SMALL, remat="attention"),
+    repeats=3,
+)
 
 TINY = Shape(prompt=8, blocks=2, sequential=(8, 16), outline=6, threads=(2, 3), thread=(8, 16))
 TINY_TRIE = TrieCase(shape=TINY, seed=0, repeats=2)
 TINY_STEP = StepCase(
     shape=TINY, seed=0, model=MINUTE, dense_nodes=96, full_shape=TINY, full_seeds=2, repeats=2
+)
+TINY_PARITY = ParityCase(
+    tries=(CutTrie(shape=TINY, seed=0, nodes=64), CutTrie(shape=TINY, seed=0, nodes=96)),
+    model=dataclasses.replace(MINUTE, remat="attention"),
+    repeats=2,
 )
 TINY_SAMPLER = SamplerCase(
     model=MINUTE,

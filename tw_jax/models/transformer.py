@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tw_jax.attention.blockwise import KEPT
 from tw_jax.attention.dispatch import Impl, attend
 from tw_jax.config import config
 from tw_jax.contracts import KV, Network, Params, Span
@@ -48,8 +49,9 @@ class Model:
       norm_epsilon: added to the mean square in norms.
       param_dtype: dtype in which parameters are kept.
       compute_dtype: dtype of activations, matrix products and cache.
-      remat: what the backward pass computes anew: "none", "dots" (all but weight products) or
-        "full" (all but the input of each block).
+      remat: what the backward pass computes anew: "none", "dots" (all but weight products),
+        "attention" (all but the input of each block and what attention keeps, which is as large
+        again) or "full" (all but the input of each block).
       attention: backend; "auto" takes the first that accepts.
     """
 
@@ -66,7 +68,7 @@ class Model:
     norm_epsilon: float = 1e-6
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     attention: Impl = "auto"
 
     def check(self) -> None:
@@ -413,11 +415,13 @@ _product.defvjp(_product_forward, _product_backward)
 def _remat(block: type[Block], cfg: Model) -> Any:
     if cfg.remat == "none":
         return block
-    policy = None
-    if cfg.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+        "full": None,
+    }
     # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
-    return nn.remat(block, prevent_cse=False, policy=policy)
+    return nn.remat(block, prevent_cse=False, policy=policies[cfg.remat])
 
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:

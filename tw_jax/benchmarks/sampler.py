@@ -1,0 +1,179 @@
+"""`tw bench sampler`: lanes over one prefix against rows with a prefix each, and one lane."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tw_jax.benchmarks.measure import Report, Times, interleave
+from tw_jax.contracts import Network, Params
+from tw_jax.data import workloads
+from tw_jax.data.workloads import SamplerCase
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
+from tw_jax.metrics import count_compiles
+from tw_jax.models.transformer import network
+from tw_jax.sample import cache as caches
+from tw_jax.sample import sampler as samplers
+from tw_jax.sample.draw import Draw, draw, settings
+from tw_jax.sample.flight import DONE, State
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler
+
+
+def run(case: SamplerCase) -> Report:
+    """Decodes as lanes over one prefix, as rows with a prefix each, and in one lane.
+
+    The program is the sampler's own, from the step after the one that encoded the prefix to the
+    end: threads end by their budgets and the rollout with them, so neither prefill nor join is
+    timed. Tokens are given, and the draw is made nevertheless. Every cache has the bucket that its
+    last token needs from the start on, so nothing grows on the clock.
+    """
+    net = network(case.model)
+    params = net.init(jax.random.key(0))
+    times: dict[str, Times] = {}
+    values: dict[str, float] = {}
+    lanes = f"lanes{case.lanes}"
+    for prefix in case.prefixes:
+        ways = {
+            f"{lanes}_{prefix}": _Decode.of_lanes(net, case, prefix),
+            f"rows{case.lanes}_{prefix}": _Decode.of_rows(net, case, prefix, rows=case.lanes),
+        }
+        if prefix == case.prefixes[0]:
+            ways[f"sequential_{prefix}"] = _Decode.of_rows(net, case, prefix, rows=1)
+        ready = {name: way.encoded(params) for name, way in ways.items()}
+        times |= interleave(
+            {name: functools.partial(way.finish, params) for name, way in ways.items()},
+            case.repeats,
+            # The program is given its state for good.
+            prepare=lambda name, ready=ready: jax.tree.map(jnp.copy, ready[name]),
+        )
+    first = case.prefixes[0]
+    ms = {name: found.median_ms for name, found in times.items()}
+    values[f"{lanes}_over_sequential"] = ms[f"sequential_{first}"] / ms[f"{lanes}_{first}"]
+    for prefix in case.prefixes:
+        rows = ms[f"rows{case.lanes}_{prefix}"]
+        values[f"{lanes}_over_rows_{prefix}"] = rows / ms[f"{lanes}_{prefix}"]
+    values["recompiles"] = _recompiles(net, params, case)
+    bars = {f"{lanes}_over_sequential": ("least", 1.7), "recompiles": ("most", 0.0)}
+    for prefix, bar in zip(case.prefixes, (1.0, 1.4), strict=False):
+        bars[f"{lanes}_over_rows_{prefix}"] = ("least", bar)
+    return Report(times, values, bars)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Decode:
+    """One way to decode given tokens behind a prefix."""
+
+    sampler: ForkJoinSampler
+    prompts: list[np.ndarray]
+    how: tuple[Draw, jax.Array]
+    prefix: int
+    tokens: int  # of one row, all its lanes together, that are decoded behind the prefix
+
+    @classmethod
+    def of_rows(cls, net: Network, case: SamplerCase, prefix: int, *, rows: int) -> _Decode:
+        """Rows of one lane, each with its own prefix; together they decode what the lanes do."""
+        rng = np.random.default_rng(0)
+        tokens = case.lanes * case.tokens // rows
+        prompt = workloads.text(rng, prefix)
+        # The first token is drawn when the prefix is encoded; so many more are decoded.
+        limits = ForkJoin(max_new=tokens + 1, parallel=False)
+        script = np.broadcast_to(workloads.text(rng, tokens + 1), (rows, 1, tokens + 1))
+        sampler = _forced(net, limits, case, rows=rows, max_prompt=prefix)
+        return cls(sampler, [prompt] * rows, _how(script), prefix, tokens)
+
+    @classmethod
+    def of_lanes(cls, net: Network, case: SamplerCase, prefix: int) -> _Decode:
+        """One row that forks behind the prefix; every thread ends by its budget."""
+        rng = np.random.default_rng(0)
+        table = workloads.table()
+        plan = workloads.outlines(rng, case.lanes, workloads.LEAST_OUTLINE)
+        # What each header forces: newline, tag, newline, number, colon.
+        headers = sum(4 + len(table.label_ids(str(n + 1))) for n in range(case.lanes))
+        prompt = workloads.text(rng, prefix - len(plan) - headers)
+        budget = case.tokens + 1
+        limits = ForkJoin(
+            # A fork also reserves each thread's closer, a newline and one token for the parent.
+            max_new=len(plan) + headers + case.lanes * (budget + 2) + 2,
+            max_thread=budget,
+            max_threads=case.lanes,
+            unfinished_thread="abort",
+        )
+        script = np.zeros((1, 1 + case.lanes, max(len(plan), budget)), np.int32)
+        script[0, 0, : len(plan)] = plan
+        script[0, 1:] = workloads.text(rng, script.shape[2])
+        sampler = _forced(net, limits, case, rows=1, max_prompt=len(prompt))
+        return cls(sampler, [prompt], _how(script), prefix, case.lanes * case.tokens)
+
+    def encoded(self, params: Params) -> State:
+        """The state whose cache holds the prefix, with room for all that follows."""
+        sampler, chunk = self.sampler, self.sampler.sizes.chunk
+        slots = caches.bucket(self.prefix + self.tokens + chunk)
+        cache = caches.empty(sampler.network, sampler.sizes.rows, slots)
+        # The program comes back when a chunk has no room. Slots that hold nothing make that the
+        # moment when the prefix is encoded; growing, though to the same size, drops them.
+        taken = jnp.full_like(cache.used, slots - self.prefix - chunk + 1)
+        state = sampler._start(self.prompts).replace(cache=cache.replace(used=taken))
+        state = sampler.grow(sampler.advance(params, state, self.how), slots)
+        if (np.asarray(state.cache.used) != self.prefix).any():
+            raise RuntimeError(f"{state.cache.used} slots hold entries: want {self.prefix}.")
+        return state
+
+    def finish(self, params: Params, state: State) -> State:
+        """Decodes to the end."""
+        state = self.sampler.advance(params, state, self.how)
+        if (np.asarray(state.phase) != DONE).any():
+            raise RuntimeError("The cache was full before the end: want room for every token.")
+        return state
+
+
+def _forced(
+    net: Network, limits: ForkJoin, case: SamplerCase, *, rows: int, max_prompt: int
+) -> ForkJoinSampler:
+    """A sampler that draws as always and then takes the token that its script has there."""
+
+    def forced(
+        logits: jax.Array, how: tuple[Draw, jax.Array], call: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        given, script = how
+        row = jnp.arange(logits.shape[0])[:, None]
+        last_call, last_token = script.shape[1] - 1, script.shape[2] - 1
+        at = jnp.minimum(call, last_call), jnp.minimum(position, last_token)
+        # The log-prob is that of the drawn token, so the draw cannot be left out.
+        return script[row, *at], draw(logits, given, call, position)[1]
+
+    protocol = ThreadWeaver(workloads.table(), limits)
+    cfg = Sampler(rows=rows, max_prompt=max_prompt, prefill_chunk=case.prefill_chunk)
+    return samplers.make_sampler(net, protocol, cfg, draw=forced)
+
+
+def _how(script: np.ndarray) -> tuple[Draw, jax.Array]:
+    given = settings(len(script), temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    return given, jnp.asarray(script)
+
+
+def _recompiles(net: Network, params: Params, case: SamplerCase) -> int:
+    """Programs compiled by whole rollouts once one was made, whatever settings and prompts say."""
+    rng = np.random.default_rng(0)
+    limits = ForkJoin(max_new=case.tokens // 4 + 1, max_threads=case.lanes)
+    protocol = ThreadWeaver(workloads.table(), limits)
+    cfg = Sampler(
+        rows=len(case.prompts), max_prompt=max(case.prompts), prefill_chunk=case.prefill_chunk
+    )
+    sampler = samplers.make_sampler(net, protocol, cfg)
+
+    def rollouts(lengths: Sequence[int], **given: Any) -> None:
+        prompts = [workloads.text(rng, length) for length in lengths]
+        sampler(params, prompts, settings(len(prompts), **given))
+
+    rollouts(case.prompts, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    with count_compiles() as compiles:
+        rollouts(case.prompts[::-1], temperature=0.0, top_p=1.0, top_k=0, seed=1)
+        rollouts(case.prompts, temperature=0.7, top_p=0.9, top_k=0, seed=2)
+        rollouts(sorted(case.prompts), temperature=1.3, top_p=0.5, top_k=20, seed=3)
+    return compiles.count

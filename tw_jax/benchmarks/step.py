@@ -1,0 +1,148 @@
+"""`tw bench step`: the train step on a trie against the same step on one row per call."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tw_jax.benchmarks.measure import Report, interleave
+from tw_jax.contracts import Network, Params
+from tw_jax.data import workloads
+from tw_jax.data.workloads import StepCase
+from tw_jax.forkjoin import tries
+from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.models.transformer import Model, network
+from tw_jax.train import sft
+from tw_jax.train.loss import accumulate
+from tw_jax.train.state import Optim, create
+from tw_jax.trie import pack
+from tw_jax.trie.batch import TrieBatch, stack_rows
+from tw_jax.trie.tree import build
+
+_CHUNK_TOKENS = 1024
+
+
+def run(case: StepCase) -> Report:
+    """Trains one trajectory as a trie and as one row per call, and a trie with dense attention.
+
+    Both ways train the same tokens by the same step; the calls stand in one row without padding,
+    which is kinder to them than any packing of whole calls into fixed rows. Blockwise attention is
+    compared with dense attention as the model stands, and once more with both under full remat: at
+    4,096 nodes the dense scores of all layers take 12 GiB, so that part of the first ratio is
+    memory traffic, which the second leaves out at the price of computing everything twice.
+    """
+    made = workloads.trajectory(case.shape, case.seed)
+    trie, rows = tries.of_trajectory(made), _of_calls(made)
+    batches = {
+        "trie": stack_rows([[trie]], len(trie)),
+        "rows": stack_rows([rows], trie.source_tokens),
+    }
+    net = network(case.model)
+    params = net.init(jax.random.key(0))
+    loss_diff, gradient_diff = _difference(net, params, batches)
+    times = interleave({n: trainer(net, params, b) for n, b in batches.items()}, case.repeats)
+
+    dense_nodes = min(case.dense_nodes, len(trie))
+    cut = stack_rows([[pack.truncate(trie, dense_nodes)]], dense_nodes)
+    for remat in ("none", "full"):
+        suffix = "" if remat == "none" else "_remat"
+        ways = {"dense": "reference", "blockwise": "blockwise"}
+        times |= interleave(
+            {
+                name + suffix: trainer(_model(case.model, attention, remat), params, cut)
+                for name, attention in ways.items()
+            },
+            case.repeats,
+        )
+    token_ratio = trie.source_tokens / len(trie)
+    time_ratio = times["rows"].median_ms / times["trie"].median_ms
+    full_ratio, deviation = _full_token_ratio(case)
+    values = {
+        "nodes": len(trie),
+        "row_tokens": trie.source_tokens,
+        "token_ratio": token_ratio,
+        "time_ratio": time_ratio,
+        "time_ratio_over_token_ratio": time_ratio / token_ratio,
+        "token_ratio_full": full_ratio,
+        "token_ratio_full_deviation": deviation,
+        "loss_rel_diff": loss_diff,
+        "grad_rel_l2": gradient_diff,
+        "dense_nodes": dense_nodes,
+        "blockwise_over_dense": times["dense"].median_ms / times["blockwise"].median_ms,
+        "blockwise_over_dense_remat": times["dense_remat"].median_ms
+        / times["blockwise_remat"].median_ms,
+    }
+    bars = {
+        "time_ratio_over_token_ratio": ("least", 0.75),
+        "loss_rel_diff": ("most", 1e-5),
+        "grad_rel_l2": ("most", 1e-5),
+        "blockwise_over_dense": ("least", 4.0),
+    }
+    return Report(times, values, bars)
+
+
+def _full_token_ratio(case: StepCase) -> tuple[float, float]:
+    """Tokens of the calls over nodes of the tries, over all trajectories, and its deviation."""
+    made = [workloads.trajectory(case.full_shape, seed) for seed in range(case.full_seeds)]
+    full = [tries.of_trajectory(one) for one in made]
+    ratio = sum(trie.source_tokens for trie in full) / sum(map(len, full))
+    return ratio, statistics.pstdev(trie.source_tokens / len(trie) for trie in full)
+
+
+def _model(model: Model, attention: str, remat: str) -> Network:
+    changed: dict[str, Any] = {"attention": attention, "remat": remat}
+    return network(dataclasses.replace(model, **changed))
+
+
+def _of_calls(made: Trajectory) -> list[Any]:
+    """A chain for each call: its context and what was sampled, which alone has weight."""
+    chains = []
+    for call in made.calls:
+        weight = np.repeat(np.array([0, 1], np.float32), [len(call.context), len(call.sampled)])
+        chains.append(build([np.concatenate([call.context, call.sampled])], [weight]))
+    return chains
+
+
+def trainer(net: Network, params: Params, batch: TrieBatch) -> Callable[[Any], Any]:
+    """An SFT run: each call takes a step, from the state that the one before left."""
+    optim = Optim(peak_lr=1e-4, schedule="constant")
+    pure = sft.make_step(net, optim, steps=100, chunk_tokens=_CHUNK_TOKENS)
+    # The state is donated, and params are used again.
+    state = create(jax.tree.map(jnp.copy, params), optim, key=jax.random.key(0))
+    batch = jax.device_put(batch)
+    step = jax.jit(pure, donate_argnums=0).lower(state, batch).compile()
+
+    def take(_: Any) -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return state, metrics
+
+    return take
+
+
+def _difference(
+    net: Network, params: Params, batches: Mapping[str, TrieBatch]
+) -> tuple[float, float]:
+    """Relative difference of the loss, and relative L2 of the gradient, of trie and rows."""
+
+    def summed(params: Params, batch: TrieBatch) -> Any:
+        def objective(params: Params, part: TrieBatch) -> Any:
+            return sft.nll_sums(net, params, part, chunk_tokens=_CHUNK_TOKENS)
+
+        return accumulate(objective, params, batch, accumulation_steps=1, axes=net.axes())
+
+    with jax.default_matmul_precision("highest"):
+        (g_trie, loss, _), (g_rows, want, _) = (
+            jax.device_get(jax.jit(summed)(params, batches[name])) for name in ("trie", "rows")
+        )
+    squares = [
+        sum(float(np.square(leaf.astype(np.float64)).sum()) for leaf in jax.tree.leaves(tree))
+        for tree in (jax.tree.map(lambda a, b: a - b, g_trie, g_rows), g_rows)
+    ]
+    return float(abs(loss - want) / abs(want)), (squares[0] / squares[1]) ** 0.5

@@ -1,0 +1,38 @@
+"""`tw bench trie`: how fast a rollout's calls become one trie, and in how much memory."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+from tw_jax.benchmarks.measure import Report, interleave
+from tw_jax.data import workloads
+from tw_jax.data.workloads import TrieCase
+from tw_jax.forkjoin import tries
+
+
+def run(case: TrieCase) -> Report:
+    """Builds one trie from the calls of a rollout."""
+    made = workloads.trajectory(case.shape, case.seed)
+    times = interleave({"build": lambda _: tries.of_trajectory(made)}, case.repeats)
+    nodes = len(tries.of_trajectory(made))
+    values = {
+        "nodes": nodes,
+        "build_ms": times["build"].median_ms,
+        "bytes_per_node": _peak_bytes(lambda: tries.of_trajectory(made)) / nodes,
+    }
+    return Report(times, values, {"build_ms": ("most", 5.0), "bytes_per_node": ("most", 64.0)})
+
+
+def _peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that was held at once for a run: its result, not what existed before."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        run()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()

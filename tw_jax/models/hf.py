@@ -1,0 +1,459 @@
+"""The door to safetensors: Hugging Face folders of Qwen3 and Llama to parameters and back.
+
+One table says which tensor of theirs is which array of ours and how its dimensions are cut and
+turned; reading and writing follow it in either direction, one tensor at a time. This file knows no
+checkpoints of ours and no tokenizer; it hands `Params` to `programs/`, and arrays under their names
+to what compares them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tw_jax.contracts import Network, Params
+from tw_jax.models.hf_config import config_fields, family_of, read_json
+from tw_jax.models.transformer import Dtype, Model, network
+from tw_jax.sharding import Rules, shardings
+
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 5_000_000_000
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+# The table of names.
+
+
+class _Row(NamedTuple):
+    """One array of ours. A letter is a dimension; theirs has groups of them, ours one each."""
+
+    path: tuple[str, ...]
+    name: str  # {} is the layer
+    theirs: tuple[str, ...]
+    ours: str
+
+
+_BLOCK = "model.layers.{}."
+_TABLE = (
+    _Row(("embed",), "model.embed_tokens.weight", ("v", "d"), "vd"),
+    _Row(("blocks", "attention_norm", "scale"), _BLOCK + "input_layernorm.weight", ("d",), "d"),
+    _Row(("blocks", "attention", "q"), _BLOCK + "self_attn.q_proj.weight", ("nh", "d"), "dnh"),
+    _Row(("blocks", "attention", "k"), _BLOCK + "self_attn.k_proj.weight", ("gh", "d"), "dgh"),
+    _Row(("blocks", "attention", "v"), _BLOCK + "self_attn.v_proj.weight", ("gh", "d"), "dgh"),
+    _Row(("blocks", "attention", "out"), _BLOCK + "self_attn.o_proj.weight", ("d", "nh"), "nhd"),
+    _Row(
+        ("blocks", "attention", "q_norm", "scale"), _BLOCK + "self_attn.q_norm.weight", ("h",), "h"
+    ),
+    _Row(
+        ("blocks", "attention", "k_norm", "scale"), _BLOCK + "self_attn.k_norm.weight", ("h",), "h"
+    ),
+    _Row(("blocks", "mlp_norm", "scale"), _BLOCK + "post_attention_layernorm.weight", ("d",), "d"),
+    _Row(("blocks", "mlp", "gate"), _BLOCK + "mlp.gate_proj.weight", ("f", "d"), "df"),
+    _Row(("blocks", "mlp", "up"), _BLOCK + "mlp.up_proj.weight", ("f", "d"), "df"),
+    _Row(("blocks", "mlp", "down"), _BLOCK + "mlp.down_proj.weight", ("d", "f"), "fd"),
+    _Row(("norm", "scale"), "model.norm.weight", ("d",), "d"),
+    _Row(("unembed",), "lm_head.weight", ("v", "d"), "vd"),
+)
+
+_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")
+"""Llama 2 was saved with this; it follows from the config."""
+
+
+def _rows(model: Model) -> list[_Row]:
+    """The rows that this model has."""
+    absent = {"unembed"} if model.tie_embeddings else set()
+    if not model.qk_norm:
+        absent |= {"q_norm", "k_norm"}
+    return [row for row in _TABLE if not absent & set(row.path)]
+
+
+def _sizes(model: Model) -> dict[str, int]:
+    return {
+        "v": model.vocab_size,
+        "d": model.width,
+        "f": model.mlp_width,
+        "n": model.num_heads,
+        "g": model.num_kv_heads,
+        "h": model.head_width,
+    }
+
+
+def tensor_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a Hugging Face checkpoint of this model has."""
+    return {name: _shape(row, model) for row, _, name in _tensors(model)}
+
+
+def _tensors(model: Model) -> Iterator[tuple[_Row, int | None, str]]:
+    """(row, layer, name) of every tensor, layer by layer as Hugging Face counts them."""
+    rows = _rows(model)
+    stacked = [row for row in rows if row.path[0] == "blocks"]
+    yield rows[0], None, rows[0].name
+    for layer in range(model.num_layers):
+        for row in stacked:
+            yield row, layer, row.name.format(layer)
+    for row in rows[1:]:
+        if row.path[0] != "blocks":
+            yield row, None, row.name
+
+
+def _shape(row: _Row, model: Model) -> tuple[int, ...]:
+    sizes = _sizes(model)
+    return tuple(math.prod(sizes[letter] for letter in group) for group in row.theirs)
+
+
+def _to_theirs(array: np.ndarray, row: _Row) -> np.ndarray:
+    """One layer's array of ours as their tensor, contiguous."""
+    order = [row.ours.index(letter) for group in row.theirs for letter in group]
+    turned = array.transpose(order)
+    sizes = dict(zip(row.ours, array.shape, strict=True))
+    shape = [math.prod(sizes[letter] for letter in group) for group in row.theirs]
+    return np.ascontiguousarray(turned.reshape(shape))
+
+
+def _from_theirs(stored: Any, row: _Row, model: Model, index: Sequence[slice]) -> np.ndarray:
+    """A piece of one layer's array of ours, of which only the rows and columns needed are read.
+
+    Args:
+      stored: their tensor; slices of it are read from disk.
+      row: of the table.
+      model: sizes.
+      index: a slice with bounds for each dimension of ours.
+    """
+    sizes = _sizes(model)
+    wanted = dict(zip(row.ours, index, strict=True))
+    read, shape, rest = [], [], []
+    for group in row.theirs:
+        # Of a group, its first letter is cut on disk; the letters behind it are read whole.
+        inner = math.prod(sizes[letter] for letter in group[1:])
+        first = wanted[group[0]]
+        read.append(slice(first.start * inner, first.stop * inner))
+        shape += [first.stop - first.start, *(sizes[letter] for letter in group[1:])]
+        rest += [slice(None), *(wanted[letter] for letter in group[1:])]
+    letters = "".join(row.theirs)
+    piece = stored[tuple(read)].reshape(shape)[tuple(rest)]
+    return piece.transpose([letters.index(letter) for letter in row.ours])
+
+
+# Parameters.
+
+
+def read_params(
+    folder: str | Path,
+    model: Model,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | None = None,
+) -> Params:
+    """Reads the weights of a Hugging Face folder onto the devices.
+
+    Each device's piece of each tensor is cut out of the files, cast to `Model.param_dtype` and sent
+    on its way before the next is read, so that a host holds about one tensor, not the model.
+
+    Args:
+      folder: `model.safetensors`, or shards with their index.
+      model: what `read_model` says of the folder, with the dtypes of choice.
+      mesh: where to; the first local device by default.
+      rules: how the mesh splits parameters; needed with a mesh.
+
+    Raises:
+      FileNotFoundError: there are no weights.
+      ValueError: a file is cut or corrupt; tensors are missing, unknown, of another shape or
+        quantised; or a tied model's `lm_head.weight` is not its embedding.
+    """
+    folder = Path(folder)
+    net = network(model)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    stored = _open(folder)
+    _refuse_others(folder, stored, model)
+    places = _places(net, shapes, mesh, rules)
+    params: Params = {}
+    for row in _rows(model):
+        shape, place = (_at(tree, row.path) for tree in (shapes, places))
+        _put(params, row.path, _assembled(stored, row, model, shape, place))
+    return params
+
+
+def _places(
+    net: Network, shapes: Any, mesh: jax.sharding.Mesh | None, rules: Rules | None
+) -> Params:
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: here, shapes)
+    return shardings(net.axes(), shapes, mesh, rules or Rules())
+
+
+def _assembled(
+    stored: Mapping[str, Any],
+    row: _Row,
+    model: Model,
+    shape: jax.ShapeDtypeStruct,
+    place: jax.sharding.Sharding,
+) -> jax.Array:
+    """One array of ours. Layers are put into their stack one by one, where it lies."""
+    if row.path[0] != "blocks":
+        return _tensor(stored[row.name], row, model, shape, place)
+    one = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+    of_one = place
+    if isinstance(place, jax.sharding.NamedSharding):
+        of_one = jax.sharding.NamedSharding(place.mesh, jax.P(*place.spec[1:]))
+    stack = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=place)()
+    put = jax.jit(
+        lambda stack, new, layer: jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0),
+        out_shardings=place,
+        donate_argnums=0,
+    )
+    for layer in range(model.num_layers):
+        new = _tensor(stored[row.name.format(layer)], row, model, one, of_one)
+        stack = put(stack, new, layer)
+    return stack
+
+
+def _tensor(
+    stored: Any, row: _Row, model: Model, shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding
+) -> jax.Array:
+    """One tensor, read piece by piece; what several devices hold is read once."""
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in place.addressable_devices_indices_map(shape.shape).items():
+        bounds = zip(index or (), shape.shape, strict=True)
+        piece = tuple(cut.indices(size)[:2] for cut, size in bounds)
+        devices.setdefault(piece, []).append(device)
+    arrays = []
+    for piece, holders in devices.items():
+        read = _from_theirs(stored, row, model, [slice(*bounds) for bounds in piece])
+        read = np.ascontiguousarray(read, shape.dtype)
+        # Waited for, or the pieces of all devices would stand in host memory together.
+        arrays += jax.block_until_ready([jax.device_put(read, device) for device in holders])
+        del read
+    return jax.make_array_from_single_device_arrays(shape.shape, place, arrays)
+
+
+def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Their name and their layout of every array, one tensor at a time.
+
+    Args:
+      params: parameters, or any tree shaped like them, gradients for instance.
+      model: sizes.
+
+    Yields:
+      (name, tensor) in the order of Hugging Face's files, in the dtype that `params` has.
+    """
+    for row, layer, name in _tensors(model):
+        array = _at(params, row.path)
+        yield name, _to_theirs(np.asarray(array if layer is None else array[layer]), row)
+
+
+def write(
+    folder: str | Path,
+    params: Params,
+    model: Model,
+    *,
+    dtype: Dtype,
+    base: Mapping[str, Any] | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a folder that `transformers` loads: safetensors and `config.json`, in that order.
+
+    A file appears whole or not at all, and the config last, so that what has a config is complete.
+
+    Args:
+      folder: made where it does not exist; weights in it are replaced.
+      params: parameters, on this host's devices.
+      model: their sizes.
+      dtype: of the tensors written.
+      base: fields of a `config.json` to keep (its longest context, its ends of sequence); the
+        model's own fields replace theirs.
+      shard_bytes: a file is closed before it would grow beyond this.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [folder / "config.json", folder / _INDEX, *folder.glob("*.safetensors")]:
+        stale.unlink(missing_ok=True)
+    itemsize = jnp.dtype(dtype).itemsize
+    files = _plan(
+        {n: itemsize * math.prod(s) for n, s in tensor_shapes(model).items()}, shard_bytes
+    )
+    tensors = named(params, model)
+    where: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        file = "model.safetensors" if len(files) == 1 else file
+        held = {
+            name: tensor.astype(jnp.dtype(dtype)) for name, tensor in _take(tensors, len(names))
+        }
+        part = folder / f".{file}.part"
+        save_file(held, part, metadata={"format": "pt"})
+        os.replace(part, folder / file)
+        where |= dict.fromkeys(held, file)
+    if len(files) > 1:
+        size = itemsize * sum(map(math.prod, tensor_shapes(model).values()))
+        _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    _write_json(folder / "config.json", config_fields(model, dtype=dtype, base=base or {}))
+
+
+def _take(items: Iterator[Any], count: int) -> Iterator[Any]:
+    for _ in range(count):
+        yield next(items)
+
+
+def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Which tensors go into which file, in order; a file holds at least one."""
+    files: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if files[-1] and used + size > shard_bytes:
+            files.append([])
+            used = 0
+        files[-1].append(name)
+        used += size
+    return files
+
+
+def _write_json(file: Path, content: Any) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+# Files as they are found.
+
+
+def _open(folder: Path) -> dict[str, Any]:
+    """Every tensor of a folder as a slice that reads from disk, by name."""
+    stored: dict[str, Any] = {}
+    for file in _weight_files(folder):
+        try:
+            opened: Any = safe_open(file, framework="np")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: not a whole safetensors file ({error}). It has "
+                f"{file.stat().st_size:,} bytes; copy or download it again."
+            ) from None
+        stored |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent or not names:
+            raise FileNotFoundError(
+                f"{index} names {', '.join(absent) or 'no file'}: want every shard beside it. "
+                "Download the missing files."
+            )
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    raise FileNotFoundError(
+        f"{folder}: neither model.safetensors nor {_INDEX} is there. Give a folder as the Hub has "
+        "it; pickled weights (.bin) are not read, save them as safetensors first."
+    )
+
+
+def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> None:
+    """Raises a sentence that names the first tensors that are not the model's."""
+    want = tensor_shapes(model)
+    have = {name: tuple(stored[name].get_shape()) for name in stored}
+    missing = [name for name in want if name not in have]
+    spare = [name for name in have if name not in want and not _BUFFER.fullmatch(name)]
+    if model.tie_embeddings and "lm_head.weight" in spare:
+        spare.remove("lm_head.weight")
+        _require_tied(folder, stored)
+    wrong = [
+        f"{n} is {list(have[n])}, want {list(want[n])}"
+        for n in want
+        if have.get(n, want[n]) != want[n]
+    ]
+    odd = [
+        f"{n} is {stored[n].get_dtype()}"
+        for n in want
+        if n in have and stored[n].get_dtype() not in _DTYPES
+    ]
+    for problem, names in (
+        ("tensors are missing", missing),
+        ("tensors are unknown", spare),
+        ("tensors have another shape", wrong),
+        (f"tensors are of a dtype other than {', '.join(_DTYPES)}", odd),
+    ):
+        if names:
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+            raise ValueError(
+                f"{folder}: {len(names)} {problem}: {shown}. Want the {len(want)} tensors of a "
+                f"{family_of(model)} with {model.num_layers} layers, as its config.json says."
+            )
+
+
+def _require_tied(folder: Path, stored: Mapping[str, Any]) -> None:
+    embed, head = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
+    rows, step = embed.get_shape()[0], 4096
+    parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+    same = embed.get_shape() == head.get_shape() and all(
+        np.array_equal(embed[part], head[part]) for part in parts
+    )
+    if not same:
+        raise ValueError(
+            f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
+            "tie_word_embeddings. Set it to false there if the model was trained untied."
+        )
+
+
+# Control tokens for a pretrained vocabulary.
+
+
+def add_rows(
+    params: Params, model: Model, words: Mapping[int, Sequence[int]], *, multiple: int
+) -> tuple[Params, Model]:
+    """Gives new ids their rows: each starts as the mean of the rows of the word it stands for.
+
+    embed[id] = mean(embed[w] for w in words[id]), and so for an untied unembedding. A table that is
+    too short, or no multiple, grows; its other new rows are the mean of all old ones, which no
+    sampler will prefer. A table never shrinks. Source: ThreadWeaver's SFT (its new control tokens).
+
+    Args:
+      params: pretrained.
+      model: their sizes.
+      words: ids of the pieces of each new id's name without its brackets; at least one each.
+      multiple: the number of rows is one of this, so that a mesh can split them.
+
+    Returns:
+      (parameters, model) with `Model.vocab_size` as it became.
+    """
+    needed = max([model.vocab_size, *(new + 1 for new in words)])
+    size = -(-needed // multiple) * multiple
+
+    def extended(table: jax.Array) -> jax.Array:
+        wide = table.astype(jnp.float32)
+        spare = jnp.broadcast_to(wide.mean(0), (size - len(wide), wide.shape[1]))
+        grown = jnp.concatenate([wide, spare])
+        for new, pieces in words.items():
+            grown = grown.at[new].set(wide[jnp.asarray(pieces)].mean(0))
+        return grown.astype(table.dtype)
+
+    tables = [name for name in ("embed", "unembed") if name in params]
+    grown = {name: jax.jit(extended)(params[name]) for name in tables}
+    return {**params, **grown}, dataclasses.replace(model, vocab_size=size)
+
+
+def _at(tree: Params, path: Iterable[str]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _put(tree: Params, path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

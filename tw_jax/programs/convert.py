@@ -1,0 +1,199 @@
+"""`tw convert`: Hugging Face folders to our checkpoints, and back.
+
+What an import writes is what the other verbs read: `checkpoints/` for `Sft.init` or
+`Sample.checkpoint`, `model.gin` to include, `hf/` with the tokenizer. What an export writes, any
+engine that reads Hugging Face folders can serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tw_jax import sharding
+from tw_jax.checkpoint import Checkpoints, newest, restore_params
+from tw_jax.config import config, operative
+from tw_jax.models import hf, hf_config
+from tw_jax.models.transformer import Dtype, Model, network
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.tokenizer import AddedToken, add_control_tokens
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
+
+
+@config
+class Import:
+    """From a Hugging Face folder to `checkpoints/`, `model.gin` and `hf/` of the workdir.
+
+    Attributes:
+      source: the folder, with config.json, safetensors and, for control tokens, tokenizer.json.
+      param_dtype: of the parameters; training wants float32, which holds bfloat16 exactly.
+      compute_dtype: what `model.gin` says of activations.
+      control_tokens: whether the tokenizer gets the twelve control tokens and the model their rows.
+      vocab_multiple: the number of rows then is a multiple of this, so that a mesh can split them.
+      mesh: devices that the parameters are read onto.
+      rules: how parameters are split over them.
+    """
+
+    source: str
+    param_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "bfloat16"
+    control_tokens: bool = True
+    vocab_multiple: int = 128
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+
+    def check(self) -> None:
+        """Refuses a multiple below one."""
+        if self.vocab_multiple < 1:
+            raise ValueError(f"Import.vocab_multiple = {self.vocab_multiple}: want at least 1.")
+
+
+@config
+class Export:
+    """From the newest of our checkpoints to a Hugging Face folder, `hf/` of the workdir.
+
+    Attributes:
+      checkpoint: folder of a run's checkpoints.
+      model: the model that was trained.
+      dtype: of the tensors written.
+      files: folder whose config.json is kept beneath the model's own fields and whose other files
+        (tokenizer, chat template) go along, such as the `hf/` of an import; None for none.
+      mesh: devices that the checkpoint is read onto.
+      rules: how parameters are split over them.
+    """
+
+    checkpoint: str
+    model: Model
+    dtype: Dtype = "bfloat16"
+    files: str | None = None
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+
+
+@config
+class Convert:
+    """One conversion.
+
+    Attributes:
+      workdir: where its results go.
+      job: which way.
+    """
+
+    workdir: str
+    job: Import | Export
+
+
+def run(cfg: Convert) -> None:
+    """Imports or exports."""
+    folder = Path(cfg.workdir)
+    match cfg.job:
+        case Import():
+            model = import_folder(cfg.job, folder)
+            print(f"{folder}/checkpoints and {folder}/model.gin: {_described(model)}")
+        case Export():
+            step = export_folder(cfg.job, folder / "hf")
+            print(f"{folder}/hf: step {step}, {_described(cfg.job.model)}, as {cfg.job.dtype}")
+
+
+def import_folder(job: Import, folder: Path) -> Model:
+    """Reads a Hugging Face folder and writes ours; returns the model as it became.
+
+    Raises:
+      FileNotFoundError: a file of the source is not there.
+      ValueError: see `hf.read_params` and `hf_config.read_model`; or the folder has a checkpoint.
+    """
+    source = Path(job.source)
+    model = dataclasses.replace(
+        hf_config.read_model(source), param_dtype=job.param_dtype, compute_dtype=job.compute_dtype
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_files(source, folder / "hf")
+    added = _with_control_tokens(source, folder / "hf") if job.control_tokens else []
+    mesh = sharding.make_mesh(job.mesh)
+    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        if checkpoints.latest() is not None:
+            raise ValueError(
+                f"{folder}/checkpoints is there already: want an empty place. Delete it to import "
+                "anew, or set Convert.workdir elsewhere."
+            )
+        params = hf.read_params(source, model, mesh=mesh, rules=job.rules)
+        if job.control_tokens:
+            with sharding.use(mesh, job.rules):
+                words = {token.id: token.word for token in added}
+                params, model = hf.add_rows(params, model, words, multiple=job.vocab_multiple)
+        checkpoints.save(0, {"params": params}, {"source": str(source)})
+    fields = hf_config.config_fields(
+        model, dtype=job.param_dtype, base=hf_config.read_config(source)
+    )
+    _write_json(folder / "hf" / "config.json", fields)
+    head = f"# {source.name}, imported by tw convert: include this file and use @Model().\n"
+    (folder / "model.gin").write_text(head + operative(model), encoding="utf-8")
+    return model
+
+
+def export_folder(job: Export, folder: Path) -> int:
+    """Writes the newest checkpoint as a Hugging Face folder; returns its step.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the model is not the checkpoint's.
+    """
+    net = network(job.model)
+    step = newest(job.checkpoint)
+    mesh = sharding.make_mesh(job.mesh)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    where = sharding.shardings(net.axes(), shapes, mesh, job.rules)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        where,
+    )
+    params = restore_params(job.checkpoint, step=step, abstract=abstract)
+    base: dict[str, Any] = {}
+    if job.files is not None:
+        _copy_files(Path(job.files), folder)
+        base = hf_config.read_config(job.files)
+    hf.write(folder, params, job.model, dtype=job.dtype, base=base)
+    return step
+
+
+def _with_control_tokens(source: Path, target: Path) -> list[AddedToken]:
+    """Adds the control tokens to the tokenizer's files in `target`."""
+    added = add_control_tokens(source / "tokenizer.json", target / "tokenizer.json")
+    settings = target / "tokenizer_config.json"
+    if settings.is_file():
+        fields = hf_config.read_json(settings)
+        # Where this table exists, some engines read added tokens from it alone.
+        if "added_tokens_decoder" in fields:
+            flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+            for token in added:
+                entry = {"content": token.text, **flags, "special": True}
+                fields["added_tokens_decoder"][str(token.id)] = entry
+            _write_json(settings, fields)
+    return added
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copies all but the weights: config, tokenizer, chat template, licence."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHTS):
+            shutil.copy2(file, target / file.name)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _described(model: Model) -> str:
+    return f"{sum(map(math.prod, hf.tensor_shapes(model).values())):,} parameters"
