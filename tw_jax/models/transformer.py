@@ -49,9 +49,9 @@ class Model:
       norm_epsilon: added to the mean square in norms.
       param_dtype: dtype in which parameters are kept.
       compute_dtype: dtype of activations, matrix products and cache.
-      remat: what the backward pass computes anew: "none", "dots" (all but weight products),
-        "attention" (all but the input of each block and what attention keeps, which is as large
-        again) or "full" (all but the input of each block).
+      remat: what the backward pass computes anew: "none"; "dots", all but weight products and what
+        attention keeps; "attention", all but the input of each block and what attention keeps,
+        which is as large again; "full", all but the input of each block.
       attention: backend; "auto" takes the first that accepts.
     """
 
@@ -415,9 +415,12 @@ _product.defvjp(_product_forward, _product_backward)
 def _remat(block: type[Block], cfg: Model) -> Any:
     if cfg.remat == "none":
         return block
+    attention = jax.checkpoint_policies.save_only_these_names(KEPT)
     policies = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention
+        ),
+        "attention": attention,
         "full": None,
     }
     # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
