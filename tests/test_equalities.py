@@ -1,17 +1,22 @@
 """The equalities that keep one trie, one mask and one protocol true; never skipped or loosened.
 
-(a) Loss and gradients of packed tries are those of their calls run one by one.
+(a) Loss and gradients of packed tries are those of their calls run one by one, in supervised
+    training and in P-GRPO.
 (b) Log-probs that the sampler recorded are those that the loss recomputes on the packed trie.
 """
 
+import dataclasses
 import functools
+import math
 
 import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rollouts import rollouts, with_logp
 
+from tw_jax.contracts import Span
 from tw_jax.forkjoin import replay, threadweaver, tries
 from tw_jax.forkjoin.protocol import Result, steps
 from tw_jax.models.rope import Rope
@@ -20,9 +25,12 @@ from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import settings
 from tw_jax.tasks import multiplication
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.train.groups import Aggregation, Scored, pack_groups
 from tw_jax.train.loss import token_logp
+from tw_jax.train.pgrpo import PolicyLoss, loss_sums
 from tw_jax.train.sft import nll_sums
 from tw_jax.trie.batch import stack_rows
+from tw_jax.trie.pack import Fill, Packing
 from tw_jax.trie.tree import build
 
 TOKENIZER = fakes.Characters()
@@ -182,6 +190,184 @@ def test_a_the_reference_labels_differ_from_the_calls(tolerance):
     flat = flat_labels(trie, trajectory.prompt_tokens)
     losses = [loss_and_gradient(net, params, stack_rows([[t]], 1024))[0] for t in (trie, flat)]
     assert abs(losses[0] - losses[1]) > 100 * tolerance["equality_loss"] * losses[0]
+
+
+# P-GRPO: groups in packed rows against one plain row for each engine call, without any trie.
+
+TEMPERATURE = 0.9
+MICRO_BATCH_TOKENS = 700
+
+
+@dataclasses.dataclass
+class Plain:
+    """Engine calls of some groups, one in a row; a column is the token after it, shifted by one."""
+
+    groups: list  # of trajectories
+    tokens: np.ndarray  # [R, T]
+    drawn: np.ndarray  # [R, T - 1] bool
+    rollout: np.ndarray  # [R], counted through all groups
+    length: np.ndarray  # [R]
+    logp: np.ndarray  # [R, T - 1] of the model
+    old: np.ndarray  # of another policy
+    sampler: np.ndarray  # of a third one
+
+
+@functools.cache
+def plain_model():
+    """The model on causal rows: log-probs, and the gradient of sum(slope * logp)."""
+    net, params = model(TOKENIZER.vocab_size, attention="reference")
+
+    @jax.jit
+    def pull(tokens, slope):
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        causal = Span(enter=index, exit=jnp.full_like(index, tokens.shape[1]))
+
+        def logp(params):
+            hidden, _ = net.apply(params, tokens, index, causal)
+            logs = jax.nn.log_softmax(net.unembed(params, hidden[:, :-1]) / TEMPERATURE)
+            return jnp.take_along_axis(logs, tokens[:, 1:, None], axis=2)[..., 0]
+
+        said, back = jax.vjp(logp, params)
+        return said, back(slope)[0]
+
+    return pull
+
+
+@functools.cache
+def plain_calls():
+    groups = [rollouts(seed, count, longest=12) for seed, count in ((0, 3), (1, 2), (3, 3))]
+    owners = [
+        (k, call) for k, made in enumerate(t for g in groups for t in g) for call in made.calls
+    ]
+    length = np.array([len(c.context) + len(c.sampled) for _, c in owners])
+    tokens = np.zeros((len(owners), length.max()), np.int32)
+    drawn = np.zeros((len(owners), length.max() - 1), bool)
+    for row, (_, call) in enumerate(owners):
+        tokens[row, : length[row]] = np.concatenate([call.context, call.sampled])
+        drawn[row, len(call.context) - 1 : length[row] - 1] = True
+    logp = np.asarray(plain_model()(tokens, np.zeros(drawn.shape, np.float32))[0])
+    rng = np.random.default_rng(0)
+    # Exact in float32, so that both sides read the same numbers.
+    old = (logp + rng.normal(size=logp.shape) / 2).astype(np.float32)
+    sampler = (logp + rng.normal(size=logp.shape) / 4).astype(np.float32)
+    rollout = np.array([k for k, _ in owners])
+    return Plain(groups, tokens, drawn, rollout, length, logp, old, sampler)
+
+
+def plain_weights(calls, mean):
+    """Weights [R, 1] of the tokens of each call, straight from the definitions."""
+    count = calls.drawn.sum(axis=1)
+    total = {k: count[calls.rollout == k].sum() for k in set(calls.rollout)}
+    if mean == "token":
+        weights = [1 / count.sum() for _ in count]
+    elif mean == "sequence_mean":
+        weights = [1 / len(total) / total[k] for k in calls.rollout]
+    elif mean == "sequence_sum":
+        weights = [1 / len(total) for _ in count]
+    else:
+        parts = [[] for _ in range(math.ceil(calls.length.sum() / MICRO_BATCH_TOKENS))]
+        for row in sorted(range(len(count)), key=lambda r: (-calls.length[r], -count[r])):
+            min(parts, key=lambda part: sum(calls.length[part])).append(row)
+        assert len(parts) > 2
+        share = {r: len(part) / len(count) / count[part].sum() for part in parts for r in part}
+        weights = [share[row] for row in range(len(count))]
+    return np.array(weights)[:, None]
+
+
+def plain_policy(calls, advantage, mean, *, off_policy, kind):
+    """Loss and gradient of P-GRPO in float64, the slope of each token's loss written by hand."""
+    logp, sampler = calls.logp.astype(np.float64), calls.sampler.astype(np.float64)
+    old = calls.old if off_policy else logp
+    each, ratio = advantage[calls.rollout][:, None], np.exp(logp - old)
+    bound = np.where(each > 0, np.minimum(ratio, 1.28), np.clip(ratio, 0.8, 3.0))
+    gap = np.where(calls.drawn, old - sampler, 0)
+    if kind == "sequence":
+        whole = np.bincount(calls.rollout, weights=gap.sum(axis=1))
+        gap = np.broadcast_to(whole[calls.rollout][:, None], gap.shape)
+    scale = plain_weights(calls, mean) * np.minimum(np.exp(gap), 2.0) * calls.drawn
+    slope = np.where(bound == ratio, -each * ratio, 0) * scale
+    return (scale * -each * bound).sum(), plain_model()(calls.tokens, slope.astype(np.float32))[1]
+
+
+def packed_groups(calls, recorded, advantage, mean):
+    """The calls' groups in rows, with these log-probs in the place of the sampler's."""
+    scored, row, first = [], 0, 0
+    for group in calls.groups:
+        made = []
+        for trajectory in group:
+            here = range(row, row + len(trajectory.calls))
+            made.append(with_logp(trajectory, [recorded[r][calls.drawn[r]] for r in here]))
+            row += len(trajectory.calls)
+        of_group = advantage[first : first + len(group)].astype(np.float32)
+        scored += [Scored(part, of_group) for part in tries.of_group(made, most_tokens=260)]
+        first += len(group)
+    cfg = Aggregation(mean=mean, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    return pack_groups(scored, cfg, packing=Packing(row_tokens=260, rows=1), fill=Fill())
+
+
+@functools.cache
+def packed_policy(kind):
+    net, params = model(TOKENIZER.vocab_size)
+
+    def loss(params, batch):
+        cfg = PolicyLoss(importance=kind)
+        return loss_sums(net, params, batch, cfg, chunk_tokens=256, temperature=TEMPERATURE)
+
+    return functools.partial(jax.jit(jax.value_and_grad(loss, has_aux=True)), params)
+
+
+ADVANTAGE = np.array([0.7, -0.4, 1.1, -0.9, 0.3, 0.5, -1.2, 0.8])
+"""One for each rollout of `plain_calls`."""
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on_policy", "off_policy"])
+@pytest.mark.parametrize(
+    ("mean", "sign"),
+    [
+        ("token", "both"),
+        ("sequence_mean", "both"),
+        ("sequence_sum", "both"),
+        ("micro_batch", "both"),
+        ("token", "positive"),
+        ("token", "negative"),
+    ],
+)
+def test_a_packed_groups_equal_their_calls_one_by_one(mean, sign, off_policy, kind, tolerance):
+    calls = plain_calls()
+    signs = {"positive": abs(ADVANTAGE), "negative": -abs(ADVANTAGE)}
+    advantage = signs.get(sign, ADVANTAGE)
+    batch = packed_groups(calls, calls.sampler, advantage, mean)
+    assert len(batch.advantage) > 2
+    if off_policy:
+        old = packed_groups(calls, calls.old, advantage, mean).sampler_logp
+        batch = batch.replace(old_logp=old)
+    (loss, sums), gradient = packed_policy(kind)(batch)
+    want, plain_gradient = plain_policy(calls, advantage, mean, off_policy=off_policy, kind=kind)
+    tokens = calls.drawn.sum()
+    assert float(sums["tokens"]) == tokens
+    clipped = [float(sums[name]) for name in ("clipped_high", "clipped_low", "clipped_dual")]
+    assert [count > 0 for count in clipped] == [
+        off_policy and sign != "negative",
+        *[off_policy and sign != "positive"] * 2,
+    ]
+    assert sum(clipped) < tokens
+    assert 0 < float(sums["importance_capped"]) < tokens
+    assert float(loss) == pytest.approx(want, rel=tolerance["equality_loss"])
+    difference = norm(jax.tree.map(jnp.subtract, gradient, plain_gradient))
+    assert difference <= tolerance["equality_gradient"] * norm(plain_gradient)
+
+
+def test_a_every_aggregation_is_another_loss(tolerance):
+    """The comparison above can fail: what one mean calls the loss, no other does."""
+    calls = plain_calls()
+    losses = [
+        plain_policy(calls, ADVANTAGE, mean, off_policy=True, kind="token")[0]
+        for mean in ("token", "sequence_mean", "sequence_sum", "micro_batch")
+    ]
+    for n, one in enumerate(losses):
+        for other in losses[:n]:
+            assert abs(one - other) > 100 * tolerance["equality_loss"] * abs(one)
 
 
 def sampled_log_probs(trajectory, logp, trie):

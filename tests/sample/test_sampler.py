@@ -232,3 +232,23 @@ def test_a_prompt_without_room_ends_by_length():
 def test_bad_prompts_are_refused_in_a_sentence(prompt, sentence):
     with pytest.raises(ValueError, match=sentence):
         build()(PARAMS, [np.array(prompt, np.int32)])
+
+
+def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(tolerance):
+    sampler = build(draw=None)
+    prompts = [TOKENIZER.encode("abc 12"), TOKENIZER.encode("dd")]
+    how = settings(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
+    once = sampler(PARAMS, prompts, how, repeats=2)
+    each = sampler(PARAMS, [prompts[0], prompts[0], prompts[1], prompts[1]], how)
+    assert len(once) == 4
+    for a, b in zip(once, each, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        for call, other in zip(a.calls, b.calls, strict=True):
+            np.testing.assert_array_equal(call.sampled, other.sampled)
+            np.testing.assert_allclose(call.logp, other.logp, atol=tolerance["sampler_logp"])
+    assert not np.array_equal(once[0].ids, once[1].ids)  # they draw with seeds of their own
+
+
+def test_repeats_that_do_not_divide_the_rows_are_refused():
+    with pytest.raises(ValueError, match=r"repeats = 3: want a divisor of Sampler.rows = 4"):
+        build(draw=None)(PARAMS, [TOKENIZER.encode("ab")], repeats=3)

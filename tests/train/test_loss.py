@@ -252,6 +252,25 @@ def test_accumulated_sums_and_gradients_are_those_of_the_whole_batch(
         assert np.linalg.norm(mine - leaf) < tolerance["module"] * np.linalg.norm(leaf)
 
 
+def test_extremes_are_combined_over_parts_and_all_else_adds_up():
+    batch = np.array([3.0, -1, 5, 2], np.float32)
+
+    def objective(params, part):
+        sums = {"most": part.max(), "least": part.min(), "n": jnp.float32(part.size)}
+        return params["x"] * part.sum(), sums
+
+    summed = accumulate(
+        objective,
+        {"x": jnp.ones(())},
+        batch,
+        accumulation_steps=2,
+        axes={"x": ()},
+        extremes={"most": jnp.max, "least": jnp.min},
+    )
+    assert {k: float(v) for k, v in summed[2].items()} == {"most": 5, "least": -1, "n": 4}
+    assert float(summed[1]) == float(summed[0]["x"]) == 9
+
+
 def test_gradients_of_bfloat16_parameters_add_up_in_float32():
     params = {"x": jnp.ones((), jnp.bfloat16)}
     batch = np.array([1, 2**-9, 2**-9, 2**-9], np.float32)  # in bfloat16, 1 + 2^-9 is 1

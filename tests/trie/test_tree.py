@@ -97,3 +97,69 @@ def test_a_long_chain_of_extensions_does_not_exhaust_the_stack():
     trie = tree.build([long[: n + 1] for n in range(1500)], [None] * 1500)
     assert trie.tokens.tolist() == long.tolist()
     assert trie.end.tolist() == [1500] * 1500
+
+
+# Grafts.
+
+
+def grown(rng, stem):
+    """A trie that begins with a chain, from sequences of which none is a prefix of the chain."""
+    tails = oracles.random_sequences(rng, count=int(rng.integers(1, 6)), longest=6, vocabulary=3)
+    sequences = [np.concatenate([stem, tail]).astype(np.int32) for tail in tails]
+    weights = [(np.arange(len(s)) > len(stem)).astype(np.float32) for s in sequences]
+    return tree.build(sequences, weights), sequences
+
+
+def paths(trie):
+    """For each node the tokens on its path from the root, by walking parents."""
+    found = []
+    for node in range(len(trie)):
+        parent = trie.parent[node]
+        found.append([*(found[parent] if parent >= 0 else []), int(trie.tokens[node])])
+    return found
+
+
+@hypothesis.given(st.integers(0, 10_000))
+def test_a_graft_has_the_chain_once_and_every_other_node_as_it_was(seed):
+    rng = np.random.default_rng(seed)
+    stem = rng.integers(0, 3, rng.integers(1, 5))
+    tries = [grown(rng, stem)[0] for _ in range(rng.integers(1, 5))]
+    made = tree.graft(tries, len(stem))
+    want = [*paths(tries[0])[: len(stem)], *(p for t in tries for p in paths(t)[len(stem) :])]
+    assert paths(made) == want
+    assert made.depth.tolist() == [len(path) - 1 for path in want]
+    assert made.weight[len(stem) :].tolist() == [w for t in tries for w in t.weight[len(stem) :]]
+    assert made.source_tokens == sum(t.source_tokens for t in tries)
+    index = np.arange(len(made))
+    interval = (index[None] <= index[:, None]) & (index[:, None] < made.end[None])
+    np.testing.assert_array_equal(interval, oracles.visible_by_parents(made.parent))
+
+
+def test_a_graft_never_merges_equal_tokens_below_the_chain():
+    tries = [tree.build([np.array([7, 8, 1, 2], np.int32)], [None]) for _ in range(3)]
+    made = tree.graft(tries, 2)
+    assert made.tokens.tolist() == [7, 8, 1, 2, 1, 2, 1, 2]
+    assert made.parent.tolist() == [-1, 0, 1, 2, 1, 4, 1, 6]
+    assert made.end.tolist() == [8, 8, 4, 4, 6, 6, 8, 8]
+
+
+def test_weights_of_the_chain_add_up_in_a_graft():
+    weight = np.array([0, 2, 1], np.float32)
+    tries = [tree.build([np.array([7, 8, t], np.int32)], [weight]) for t in (1, 2)]
+    assert tree.graft(tries, 2).weight.tolist() == [0, 4, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "stem"),
+    [([[1, 2, 3], [1, 3, 3]], 2), ([[1, 2, 3], [1]], 2), ([[1, 2, 3]], 4), ([[1, 2]], -1)],
+)
+def test_a_graft_of_other_chains_is_refused(sequences, stem):
+    tries = [tree.build([np.array(s, np.int32)], [None]) for s in sequences]
+    with pytest.raises(ValueError, match=rf"does not begin with the chain of {stem} tokens"):
+        tree.graft(tries, stem)
+
+
+def test_a_graft_of_a_trie_that_branches_inside_the_chain_is_refused():
+    branches = tree.build([np.array(s, np.int32) for s in ([1, 2, 3], [1, 4])], [None, None])
+    with pytest.raises(ValueError, match="Trie 0 does not begin with the chain of 2 tokens"):
+        tree.graft([branches], 2)

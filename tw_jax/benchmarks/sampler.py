@@ -118,7 +118,9 @@ class _Decode:
         # The program comes back when a chunk has no room. Slots that hold nothing make that the
         # moment when the prefix is encoded; growing, though to the same size, drops them.
         taken = jnp.full_like(cache.used, slots - self.prefix - chunk + 1)
-        state = sampler._start(self.prompts).replace(cache=cache.replace(used=taken))
+        state = sampler._start(self.prompts, sampler.sizes.rows).replace(
+            cache=cache.replace(used=taken)
+        )
         state = sampler.grow(sampler.advance(params, state, self.how), slots)
         if (np.asarray(state.cache.used) != self.prefix).any():
             raise RuntimeError(f"{state.cache.used} slots hold entries: want {self.prefix}.")

@@ -122,6 +122,7 @@ class Rollout(_Record):
       finish: why the rollout ended.
       counts: events of interest by name.
       text: the joined path behind the prompt, decoded for readers and graders.
+      extra: what was made of it, as JSON: reward parts, group, advantage.
     """
 
     id: str
@@ -133,22 +134,19 @@ class Rollout(_Record):
     finish: str
     counts: Mapping[str, int]
     text: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_trajectory(
-        cls, trajectory: Trajectory, problem: Problem, *, id: str, fingerprint: str, text: str
-    ) -> Rollout:
-        """Keeps what was drawn; contexts and forced tokens are the protocol's to rebuild."""
+    def from_trajectory(cls, trajectory: Trajectory, problem: Problem, **rest: Any) -> Rollout:
+        """Keeps what was drawn, and `rest`; contexts and forced ids the protocol rebuilds."""
         return cls(
-            id=id,
             question=problem.question,
             answer=problem.answer,
-            fingerprint=fingerprint,
             prompt=trajectory.ids[: trajectory.prompt_tokens],
             calls=tuple(CallRecord(c.path, c.sampled, c.logp, c.hit) for c in trajectory.calls),
             finish=trajectory.finish,
             counts=trajectory.counts,
-            text=text,
+            **rest,
         )
 
 

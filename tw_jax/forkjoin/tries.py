@@ -1,17 +1,39 @@
-"""A rollout's calls to its training trie: the hand-over from `Trajectory` to `Trie`.
+"""Rollouts' calls to their training tries: the hand-over from `Trajectory` to `Trie`.
 
 Which tokens are trained is decided here and nowhere else; how sequences merge is `trie/tree.py`.
+A trajectory becomes a trie, and the rollouts of one prompt become a `Group`, one trie that also
+says of each node which call drew it and how likely the sampler held it. This file knows no reward.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from tw_jax.forkjoin.calls import Provenance, Trajectory
-from tw_jax.trie.tree import Trie, build
+from tw_jax.forkjoin.calls import Call, Provenance, Trajectory
+from tw_jax.trie.tree import Trie, build, graft
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Rollouts of one prompt in one trie: the prompt once, then the nodes of each rollout.
+
+    Attributes:
+      trie: weight 1 on the nodes that some call drew, 0 elsewhere.
+      rollout: [n] int32, which rollout a node belongs to; -1 on the prompt.
+      call: [n] int32, which of its rollout's calls drew the node; -1 where it was not drawn.
+      logp: [n] float32 nats, what the sampler recorded; 0 where the node was not drawn.
+    """
+
+    trie: Trie
+    rollout: np.ndarray
+    call: np.ndarray
+    logp: np.ndarray
 
 
 def of_trajectory(trajectory: Trajectory) -> Trie:
@@ -22,15 +44,113 @@ def of_trajectory(trajectory: Trajectory) -> Trie:
     (arXiv:2512.07843), the figure of decomposed training.
     """
     calls = [call for call in trajectory.calls if len(call.sampled)]
-    # Generators: the contexts of all calls together are several times the trie.
-    contexts = (np.concatenate([call.context, call.sampled]) for call in calls)
-    weights = (np.arange(len(c.context) + len(c.sampled)) >= len(c.context) for c in calls)
-    trie = build(itertools.chain([trajectory.ids], contexts), itertools.chain([None], weights))
-    # Sharing is measured against one row per call, which the joined path is not.
-    return dataclasses.replace(trie, source_tokens=trie.source_tokens - len(trajectory.ids))
+    return _merge(trajectory, calls, (np.ones(len(call.sampled), np.float32) for call in calls))
 
 
 def of_chain(trajectory: Trajectory) -> Trie:
     """The sequential (AR) baseline: the joined path alone, every token after the prompt trained."""
     weight = (trajectory.provenance != Provenance.PROMPT).astype(np.float32)
     return build([trajectory.ids], [weight])
+
+
+def of_group(trajectories: Sequence[Trajectory], *, most_tokens: int | None = None) -> list[Group]:
+    """The rollouts of one prompt as tries that share the prompt and nothing else.
+
+    Args:
+      trajectories: K rollouts; `Group.rollout` counts them in this order, whatever part they are
+        in.
+      most_tokens: nodes of one trie, at most those of a row. Longer groups are cut between
+        rollouts into several, and each has the prompt. Smaller parts fill rows better, larger ones
+        share more; None never cuts.
+
+    Returns:
+      The parts of the group, one where it fits.
+
+    Raises:
+      ValueError: the prompts differ, a call has no log-probs, two calls of a rollout drew the same
+        token in the same context, or one rollout is longer than `most_tokens`.
+    """
+    rollouts = [_rollout(number, trajectory) for number, trajectory in enumerate(trajectories)]
+    stem = trajectories[0].prompt_tokens
+    most = math.inf if most_tokens is None else most_tokens
+    parts: list[list[int]] = []
+    size = math.inf
+    for number, (trie, _, _) in enumerate(rollouts):
+        if len(trie) > most:
+            raise ValueError(
+                f"Rollout {number} makes a trie of {len(trie)} nodes: want at most {most_tokens}. "
+                "Set Packing.row_tokens higher or ForkJoin.max_new lower."
+            )
+        size += len(trie) - stem
+        if size > most or not parts:
+            parts.append([])
+            size = len(trie)
+        parts[-1].append(number)
+    return [_graft(rollouts, part, stem) for part in parts]
+
+
+class _Rollout(NamedTuple):
+    trie: Trie
+    call: np.ndarray  # [n] int32, which drew the node, or -1
+    logp: np.ndarray  # [n] float32, the sampler's
+
+
+def _rollout(number: int, trajectory: Trajectory) -> _Rollout:
+    drawn = [(n, call) for n, call in enumerate(trajectory.calls) if len(call.sampled)]
+    calls = [call for _, call in drawn]
+    logp = [np.zeros(1, np.float32)]
+    for call in calls:
+        if (
+            call.logp is None
+            or len(call.logp) != len(call.sampled)
+            or not np.isfinite(call.logp).all()
+        ):
+            raise ValueError(
+                f"Call {call.path} of rollout {number} lacks log-probs: want a finite one for each "
+                f"of its {len(call.sampled)} sampled tokens. Sample with an engine that returns "
+                "them."
+            )
+        logp.append(call.logp)
+    sizes = [len(call.sampled) for call in calls]
+    # Sampled tokens are counted from 1 through all calls, and a node's weight says which it is.
+    bounds = np.cumsum([1, *sizes])
+    counted = (np.arange(low, high, dtype=np.float32) for low, high in itertools.pairwise(bounds))
+    trie = _merge(trajectory, calls, counted)
+    which = trie.weight.astype(np.int64)
+    # Weights add up where two calls drew the same node, and float32 ends at 2^24: both show here.
+    if not np.array_equal(np.sort(which[which > 0]), np.arange(1, bounds[-1])):
+        raise ValueError(
+            f"Two calls of rollout {number} drew the same token in the same context: want every "
+            "sampled token in a context of its own. Its calls are not those of one rollout."
+        )
+    numbers = np.repeat(np.array([-1, *(n for n, _ in drawn)], np.int32), [1, *sizes])
+    trie = dataclasses.replace(trie, weight=(which > 0).astype(np.float32))
+    return _Rollout(trie, numbers[which], np.concatenate(logp, dtype=np.float32)[which])
+
+
+def _graft(rollouts: Sequence[_Rollout], part: Sequence[int], stem: int) -> Group:
+    tries = [rollouts[number].trie for number in part]
+    sizes = [stem, *(len(trie) - stem for trie in tries)]
+
+    def lay(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([arrays[0][:stem], *(array[stem:] for array in arrays)])
+
+    return Group(
+        trie=graft(tries, stem),
+        rollout=np.repeat(np.array([-1, *part], np.int32), sizes),
+        call=lay([rollouts[number].call for number in part]),
+        logp=lay([rollouts[number].logp for number in part]),
+    )
+
+
+def _merge(trajectory: Trajectory, calls: Sequence[Call], weights: Iterable[np.ndarray]) -> Trie:
+    """The trie of the joined path and of calls whose sampled tokens have weights."""
+    # Generators: the contexts of all calls together are several times the trie.
+    sequences = (np.concatenate([call.context, call.sampled]) for call in calls)
+    padded = (
+        np.concatenate([np.zeros(len(call.context), np.float32), weight])
+        for call, weight in zip(calls, weights, strict=True)
+    )
+    trie = build(itertools.chain([trajectory.ids], sequences), itertools.chain([None], padded))
+    # Sharing is measured against one row per call, which the joined path is not.
+    return dataclasses.replace(trie, source_tokens=trie.source_tokens - len(trajectory.ids))

@@ -77,6 +77,18 @@ class Program:
 
         return jax.lax.while_loop(goes_on, turn, state)
 
+    def prefill(self, params: Params, repeats: int, state: State) -> State:
+        """Encodes every queue to its end, and makes `repeats` rows of each row, side by side."""
+        state = jax.lax.while_loop(
+            lambda s: (s.queue.at < s.queue.length).any(),
+            functools.partial(self.encode, params, self.sizes.chunk),
+            state,
+        )
+        kv = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=1), state.cache.kv)
+        rest = state.replace(cache=state.cache.replace(kv=None))
+        rest = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), rest)
+        return rest.replace(cache=rest.cache.replace(kv=kv))
+
     def step(self, params: Params, how: Any, width: int, state: State) -> State:
         """Encodes `width` entries of every queue; rows whose queue ran empty draw and decide."""
         state = self.encode(params, width, state)

@@ -74,44 +74,57 @@ class ForkJoinSampler:
     sizes: Sizes
     advance: Callable[[Params, State, Any], State]
     grow: Callable[[State, int], State]
+    prefill: Callable[[Params, int, State], State]
 
     def __call__(
-        self, params: Params, prompts: Sequence[np.ndarray], how: Any = None
+        self, params: Params, prompts: Sequence[np.ndarray], how: Any = None, *, repeats: int = 1
     ) -> list[Trajectory]:
-        """One rollout for each prompt.
+        """Rollouts for each prompt, those of one prompt side by side.
 
         Args:
           params: of the network.
-          prompts: arrays of int32 ids; any number, decoded `Sampler.rows` at a time.
-          how: what `draw` reads, with a leading axis of len(prompts); by default the config's
-            temperature, top-p, top-k and seeds.
+          prompts: arrays of int32 ids; any number, decoded `Sampler.rows` rollouts at a time.
+          how: what `draw` reads, with a leading axis of len(prompts) * repeats; by default the
+            config's temperature, top-p, top-k and seeds.
+          repeats: rollouts of each prompt, which is encoded once; a divisor of `Sampler.rows`.
 
         Raises:
           ValueError: a prompt is empty, longer than `Sampler.max_prompt`, or holds an id outside
-            the vocabulary.
+            the vocabulary; or `repeats` does not divide `Sampler.rows`.
         """
         for number, prompt in enumerate(prompts):
             self._check(number, prompt)
         cfg = self.cfg
+        if cfg.rows % repeats:
+            raise ValueError(
+                f"repeats = {repeats}: want a divisor of Sampler.rows = {cfg.rows}, for the "
+                "rollouts of a prompt are decoded side by side. Change Sampler.rows."
+            )
+        count = len(prompts) * repeats
         if how is None:
             how = settings(
-                max(len(prompts), 1),
+                max(count, 1),
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
                 top_k=cfg.top_k,
                 seed=cfg.seed,
             )
         made: list[Trajectory] = []
-        for first in range(0, len(prompts), cfg.rows):
-            some = prompts[first : first + cfg.rows]
-            index = np.minimum(np.arange(first, first + cfg.rows), len(prompts) - 1)
-            state = self.decode(params, some, jax.tree.map(lambda a, i=index: a[i], how))
-            made += self._collect(state, some)
+        for first in range(0, count, cfg.rows):
+            some = prompts[first // repeats : (first + cfg.rows) // repeats]
+            index = np.minimum(np.arange(first, first + cfg.rows), count - 1)
+            given = jax.tree.map(lambda a, i=index: a[i], how)
+            state = self.decode(params, some, given, repeats=repeats)
+            made += self._collect(state, [prompt for prompt in some for _ in range(repeats)])
         return made
 
-    def decode(self, params: Params, prompts: Sequence[np.ndarray], how: Any) -> State:
+    def decode(
+        self, params: Params, prompts: Sequence[np.ndarray], how: Any, *, repeats: int = 1
+    ) -> State:
         """Runs at most `Sampler.rows` rollouts to their ends; `how` has exactly `rows` rows."""
-        state = self._start(prompts)
+        state = self._start(prompts, self.sizes.rows // repeats)
+        if repeats > 1:
+            state = self.prefill(params, repeats, state)
         while True:
             state = self.advance(params, state, how)
             if bool((state.phase == DONE).all()):
@@ -139,10 +152,10 @@ class ForkJoinSampler:
                 "prompt was made with another tokenizer than the model's."
             )
 
-    def _start(self, prompts: Sequence[np.ndarray]) -> State:
+    def _start(self, prompts: Sequence[np.ndarray], rows: int) -> State:
         """Every row before its first step; rows without a prompt are done."""
         sizes, limits = self.sizes, self.protocol.limits
-        rows, lanes = sizes.rows, sizes.lanes
+        lanes = sizes.lanes
 
         def grid(*shape: int, dtype: Any = np.int32) -> Any:
             return np.zeros((rows, *shape), dtype)
@@ -272,6 +285,7 @@ def make_sampler(
             lambda state, slots: state.replace(cache=caches.grow(state.cache, slots)),
             static_argnums=1,
         ),
+        prefill=jax.jit(program.prefill, static_argnums=1),
     )
 
 

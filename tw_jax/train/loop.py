@@ -76,6 +76,7 @@ def fit(
     checkpoints: Checkpoints,
     place: Callable[[Any], Any],
     hooks: Sequence[Hook] = (),
+    guard: Callable[[int, Mapping[str, float]], None] | None = None,
     note: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `steps` steps are taken, counting those that `state` has behind it.
@@ -97,6 +98,7 @@ def fit(
       checkpoints: of the run.
       place: puts a batch on the devices; nothing else is moved there while a step is called.
       hooks: called in order after each step, with the state that it made.
+      guard: called with a step and its numbers once its line is written; stops the run by raising.
       note: kept in every checkpoint beside the position, as JSON: the config of the run.
 
     Returns:
@@ -108,7 +110,8 @@ def fit(
       KeyboardInterrupt: a signal asked to stop; the checkpoint is on disk.
     """
     first = int(state.step)
-    log = _Log(metrics, checkpoints, progress(desc="train", total=steps, start=first, unit="step"))
+    bar = progress(desc="train", total=steps, start=first, unit="step")
+    log = _Log(metrics, checkpoints, bar, guard)
     clock, late = log.clock, None
     with _signals() as caught, count_compiles() as compiles, contextlib.closing(log.bar):
         for index in range(first, steps):
@@ -154,9 +157,9 @@ class _Line(NamedTuple):
 class _Log:
     """Writes lines, moves the bar, and looks at the loss."""
 
-    def __init__(self, metrics: Metrics, checkpoints: Checkpoints, bar: Any) -> None:
+    def __init__(self, metrics: Metrics, checkpoints: Checkpoints, bar: Any, guard: Any) -> None:
         self.clock, self.bar = Clock(), bar
-        self._metrics, self._checkpoints = metrics, checkpoints
+        self._metrics, self._checkpoints, self._guard = metrics, checkpoints, guard
 
     def write(self, line: _Line) -> None:
         """Waits for the numbers of a step; raises DivergedError where its loss is not finite."""
@@ -166,6 +169,8 @@ class _Log:
         self.bar.set_postfix(loss=numbers["loss"], refresh=False)
         self.bar.update(1)
         if math.isfinite(numbers["loss"]):
+            if self._guard is not None:
+                self._guard(line.index, numbers)
             return
         good = self._checkpoints.latest()
         since = "no checkpoint was saved; start again"

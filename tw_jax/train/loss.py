@@ -8,7 +8,7 @@ optimiser and no algorithm; it hands `train/sft.py` and `train/pgrpo.py` sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,10 @@ from tw_jax.contracts import Network, Params
 from tw_jax.trie.batch import TrieBatch
 
 Sums = dict[str, jax.Array]
-"""Scalars, float32, that add up over parts of a batch: numerators and denominators, never means."""
+"""Scalars, float32, that add up over parts of a batch: numerators and denominators, never means.
+
+What is combined in another way, such as a maximum, is named to `accumulate`.
+"""
 
 Objective = Callable[[Params, Any], tuple[jax.Array, Sums]]
 """(params, batch) -> (total, sums): a scalar to differentiate, not yet divided, and its company."""
@@ -157,6 +160,7 @@ def accumulate(
     *,
     accumulation_steps: int,
     axes: Params,
+    extremes: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
 ) -> tuple[Params, jax.Array, Sums]:
     """Adds an objective, its gradient and its sums over parts of a batch, in float32.
 
@@ -169,6 +173,8 @@ def accumulate(
       accumulation_steps: number of parts that are run one after another, a divisor of R.
       axes: `Network.axes()`. The accumulator is a loop carry, which the compiler would otherwise be
         free to copy to every device.
+      extremes: for scalars that do not add up over parts, by name, what makes one of all parts'
+        values, [accumulation_steps] -> []: `jnp.max`.
 
     Returns:
       (gradients of the summed total, float32, shaped like params; the summed total; the sums).
@@ -176,16 +182,7 @@ def accumulate(
     Raises:
       ValueError: `accumulation_steps` does not divide R.
     """
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    if accumulation_steps < 1 or rows % accumulation_steps:
-        raise ValueError(
-            f"accumulation_steps = {accumulation_steps}: want a divisor of the batch's {rows} rows."
-        )
-
-    def split(x: jax.Array) -> jax.Array:  # [R, ...] -> [steps, R / steps, ...]
-        # Strided, not in blocks: each device's rows are spread over all parts and none moves.
-        parts = x.reshape(rows // accumulation_steps, accumulation_steps, *x.shape[1:])
-        return parts.swapaxes(0, 1)
+    parts = split_rows(batch, accumulation_steps)
 
     def add(gradients: Params, part: Any) -> tuple[Params, tuple[jax.Array, Sums]]:
         values, new = jax.value_and_grad(objective, has_aux=True)(params, part)
@@ -193,6 +190,28 @@ def accumulate(
         return jax.tree.map(sharding.constrain, added, axes), values
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    gradients, values = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-    total, sums = jax.tree.map(lambda x: x.astype(jnp.float32).sum(0), values)
-    return gradients, total, sums
+    gradients, values = jax.lax.scan(add, zeros, parts)
+    total, sums = jax.tree.map(lambda x: x.astype(jnp.float32), values)
+    combine = {name: jnp.sum for name in sums} | dict(extremes or {})
+    return gradients, total.sum(), {name: combine[name](x) for name, x in sums.items()}
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """Splits a batch into parts of as many rows, [R, ...] -> [parts, R / parts, ...].
+
+    Strided, not in blocks: part p has rows p, p + parts, ..., so that each device's rows are spread
+    over all parts and none moves.
+
+    Raises:
+      ValueError: `parts` does not divide R.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if parts < 1 or rows % parts:
+        raise ValueError(
+            f"accumulation_steps = {parts}: want a divisor of the batch's {rows} rows."
+        )
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)

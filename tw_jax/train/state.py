@@ -239,7 +239,12 @@ def learning_rate(step: jax.Array | int, optim: Optim, *, steps: int) -> jax.Arr
 
 
 def update(
-    state: TrainState, gradients: Params, optim: Optim, *, steps: int
+    state: TrainState,
+    gradients: Params,
+    optim: Optim,
+    *,
+    steps: int,
+    is_empty: jax.Array | bool = False,
 ) -> tuple[TrainState, Numbers]:
     """One AdamW step, or none: a gradient whose norm is not finite changes nothing but `step`.
 
@@ -252,6 +257,7 @@ def update(
       gradients: float32, shaped like `state.params`, of the loss as it is reported.
       optim: the same as in `create`.
       steps: steps of the whole run, for the schedule.
+      is_empty: [] bool, the batch trains nothing; then momentum and decay move nothing either.
 
     Returns:
       (the next state, metrics []: grad_norm before clipping, param_norm before the update, lr,
@@ -259,7 +265,7 @@ def update(
     """
     chex.assert_trees_all_equal_shapes(state.params, gradients)
     norm = optax.tree_utils.tree_norm(gradients)
-    applies = jnp.isfinite(norm)
+    applies = jnp.isfinite(norm) & ~jnp.asarray(is_empty)
     if optim.clip_norm is not None:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.where(norm > 0, norm, 1.0))
         gradients = jax.tree.map(lambda g: g * scale, gradients)

@@ -9,7 +9,7 @@ interval `j <= i < end[j]`. This file knows neither tags nor calls' meaning; it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -78,6 +78,56 @@ def build(sequences: Iterable[np.ndarray], weights: Iterable[np.ndarray | None])
     for segment in segments:
         total[segment.start : segment.start + len(segment.tokens)] = segment.weight
     return Trie(tokens, parent, depth, end, total, source_tokens)
+
+
+def graft(tries: Sequence[Trie], stem: int) -> Trie:
+    """Joins tries that begin with the same chain: the chain once, then each trie's other nodes.
+
+    Below the chain nothing is merged, not even equal tokens: what two rollouts of a prompt drew
+    stays apart, for each has a weight and an advantage of its own. The nodes of one trie follow
+    those of the trie before it, in their order. Weights of the chain add up.
+
+    Args:
+      tries: at least one.
+      stem: length of the chain; each trie's first `stem` nodes, with all else below them.
+
+    Raises:
+      ValueError: a trie has other tokens there, or branches before the end of the chain.
+    """
+    first = tries[0]
+    for number, trie in enumerate(tries):
+        if not (
+            0 <= stem <= len(trie)
+            and np.array_equal(trie.tokens[:stem], first.tokens[:stem])
+            and (trie.end[:stem] == len(trie)).all()
+        ):
+            raise ValueError(
+                f"Trie {number} does not begin with the chain of {stem} tokens that trie 0 begins "
+                "with: want one prompt for all tries of a group. Graft rollouts of one prompt."
+            )
+    # Where the nodes below the chain go, counted from where they stood.
+    shifts = np.cumsum([0, *(len(trie) - stem for trie in tries)]).astype(np.int32)
+    size = stem + int(shifts[-1])
+
+    def join(head: np.ndarray, bodies: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([head, *bodies], dtype=head.dtype)
+
+    parents = (
+        np.where(trie.parent[stem:] < stem, trie.parent[stem:], trie.parent[stem:] + shift)
+        for trie, shift in zip(tries, shifts, strict=False)
+    )
+    ends = (trie.end[stem:] + shift for trie, shift in zip(tries, shifts, strict=False))
+    return Trie(
+        tokens=join(first.tokens[:stem], (trie.tokens[stem:] for trie in tries)),
+        parent=join(first.parent[:stem], parents),
+        depth=join(first.depth[:stem], (trie.depth[stem:] for trie in tries)),
+        end=join(np.full(stem, size, np.int32), ends),
+        weight=join(
+            np.stack([trie.weight[:stem] for trie in tries]).sum(axis=0),
+            (trie.weight[stem:] for trie in tries),
+        ),
+        source_tokens=sum(trie.source_tokens for trie in tries),
+    )
 
 
 def flat_labels(trie: Trie, prompt_tokens: int) -> Trie:

@@ -1,0 +1,185 @@
+"""Rewards by hand: each part, each variant, and penalties that look at the whole group."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import rollouts
+
+from tw_jax.forkjoin import cost
+from tw_jax.forkjoin.calls import Call, Hit, Trajectory
+from tw_jax.tasks.reward import (
+    GroupLength,
+    Reward,
+    SoftOverlong,
+    are_finite,
+    length_penalty,
+    reward,
+    totals,
+)
+
+NOTHING = np.zeros(0, np.int32)
+
+
+def call(path, sampled):
+    ids = np.zeros(sampled, np.int32)
+    return Call(path, NOTHING, NOTHING.astype(np.int8), ids, None, Hit.STOP)
+
+
+def made(*sizes, finish="eos", new=100):
+    """A rollout of a parent call and threads of these sizes; `new` ids after a prompt of 10."""
+    calls = (call((), 60), *(call((0, str(n)), size) for n, size in enumerate(sizes, 1)))
+    ids = np.zeros(10 + new, np.int32)
+    return Trajectory(10, calls, ids, ids.astype(np.int8), bool(sizes), finish, {})
+
+
+# Parts.
+
+
+@pytest.mark.parametrize(
+    ("threads", "is_correct", "correctness", "acceleration"),
+    [
+        ((20, 20), True, 1.0, 0.5 * 0.2),  # 1 - 80/100, just at the clip
+        ((10, 30), True, 1.0, 0.5 * 0.1),  # 1 - 90/100
+        ((20, 20, 20), True, 1.0, 0.5 * 0.2),  # 1 - 80/120 is clipped
+        ((), True, 1.0, 0.0),
+        ((20, 20), False, -1.0, 0.0),
+    ],
+)
+def test_a_right_answer_earns_what_its_threads_saved(
+    threads, is_correct, correctness, acceleration, tolerance
+):
+    parts = reward(made(*threads), is_correct, Reward())
+    assert parts.correctness == correctness
+    assert parts.acceleration == pytest.approx(acceleration, rel=tolerance["rounding"])
+    assert parts.total == parts.correctness + parts.acceleration
+    assert (parts.is_correct, parts.overlong, parts.is_trained) == (is_correct, 0.0, True)
+
+
+def test_the_incorrect_reward_is_what_the_config_says():
+    assert reward(made(), False, Reward(incorrect=0.0)).total == 0.0
+
+
+def test_the_readme_variant_pays_speedup(tolerance):
+    cfg = Reward(acceleration="speedup", acceleration_clip=1.0)
+    parts = reward(made(10, 30), True, cfg)
+    assert parts.acceleration == pytest.approx(0.5 * (100 / 90 - 1), rel=tolerance["rounding"])
+
+
+def test_a_rollout_that_drew_nothing_earns_no_acceleration():
+    empty = dataclasses.replace(made(), calls=())
+    for acceleration in ("saved", "speedup"):
+        assert reward(empty, True, Reward(acceleration=acceleration)).acceleration == 0
+
+
+def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(tolerance):
+    """One call that wrote both threads by itself, as the reference's sequential baseline may."""
+    text = "ab<Parallel><Thread>aaaa</Thread><Thread>bbbb</Thread></Parallel>ab"
+    ids, tags = rollouts.TOKENIZER.encode("abc" + text), cost.tags_of(rollouts.TOKENIZER)
+    written = Trajectory(
+        3, (call((), len(ids) - 3),), ids, np.zeros(len(ids), np.int8), 0, "eos", {}
+    )
+    total = 2 + 1 + 2 * (4 + 2) + 1 + 2
+    saved = 4 / total
+    wide = {"acceleration_clip": 1.0, "acceleration_factor": 1.0}
+    assert reward(written, True, Reward()).acceleration == 0
+    by_text = reward(written, True, Reward(counted="response", **wide), tags=tags)
+    assert by_text.acceleration == pytest.approx(saved, rel=tolerance["rounding"])
+    with_prompt = reward(written, True, Reward(counted="prompt_and_response", **wide), tags=tags)
+    assert with_prompt.acceleration == pytest.approx(4 / (total + 3), rel=tolerance["rounding"])
+    assert with_prompt.cost.total == by_text.cost.total + 3
+
+
+def test_reading_text_needs_tags():
+    with pytest.raises(ValueError, match="'response' reads the text: want the ids of its tags"):
+        reward(made(), True, Reward(counted="response"))
+
+
+# Overlong.
+
+
+@pytest.mark.parametrize(
+    ("finish", "is_trained"),
+    [("eos", True), ("length", False), ("rounds", False), ("budget", False), ("error", True)],
+)
+def test_a_filter_leaves_out_what_a_limit_cut_off(finish, is_trained):
+    rollout = made(finish=finish)
+    assert reward(rollout, False, Reward(overlong="filter")).is_trained == is_trained
+    assert reward(rollout, False, Reward()).is_trained
+
+
+@pytest.mark.parametrize(
+    ("new", "penalty"), [(0, 0.0), (60, 0.0), (70, -0.125), (100, -0.5), (120, -0.5)]
+)
+def test_a_soft_penalty_grows_over_the_buffer(new, penalty):
+    soft = SoftOverlong(limit_tokens=100, buffer_tokens=40, weight=0.5)
+    parts = reward(made(new=new), True, Reward(overlong=soft))
+    assert parts.overlong == pytest.approx(penalty)
+    assert parts.total == parts.correctness + parts.acceleration + parts.overlong
+    assert parts.is_trained
+
+
+# Groups.
+
+
+def test_length_costs_in_groups_that_are_mostly_right(tolerance):
+    cfg = GroupLength(threshold=0.5, strength=0.2, window_tokens=100, epsilon=0.0)
+    right = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    length = np.array([[50, 80, 400, 30], [50, 80, 400, 30], [50, 80, 400, 30]])
+    got = length_penalty(right, length, cfg)
+    # 3 of 4 right: alpha = 0.2 * (0.75 - 0.5) / (1 - 0.5) = 0.1, shortest right 50; a wrong rollout
+    # pays for length too. 1 of 4 is below the threshold; 2 of 4 is at it, where alpha is 0.
+    np.testing.assert_allclose(got[0], [0, 0.03, 0.1, 0], rtol=tolerance["rounding"])
+    assert (got[1:] == 0).all()
+
+
+def test_length_costs_nothing_where_no_answer_is_right():
+    cfg = GroupLength(threshold=0.0)
+    assert (length_penalty(np.zeros((1, 3), bool), np.array([[1, 2, 30_000]]), cfg) == 0).all()
+
+
+def test_the_least_penalised_share_counts_as_reached_despite_rounding():
+    right = np.array([[True] * 7 + [False] * 3])
+    length = np.arange(10)[None] * 10_000
+    got = length_penalty(right, length, GroupLength(threshold=0.7, strength=1.0, epsilon=0.1))
+    assert got[0, 1:].tolist() == pytest.approx([0.1 / 0.4] * 9)
+
+
+@pytest.mark.parametrize(("counted", "excess"), [("longest", 40), ("total", 70)])
+def test_totals_subtract_the_penalty_of_the_group(counted, excess, tolerance):
+    cfg = Reward(
+        group_length=GroupLength(threshold=0.5, window_tokens=100, epsilon=0.0, counted=counted)
+    )
+    group = [reward(made(10, 10), True, cfg), reward(made(40, 50), True, cfg)]
+    got = totals([group], cfg)
+    want = [group[0].total, group[1].total - 0.2 * excess / 100]
+    np.testing.assert_allclose(got[0], want, rtol=tolerance["rounding"])
+
+
+def test_totals_are_the_sums_of_the_parts():
+    groups = [[reward(made(20, 20), True, Reward()), reward(made(), False, Reward())]]
+    np.testing.assert_allclose(totals(groups, Reward()), [[1.1, -1.0]])
+
+
+def test_groups_with_a_reward_that_is_no_number_are_found():
+    rewards = np.array([[1, 2], [np.nan, 1], [np.inf, 1], [-np.inf, 0]])
+    assert are_finite(rewards).tolist() == [True, False, False, False]
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: Reward(correct=0.0, incorrect=0.0), "want more than Reward.incorrect"),
+        (lambda: Reward(correct=float("inf")), "want finite rewards"),
+        (lambda: Reward(acceleration_factor=-1.0), "acceleration_factor = -1.0: want 0 or more"),
+        (lambda: SoftOverlong(limit_tokens=5, buffer_tokens=6), "want 1 to limit_tokens = 5"),
+        (lambda: GroupLength(threshold=1.0), "want 0 <= threshold < 1"),
+        (lambda: GroupLength(window_tokens=0), "want 1 or more"),
+    ],
+)
+def test_configs_without_sense_are_refused(build, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build()

@@ -1,0 +1,261 @@
+"""Advantages and token weights by hand; rows hold the same tokens however they are packed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rollouts import PROMPT_TOKENS, rollouts
+
+from tw_jax.forkjoin.calls import Call, Hit, Provenance, Trajectory
+from tw_jax.forkjoin.tries import of_group
+from tw_jax.train.groups import (
+    Aggregation,
+    Scored,
+    advantages,
+    has_signal,
+    pack_groups,
+    token_weights,
+)
+from tw_jax.trie.pack import Fill, Packing
+
+# Advantages.
+
+
+def test_advantages_are_centred_and_not_scaled(tolerance):
+    got = advantages(np.array([[1.1, 1.0, -1.0, -1.0], [1.1, 1.0, 1.0, 1.0]]))
+    want = [[1.075, 0.975, -1.025, -1.025], [0.075, -0.025, -0.025, -0.025]]
+    np.testing.assert_allclose(got, want, rtol=tolerance["rounding"])
+    assert got.dtype == np.float32
+
+
+def test_the_ablation_divides_by_the_unbiased_deviation(tolerance):
+    got = advantages(np.array([[1.0, 3.0], [1.0, 1.0]]), "std")
+    unit = 1 / (np.sqrt(2) + 1e-6)
+    np.testing.assert_allclose(got, [[-unit, unit], [0, 0]], rtol=tolerance["rounding"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_advantage_of_what_is_no_number_is_refused(bad):
+    with pytest.raises(ValueError, match=f"reward of rollout 1 of group 1 is {bad}"):
+        advantages(np.array([[0.0, 1.0], [0.0, bad]]))
+
+
+def test_one_rollout_has_nothing_to_be_compared_with():
+    with pytest.raises(ValueError, match="K = 1 rollouts for each prompt: want at least 2"):
+        advantages(np.ones((3, 1)))
+
+
+def test_a_group_has_signal_where_its_rewards_vary_and_not_where_its_mean_is_inside():
+    reward = np.array([[1.1, 1.1, 1.1], [1.1, 1.0, 1.05], [-1, -1, -1], [1, -1, -1]])
+    assert has_signal(reward).tolist() == [False, True, False, True]
+    # The computed variance of three times 0.1 is above 0.
+    assert np.full((1, 3), 0.1).std() > 0
+    assert not has_signal(np.full((1, 3), 0.1)).any()
+
+
+# Token weights.
+
+
+def sequential(*sizes: int, first: int = 5) -> Trajectory:
+    """A rollout after the prompt [1, 2]: parent calls of these sizes, a forced token in between."""
+    path, calls = [1, 2], []
+    for size in sizes:
+        context = np.array(path, np.int32)
+        sampled = np.arange(first, first + size, dtype=np.int32)
+        logp = -np.ones(size, np.float32)
+        calls.append(Call((), context, np.zeros(len(path), np.int8), sampled, logp, Hit.STOP))
+        path += [*sampled.tolist(), 3]
+    ids = np.array(path, np.int32)
+    marks = np.full(len(ids), Provenance.SAMPLED, np.int8)
+    return Trajectory(2, tuple(calls), ids, marks, 0, "eos", {})
+
+
+@pytest.fixture(scope="module")
+def two_groups():
+    """Group 0: rollouts of 3, and of 2 + 1 tokens. Group 1: rollouts of 4, and of none."""
+    groups = [
+        of_group([sequential(3), sequential(2, 1)])[0],
+        of_group([sequential(4), sequential()])[0],
+    ]
+    return [Scored(group, np.array([1.0, -1.0], np.float32)) for group in groups]
+
+
+def by_call(scored, weights):
+    """{(group, rollout, call): its weights}."""
+    found = {}
+    for g, (one, weight) in enumerate(zip(scored, weights, strict=True)):
+        assert weight.dtype == np.float32
+        assert (weight[one.group.call < 0] == 0).all()
+        for node in np.flatnonzero(one.group.call >= 0):
+            key = (g, int(one.group.rollout[node]), int(one.group.call[node]))
+            found.setdefault(key, []).append(float(weight[node]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cfg", "want"),
+    [
+        (Aggregation(), [1 / 10] * 4),
+        (Aggregation(mean="sequence_mean"), [1 / 9, 1 / 9, 1 / 9, 1 / 12]),
+        (Aggregation(mean="sequence_sum"), [1 / 3] * 4),
+        (Aggregation(mean="sequence_sum", norm_tokens=50), [1 / 150] * 4),
+        # Calls of 5, 4, 6 and 6 tokens with their contexts, 21 in all: two micro-batches. The last
+        # and the first make 11, with 4 + 3 drawn; the others 10, with 1 + 2 drawn.
+        (Aggregation(mean="micro_batch", micro_batch_tokens=12), [1 / 14, 1 / 6, 1 / 6, 1 / 14]),
+        (Aggregation(mean="micro_batch", micro_batch_tokens=21), [1 / 10] * 4),
+    ],
+)
+def test_tokens_weigh_what_the_mean_says(two_groups, cfg, want, tolerance):
+    found = by_call(two_groups, token_weights(two_groups, cfg))
+    calls = {(0, 0, 0): 3, (0, 1, 0): 2, (0, 1, 1): 1, (1, 0, 0): 4}
+    assert {call: len(weights) for call, weights in found.items()} == calls
+    for call, weight in zip(calls, want, strict=True):
+        np.testing.assert_allclose(found[call], weight, rtol=tolerance["rounding"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "want"),
+    [("token", 1 / 7), ("sequence_mean", [1 / 6, 1 / 8]), ("micro_batch", 1 / 7)],
+)
+def test_a_rollout_left_out_is_in_no_denominator(two_groups, mean, want, tolerance):
+    scored = [two_groups[0]._replace(is_trained=np.array([True, False])), two_groups[1]]
+    found = by_call(scored, token_weights(scored, Aggregation(mean=mean)))
+    assert found.pop((0, 1, 0)) == [0, 0]
+    assert found.pop((0, 1, 1)) == [0]
+    one, other = want if isinstance(want, list) else (want, want)
+    np.testing.assert_allclose(found[0, 0, 0], one, rtol=tolerance["rounding"])
+    np.testing.assert_allclose(found[1, 0, 0], other, rtol=tolerance["rounding"])
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence_mean", "sequence_sum", "micro_batch"])
+def test_weights_do_not_depend_on_how_groups_are_cut(mean, tolerance):
+    """Rollouts of one prompt in one trie, or in several that each repeat the prompt."""
+    made = rollouts(seed=3, count=5)
+
+    def weights(most_tokens):
+        parts = of_group(made, most_tokens=most_tokens)
+        scored = [Scored(part, np.ones(5, np.float32)) for part in parts]
+        cfg = Aggregation(mean=mean, micro_batch_tokens=200)
+        return len(parts), np.concatenate(
+            [
+                weight[part.rollout >= 0]
+                for part, weight in zip(parts, token_weights(scored, cfg), strict=True)
+            ]
+        )
+
+    count, whole = weights(None)
+    more, cut = weights(200)
+    assert (count, more > 1) == (1, True)
+    np.testing.assert_allclose(cut, whole, rtol=tolerance["rounding"])
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence_mean", "sequence_sum", "micro_batch"])
+def test_nothing_to_train_weighs_nothing(mean, two_groups):
+    cfg = Aggregation(mean=mean)
+    assert token_weights([], cfg) == []
+    none = [one._replace(is_trained=np.zeros(2, bool)) for one in two_groups]
+    with np.errstate(all="raise"):
+        assert all((weight == 0).all() for weight in token_weights(none, cfg))
+
+
+def test_a_call_longer_than_a_micro_batch_is_refused(two_groups):
+    cfg = Aggregation(mean="micro_batch", micro_batch_tokens=5)
+    with pytest.raises(ValueError, match="micro_batch_tokens = 5: want at least 6"):
+        token_weights(two_groups, cfg)
+
+
+@pytest.mark.parametrize("name", ["norm_tokens", "micro_batch_tokens"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=rf"Aggregation.{name} = 0: want at least 1"):
+        Aggregation(**{name: 0})
+
+
+# Rows.
+
+
+def scored_groups(prompts=4, count=3, most_tokens=None):
+    made = []
+    for p in range(prompts):
+        advantage = np.arange(count, dtype=np.float32) + 10 * p - 1
+        made += [
+            Scored(part, advantage)
+            for part in of_group(rollouts(seed=p, count=count), most_tokens=most_tokens)
+        ]
+    return made
+
+
+def contents(batch):
+    """Each trained node as its path of tokens and its numbers, whatever row it stands in."""
+    found = []
+    for b, node in np.argwhere(batch.trie.weight > 0):
+        path, at = [], node
+        while True:
+            path.append(int(batch.trie.tokens[b, at]))
+            if batch.trie.parent[b, at] == at:
+                break
+            at = batch.trie.parent[b, at]
+        numbers = (batch.trie.weight, batch.advantage, batch.sampler_logp)
+        found.append((path[::-1], *(float(array[b, node]) for array in numbers)))
+    return sorted(found)
+
+
+def test_rows_hold_the_same_tokens_however_they_are_packed():
+    cfg = Aggregation(mean="sequence_mean")
+    scored = scored_groups()
+    longest = max(len(one.group.trie) for one in scored)
+    tight = pack_groups(scored, cfg, packing=Packing(row_tokens=longest, rows=1), fill=Fill())
+    loose = pack_groups(
+        scored[::-1], cfg, packing=Packing(row_tokens=3 * longest, rows=3), fill=Fill()
+    )
+    cut = pack_groups(
+        scored_groups(most_tokens=200), cfg, packing=Packing(row_tokens=longest, rows=1),
+        fill=Fill(),
+    )  # fmt: skip
+    assert len(tight.advantage) != len(loose.advantage)
+    assert contents(tight) == contents(loose) == contents(cut)
+    want = sum(len(c.sampled) for p in range(4) for t in rollouts(p, 3) for c in t.calls)
+    assert len(contents(tight)) == want
+
+
+def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
+    scored = scored_groups(most_tokens=200)
+    packing = Packing(row_tokens=400, rows=1)
+    batch = pack_groups(scored, Aggregation(), packing=packing, fill=Fill())
+    owners = {}
+    for b, row in enumerate(batch.rollout):
+        trained = batch.trie.weight[b] > 0
+        assert 0 <= row.min() <= row.max() < packing.row_tokens
+        for number in np.unique(row[trained]):
+            # Advantages tell the twelve rollouts apart.
+            (advantage,) = np.unique(batch.advantage[b][trained & (row == number)])
+            assert owners.setdefault(float(advantage), (b, number)) == (b, number)
+    assert len(owners) == len(set(owners.values())) == 12
+
+
+def test_the_batch_has_a_multiple_of_the_rows_and_at_least_one():
+    scored, fill = scored_groups(), Fill()
+    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored), rows=3)
+    batch = pack_groups(scored, Aggregation(), packing=packing, fill=fill)
+    assert len(batch.advantage) % 3 == 0
+    assert len(batch.advantage) - fill.rows < 3
+    assert fill.used_tokens == sum(len(one.group.trie) for one in scored)
+    empty = pack_groups([], Aggregation(), packing=packing, fill=Fill())
+    assert empty.advantage.shape == (3, packing.row_tokens)
+    assert not empty.trie.weight.any()
+
+
+def test_a_group_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="want at most 20"):
+        pack_groups(
+            scored_groups(), Aggregation(), packing=Packing(row_tokens=20, rows=1), fill=Fill()
+        )
+
+
+def test_prompts_and_padding_carry_no_advantage():
+    batch = pack_groups(
+        scored_groups(), Aggregation(), packing=Packing(row_tokens=900, rows=1), fill=Fill()
+    )
+    assert (batch.trie.weight[:, :PROMPT_TOKENS] == 0).all()
+    assert (batch.advantage[batch.trie.weight == 0] == 0).all()
+    assert batch.old_logp is None
+    assert batch.ref_logp is None

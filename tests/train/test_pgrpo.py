@@ -1,0 +1,471 @@
+"""The policy loss by hand, token by token; the step against what must not change it."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import path_network
+from rollouts import rollouts, with_logp
+from train import stub
+
+from tw_jax import sharding
+from tw_jax.forkjoin.tries import of_group
+from tw_jax.train.groups import Aggregation, PolicyBatch, Scored, pack_groups
+from tw_jax.train.pgrpo import (
+    PolicyLoss,
+    importance,
+    loss_sums,
+    make_logp,
+    make_step,
+    surrogate,
+)
+from tw_jax.train.state import Optim, abstract_state, create, jit_step
+from tw_jax.trie.pack import Fill, Packing
+
+OPTIM = Optim(peak_lr=2e-2, warmup_steps=0, schedule="constant", weight_decay=0.0)
+NETWORK = path_network(40, stub.WIDTH)  # the tokenizer's ids and some more, which a mesh divides
+PARAMS = NETWORK.init(jax.random.key(0))
+NO_CORRECTION = PolicyLoss(importance="none")
+
+
+def fresh():
+    return create(jax.tree.map(jnp.array, PARAMS), OPTIM, key=jax.random.key(1))
+
+
+@functools.cache
+def step_of(cfg=NO_CORRECTION, part_rows=2, temperature=1.0):
+    return jax.jit(
+        make_step(
+            NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=temperature,
+            part_rows=part_rows,
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def logp_of(part_rows=2, temperature=1.0):
+    return jax.jit(
+        make_logp(NETWORK, chunk_tokens=64, temperature=temperature, part_rows=part_rows)
+    )
+
+
+def scored(prompts=2, count=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Scored(of_group(rollouts(seed=p, count=count, longest=5))[0], drawn.astype(np.float32))
+        for p, drawn in enumerate(rng.normal(size=(prompts, count)))
+    ]
+
+
+def packed(groups, row_tokens=512, rows=2, mean="token"):
+    packing = Packing(row_tokens=row_tokens, rows=rows)
+    return pack_groups(groups, Aggregation(mean=mean), packing=packing, fill=Fill())
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows with a group each."""
+    made = packed(scored(), row_tokens=384)
+    assert made.advantage.shape[0] == 2
+    return made
+
+
+def distance(one, other):
+    """Relative L2 over all arrays of two trees."""
+    squares = [
+        (np.sum((np.asarray(a) - np.asarray(b)) ** 2), np.sum(np.asarray(b) ** 2))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    ]
+    return np.sqrt(sum(d for d, _ in squares) / sum(n for _, n in squares))
+
+
+# The loss of a token.
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "slope", "flag"),
+    [
+        (2.0, 1.0, -2.0, -2.0, None),
+        (2.0, 1.27, -2.54, -2.54, None),
+        (2.0, 1.5, -2.56, 0.0, "clipped_high"),
+        (2.0, 0.5, -1.0, -1.0, None),
+        (-2.0, 1.0, 2.0, 2.0, None),
+        (-2.0, 0.81, 1.62, 1.62, None),
+        (-2.0, 0.5, 1.6, 0.0, "clipped_low"),
+        (-2.0, 1.5, 3.0, 3.0, None),
+        (-2.0, 4.0, 6.0, 0.0, "clipped_dual"),
+        (0.0, 4.0, 0.0, 0.0, None),
+    ],
+)
+def test_a_token_costs_its_clipped_surrogate(advantage, ratio, loss, slope, flag, tolerance):
+    def cost(log_ratio):
+        value, flags = surrogate(log_ratio, jnp.float32(advantage), PolicyLoss())
+        return value, flags
+
+    (value, flags), got = jax.value_and_grad(cost, has_aux=True)(jnp.log(jnp.float32(ratio)))
+    assert float(value) == pytest.approx(loss, rel=tolerance["rounding"], abs=1e-12)
+    assert float(got) == pytest.approx(slope, rel=tolerance["rounding"], abs=1e-12)
+    assert {name for name, is_set in flags.items() if is_set} == ({flag} - {None})
+
+
+def test_without_the_dual_clip_a_bad_token_may_cost_anything():
+    cost, flags = surrogate(jnp.log(4.0), jnp.float32(-2.0), PolicyLoss(dual_clip=None))
+    assert float(cost) == pytest.approx(8.0)
+    assert not flags["clipped_dual"]
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, 1e4])
+def test_absurd_ratios_stay_finite(log_ratio):
+    def cost(x):
+        return surrogate(x, jnp.float32(-1.0), PolicyLoss(dual_clip=None))[0]
+
+    assert all(map(np.isfinite, jax.value_and_grad(cost)(jnp.float32(log_ratio))))
+
+
+def test_importance_weights_are_truncated_by_token_or_by_rollout(tolerance):
+    gap = jnp.log(jnp.array([[3.0, 0.5, 1.0, 1.5, 1.2, 0.25, 1.0, 1.0]]))
+    rollout = jnp.array([[0, 0, 1, 1, 1, 2, 2, 0]])
+    weights, capped = importance(gap, rollout, PolicyLoss())
+    np.testing.assert_allclose(
+        weights[0], [2, 0.5, 1, 1.5, 1.2, 0.25, 1, 1], rtol=tolerance["rounding"]
+    )
+    assert capped[0].tolist() == [True] + [False] * 7
+    weights, capped = importance(gap, rollout, PolicyLoss(importance="sequence"))
+    np.testing.assert_allclose(
+        weights[0], [1.5, 1.5, 1.8, 1.8, 1.8, 0.25, 0.25, 1.5], rtol=tolerance["rounding"]
+    )
+    assert not capped.any()
+    weights, capped = importance(
+        gap, rollout, PolicyLoss(importance="sequence", importance_cap=1.6)
+    )
+    assert capped[0].tolist() == [False, False, True, True, True, False, False, False]
+    np.testing.assert_allclose(weights[0, 2:5], 1.6, rtol=tolerance["rounding"])
+    weights, capped = importance(gap, rollout, NO_CORRECTION)
+    assert (weights == 1).all()
+    assert not capped.any()
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_importance_weights_have_no_gradient(kind):
+    def total(gap):
+        rollout = jnp.zeros(gap.shape, jnp.int32)
+        return importance(gap, rollout, PolicyLoss(importance=kind))[0].sum()
+
+    assert not jax.grad(total)(jnp.full((1, 3), 0.1)).any()
+
+
+# What must not change a step.
+
+
+def uneven():
+    """Prompts whose only two rollouts drew 6 tokens for +1 and 2 tokens for -1, in a row each."""
+    made = []
+    for count, advantage in ((6, 1.0), (2, -1.0)):
+        drawn = next(
+            t
+            for seed in range(1000)
+            for t in rollouts(seed, 1, longest=7, blocks=0)
+            if len(t.calls[0].sampled) == count
+        )
+        made.append(Scored(of_group([drawn])[0], np.array([advantage], np.float32)))
+    return made
+
+
+def test_the_loss_is_the_mean_over_all_tokens_and_no_mean_of_means(tolerance):
+    """On-policy every ratio is 1, so that a token costs -A, whatever the network."""
+    batch = packed(uneven(), row_tokens=13, rows=1)
+    assert batch.advantage.shape == (2, 13), "one rollout in a row, the rows in two micro-batches"
+    for part_rows in (1, 2):
+        loss = float(step_of(part_rows=part_rows)(fresh(), batch)[1]["loss"])
+        assert loss != pytest.approx(0.0), "0 is the mean of micro-batch means"
+        assert loss != pytest.approx(-4 / 26), "-0.154 divides by padding too"
+        assert loss != pytest.approx(-4 / 22), "-0.182 divides by prompts too"
+        assert loss == pytest.approx((-6 + 2) / 8, rel=tolerance["equality_loss"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "want"), [("token", -0.5), ("sequence_mean", 0.0), ("sequence_sum", -2.0)]
+)
+def test_other_means_say_so(mean, want):
+    batch = packed(uneven(), row_tokens=13, rows=1, mean=mean)
+    assert float(step_of()(fresh(), batch)[1]["loss"]) == pytest.approx(want, abs=1e-6)
+
+
+def test_padding_row_order_packing_and_parts_change_nothing(tolerance):
+    cfg, groups = PolicyLoss(importance="sequence"), scored(prompts=3)
+    longest = max(len(one.group.trie) for one in groups)
+    want, metrics = step_of(cfg, part_rows=1)(fresh(), packed(groups, longest, rows=1))
+    others = {
+        "padding": (packed(groups, longest + 50, rows=4), 4),
+        "order": (packed(groups[::-1], longest, rows=1), 1),
+        "packing": (packed(groups, 3 * longest, rows=1), 1),
+        "parts": (packed(groups, longest, rows=3), 3),
+    }
+    for name, (batch, part_rows) in others.items():
+        got, values = step_of(cfg, part_rows=part_rows)(fresh(), batch)
+        assert set(values) == set(metrics)
+        for key, value in metrics.items():
+            assert float(values[key]) == pytest.approx(
+                float(value), rel=tolerance["equality_loss"], abs=1e-7
+            ), (name, key)
+        assert distance(got.opt_state, want.opt_state) < tolerance["equality_gradient"], name
+
+
+def test_what_is_not_trained_has_no_say(batch, tolerance):
+    """Values of prompts, forced tokens and padding, however wild, change nothing."""
+    is_trained = batch.trie.weight > 0
+    wild = batch.replace(
+        advantage=np.where(is_trained, batch.advantage, 1e3).astype(np.float32),
+        sampler_logp=np.where(is_trained, batch.sampler_logp, -1e3).astype(np.float32),
+        old_logp=np.where(is_trained, batch.sampler_logp, 1e3).astype(np.float32),
+    )
+    tame = batch.replace(old_logp=batch.sampler_logp)
+    step = step_of(PolicyLoss(importance="sequence"))
+    got, want = step(fresh(), wild), step(fresh(), tame)
+    for name, value in want[1].items():
+        assert float(got[1][name]) == pytest.approx(float(value), rel=tolerance["rounding"]), name
+    assert np.isfinite(float(got[1]["loss"]))
+
+
+def test_a_batch_that_trains_nothing_changes_nothing(batch):
+    nothing = batch.replace(trie=batch.trie.replace(weight=np.zeros_like(batch.trie.weight)))
+    state, metrics = step_of()(fresh(), nothing)
+    assert (float(metrics["loss"]), float(metrics["tokens"]), float(metrics["skipped"])) == (
+        0,
+        0,
+        0,
+    )
+    assert (float(metrics["ratio_min"]), float(metrics["ratio_max"])) == (1, 1)
+    np.testing.assert_array_equal(state.params["out"], PARAMS["out"])
+
+
+# On- and off-policy.
+
+
+def test_an_inner_step_from_the_same_parameters_is_the_on_policy_step(batch, tolerance):
+    old = batch.replace(old_logp=logp_of()(PARAMS, batch.trie))
+    step = step_of(PolicyLoss())
+    got, want = step(fresh(), old), step(fresh(), batch)
+    assert distance(got[0].opt_state, want[0].opt_state) < tolerance["equality_gradient"]
+    for name in ("loss", "mismatch_kl", "ratio_max", "importance_mean"):
+        assert float(got[1][name]) == pytest.approx(float(want[1][name]), rel=tolerance["module"])
+    assert float(got[1]["update_kl"]) == pytest.approx(0, abs=tolerance["module"])
+
+
+def test_inner_steps_move_away_clip_more_and_do_not_touch_the_mismatch(batch):
+    batch = batch.replace(old_logp=logp_of()(PARAMS, batch.trie))
+    state, step, lines = fresh(), step_of(PolicyLoss()), []
+    for _ in range(6):
+        state, metrics = step(state, batch)
+        lines.append({name: float(value) for name, value in metrics.items()})
+    clipped = [line["clipped_high"] + line["clipped_low"] for line in lines]
+    assert clipped[0] == 0 < clipped[-1] < 1
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for name in ("ratio_min", "ratio_max", "mismatch_kl", "importance_mean"):
+        assert lines[0][name] == lines[-1][name]
+
+
+def test_steps_make_good_rollouts_likelier_than_bad_ones(batch):
+    logp = logp_of()
+    before = logp(PARAMS, batch.trie)
+    state, step = fresh(), step_of()
+    for _ in range(5):
+        state, _ = step(state, batch)
+    moved = np.asarray(logp(state.params, batch.trie) - before)
+    is_good = (batch.advantage > 0) & (batch.trie.weight > 0)
+    is_bad = (batch.advantage < 0) & (batch.trie.weight > 0)
+    assert moved[is_good].mean() > moved[is_bad].mean() + 0.1
+    assert (batch.trie.weight * batch.advantage * moved).sum() > 0
+
+
+def test_the_extra_pass_gives_log_probs_in_the_order_of_the_rows(tolerance):
+    groups = scored(prompts=4)
+    batch = packed(groups, row_tokens=max(len(one.group.trie) for one in groups), rows=2)
+    got = np.asarray(logp_of(part_rows=2, temperature=0.7)(PARAMS, batch.trie))
+    assert (got[batch.trie.weight == 0] == 0).all()
+    trained = np.argwhere(batch.trie.weight > 0)
+    assert len(set(trained[:, 0])) > 2, "rows are in two parts"
+    for b, node in np.random.default_rng(0).choice(trained, 30):
+        want = oracle(PARAMS, batch.trie, b, node, temperature=0.7)
+        token = batch.trie.tokens[b, node]
+        assert got[b, node] == pytest.approx(
+            want[token], rel=tolerance["model"], abs=tolerance["module"]
+        )
+
+
+def oracle(params, trie, row, node, temperature=1.0):
+    """[V] float64 log-probs of what follows the ancestors of a node, one plain sequence."""
+    path, at = [], trie.parent[row, node]
+    while True:
+        path.append(int(trie.tokens[row, at]))
+        if trie.parent[row, at] == at:
+            break
+        at = trie.parent[row, at]
+    return stub.logp_after(params, np.array(path[::-1]), temperature)
+
+
+# What a step reports.
+
+
+def sampled_by(params, groups_of_rollouts, off):
+    """Groups whose recorded log-probs are the oracle's, each off by so many nats."""
+    rng = np.random.default_rng(5)
+    made, gaps = [], []
+    for group in groups_of_rollouts:
+        recorded = []
+        for trajectory in group:
+            logps = []
+            for call in trajectory.calls:
+                ids = np.concatenate([call.context, call.sampled])
+                logp = [
+                    stub.logp_after(params, ids[:i])[ids[i]]
+                    for i in range(len(call.context), len(ids))
+                ]
+                gap = rng.choice(off, len(logp))
+                gaps += gap.tolist()
+                logps.append(np.array(logp) - gap)
+            recorded.append(with_logp(trajectory, logps))
+        made.append(Scored(of_group(recorded)[0], np.ones(len(group), np.float32)))
+    return made, np.array(gaps)
+
+
+def test_the_mismatch_is_told_as_range_shares_and_kl(tolerance):
+    off = np.array([-0.3, -0.03, -0.003, 0.0, 0.0005, 0.02, 0.9])
+    groups, gaps = sampled_by(
+        PARAMS, [rollouts(seed, 2, longest=5, blocks=1) for seed in range(3)], off
+    )
+    assert set(off) == set(gaps)
+    batch = packed(groups, row_tokens=max(len(one.group.trie) for one in groups), rows=1)
+    assert len(batch.advantage) == 3
+    for part_rows in (1, 3):
+        metrics = step_of(PolicyLoss(), part_rows=part_rows)(fresh(), batch)[1]
+        ratio = np.exp(gaps)
+        want = {
+            "tokens": len(gaps),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "mismatch_mean": np.abs(gaps).mean(),
+            "mismatch_kl": (ratio - 1 - gaps).mean(),
+            "mismatch_within_0.1": (np.abs(ratio - 1) <= 0.001).mean(),
+            "mismatch_within_1": (np.abs(ratio - 1) <= 0.01).mean(),
+            "mismatch_within_5": (np.abs(ratio - 1) <= 0.05).mean(),
+            "importance_mean": np.minimum(ratio, 2).mean(),
+            "importance_capped": (ratio > 2).mean(),
+            "loss": -np.minimum(ratio, 2).mean(),
+        }
+        for name, value in want.items():
+            assert float(metrics[name]) == pytest.approx(value, rel=tolerance["gradient"]), name
+
+
+def test_the_entropy_and_the_kl_to_a_reference_enter_the_loss_with_their_coefficients(
+    batch, tolerance
+):
+    reference = jax.tree.map(lambda p: p * 1.1, PARAMS)
+    ref_logp = logp_of(temperature=0.8)(reference, batch.trie)
+    entropies, kls = [], []
+    for b, node in np.argwhere(batch.trie.weight > 0):
+        token = batch.trie.tokens[b, node]
+        said = oracle(PARAMS, batch.trie, b, node, 0.8)
+        other = oracle(reference, batch.trie, b, node, 0.8)[token]
+        entropies.append(-(np.exp(said) * said).sum())
+        kls.append(np.exp(other - said[token]) - (other - said[token]) - 1)
+    cfg = PolicyLoss(importance="none", kl_coef=0.5, entropy_coef=0.25)
+    got = step_of(cfg, temperature=0.8)(fresh(), batch.replace(ref_logp=ref_logp))[1]
+    assert float(got["entropy"]) == pytest.approx(np.mean(entropies), rel=tolerance["model"])
+    assert float(got["reference_kl"]) == pytest.approx(np.mean(kls), rel=tolerance["model"])
+    want = float(got["policy_loss"]) + 0.5 * np.mean(kls) - 0.25 * np.mean(entropies)
+    assert float(got["loss"]) == pytest.approx(want, rel=tolerance["model"])
+
+
+def test_terms_that_are_off_are_not_computed(batch):
+    metrics = step_of()(fresh(), batch)[1]
+    assert set(metrics) == {
+        *("loss", "policy_loss", "tokens", "update_kl", "importance_mean", "importance_capped"),
+        *("clipped_high", "clipped_low", "clipped_dual"),
+        *("ratio_min", "ratio_max", "mismatch_mean", "mismatch_kl"),
+        *("mismatch_within_0.1", "mismatch_within_1", "mismatch_within_5"),
+        *("grad_norm", "param_norm", "lr", "skipped"),
+    }
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+    assert "entropy" in step_of(PolicyLoss(report_entropy=True))(fresh(), batch)[1]
+
+
+# On a mesh.
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4}])
+def test_a_step_on_a_mesh_is_the_step_on_one_device(sizes, tolerance):
+    cfg = PolicyLoss(importance="sequence")
+    batch = packed(scored(prompts=3), row_tokens=384, rows=8)
+    batch = batch.replace(old_logp=batch.sampler_logp)
+    want, want_metrics = step_of(cfg, part_rows=8)(fresh(), batch)
+    sizes = {"fsdp": 2, **sizes}
+    mesh, rules = sharding.make_mesh(sharding.Mesh(**sizes)), sharding.Rules()
+    abstract = abstract_state(NETWORK, OPTIM, mesh=mesh, rules=rules)
+    step = make_step(NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=1.0, part_rows=8)
+    with sharding.use(mesh, rules):
+        compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
+        state = jax.device_put(fresh(), jax.tree.map(lambda leaf: leaf.sharding, abstract))
+        state, metrics = compiled(state, sharding.to_global(batch, mesh, rules))
+    assert distance(state.opt_state, want.opt_state) < tolerance["sharded"]
+    for name, value in want_metrics.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=tolerance["sharded"]), name
+
+
+def test_data_parallel_devices_exchange_sums_and_no_tokens():
+    """Sums over a rollout stay on the device that holds its row."""
+    batch = packed(scored(prompts=1), row_tokens=384, rows=8)
+    mesh, rules = sharding.make_mesh(sharding.Mesh(data=8, fsdp=1)), sharding.Rules()
+    abstract = abstract_state(NETWORK, OPTIM, mesh=mesh, rules=rules)
+    step = make_step(
+        NETWORK, OPTIM, PolicyLoss(importance="sequence"), steps=50, chunk_tokens=384,
+        temperature=1.0, part_rows=8,
+    )  # fmt: skip
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    with sharding.use(mesh, rules):
+        program = jit_step(step, abstract, mesh=mesh, rules=rules).lower(abstract, shapes)
+    found = re.findall(
+        r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\(",
+        program.compile().as_text(),
+    )
+    assert set(found) == {"all-reduce"}
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"clip_low": 1.5}, "clip_low = 1.5: want 0 to 1"),
+        ({"clip_high": -0.1}, "clip_high = -0.1: want 0 or more"),
+        ({"entropy_coef": -0.1}, "entropy_coef = -0.1: want 0 or more"),
+        ({"dual_clip": 1.0}, "dual_clip = 1.0: want more than 1"),
+        ({"importance_cap": 0.0}, "importance_cap = 0.0: want above 0"),
+    ],
+)
+def test_bounds_without_sense_are_refused(kwargs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        PolicyLoss(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "temperature", "sentence"),
+    [
+        (PolicyLoss(), 0.0, "temperature = 0.0: want above 0"),
+        (PolicyLoss(kl_coef=0.1), 1.0, "kl_coef = 0.1 and the batch has no ref_logp"),
+    ],
+)
+def test_losses_that_cannot_be_computed_are_refused(batch: PolicyBatch, cfg, temperature, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        loss_sums(NETWORK, PARAMS, batch, cfg, chunk_tokens=64, temperature=temperature)
+
+
+def test_parts_that_do_not_divide_the_rows_are_refused(batch):
+    with pytest.raises(ValueError, match="part_rows = 3: want a divisor of the batch's 2 rows"):
+        step_of(part_rows=3)(fresh(), batch)

@@ -1,0 +1,517 @@
+"""`tw pgrpo`: reinforces a model by its own fork-join rollouts, on packed tries.
+
+A step draws prompts, samples a group of rollouts for each with the current parameters, grades and
+rewards them, packs each group into a trie from the very ids that were drawn, and updates once.
+Sampler and trainer read the same arrays. Run the same command again to go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from tw_jax import sharding
+from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax.config import config, operative
+from tw_jax.contracts import Params
+from tw_jax.data import records
+from tw_jax.forkjoin.calls import Hit, Trajectory
+from tw_jax.forkjoin.cost import tags_of
+from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.replay import rebuild
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.tries import of_group
+from tw_jax.metrics import Metrics
+from tw_jax.models.transformer import Model, network
+from tw_jax.sample.draw import settings
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.tasks import score
+from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.reward import Parts, Reward, are_finite, reward, totals
+from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
+from tw_jax.train.groups import (
+    Aggregation,
+    PolicyBatch,
+    Scored,
+    advantages,
+    has_signal,
+    pack_groups,
+)
+from tw_jax.train.loop import fit, resume
+from tw_jax.train.pgrpo import PolicyLoss, make_step
+from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
+from tw_jax.trie.pack import Fill, Packing
+
+
+@config
+class Evaluation:
+    """Held-out problems that are sampled while training.
+
+    Attributes:
+      problems: a file of problems or examples.
+      count: how many of them, from the start of the file.
+      samples: rollouts of each; with more than one, pass@k is reported for powers of two.
+      every: steps between evaluations; the last step is followed by one too.
+      temperature: of these rollouts.
+    """
+
+    problems: str
+    count: int = 200
+    samples: int = 1
+    every: int = 10
+    temperature: float = 0.0
+
+    def check(self) -> None:
+        """Refuses evaluations of nothing."""
+        for name in ("count", "samples", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
+
+
+@config
+class Pgrpo:
+    """A reinforcement run.
+
+    Attributes:
+      workdir: checkpoints, metrics, config and `rollouts/` go here.
+      steps: optimiser steps of the whole run.
+      init: folder of checkpoints whose newest parameters the run begins with.
+      model: the model; its vocabulary holds the tokenizer's.
+      tokenizer: text to ids.
+      chat: how a question becomes a prompt.
+      forkjoin: limits of fork and join.
+      problems: a file of problems or examples; drawn in an order of the seed, again and again.
+      prompts: groups of a step that have signal.
+      rollouts: K, rollouts of a group.
+      most_prompts: prompts that a step draws at most to find its groups; groups whose rewards are
+        all equal teach nothing and are drawn anew.
+      sampler: rows, temperature and seed; `rollouts` divides its rows.
+      grader: how answers are judged.
+      reward: what a rollout earns.
+      normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
+      loss: clipping and importance weights.
+      aggregation: how tokens are averaged.
+      packing: rows run at a time, and their length.
+      optim: optimiser and schedule.
+      band: least and largest ratio of trainer's to sampler's probability of a token; a step that
+        leaves it stops the run.
+      evaluation: held-out problems; None evaluates nothing.
+      mesh: devices.
+      rules: which logical axis is split over which axis of the mesh.
+      chunk_tokens: nodes per row that are unembedded at a time.
+      save_every: steps between checkpoints.
+      keep: checkpoints kept.
+      seed: of the order of the problems.
+    """
+
+    workdir: str
+    steps: int
+    init: str
+    model: Model
+    tokenizer: Bytes | SentencePiece | HuggingFace
+    chat: Chat
+    forkjoin: ForkJoin
+    problems: str
+    prompts: int
+    rollouts: int
+    most_prompts: int
+    sampler: Sampler
+    grader: Grader
+    reward: Reward
+    loss: PolicyLoss
+    aggregation: Aggregation
+    packing: Packing
+    optim: Optim
+    normalise: Literal["mean", "std"] = "mean"
+    band: tuple[float, float] = (0.5, 2.0)
+    evaluation: Evaluation | None = None
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+    chunk_tokens: int = 1024
+    save_every: int = 10
+    keep: int = 2
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
+        for name in ("steps", "prompts", "chunk_tokens", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Pgrpo.{name} = {getattr(self, name)}: want at least 1.")
+        if self.rollouts < 2:
+            raise ValueError(
+                f"Pgrpo.rollouts = {self.rollouts}: want at least 2, for an advantage is over the "
+                "mean of a group."
+            )
+        if self.most_prompts < self.prompts:
+            raise ValueError(
+                f"Pgrpo.most_prompts = {self.most_prompts}: want at least Pgrpo.prompts = "
+                f"{self.prompts}."
+            )
+        if self.sampler.rows % self.rollouts:
+            raise ValueError(
+                f"Sampler.rows = {self.sampler.rows}: want a multiple of Pgrpo.rollouts = "
+                f"{self.rollouts}, for a group is decoded side by side."
+            )
+        if self.sampler.top_p != 1 or self.sampler.top_k != 0 or self.sampler.temperature <= 0:
+            raise ValueError(
+                f"Sampler.temperature = {self.sampler.temperature}, top_p = {self.sampler.top_p}, "
+                f"top_k = {self.sampler.top_k}: want a temperature above 0, top_p 1.0 and top_k 0, "
+                "for the loss knows the distribution of temperature alone."
+            )
+        samples = 1 if self.evaluation is None else self.evaluation.samples
+        if self.sampler.rows % samples:
+            raise ValueError(
+                f"Sampler.rows = {self.sampler.rows}: want a multiple of Evaluation.samples = "
+                f"{samples}."
+            )
+        if not self.band[0] < 1 < self.band[1]:
+            raise ValueError(f"Pgrpo.band = {self.band}: want numbers below and above 1.")
+
+
+def run(cfg: Pgrpo) -> None:
+    """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"tw pgrpo runs in one process, and this job has {jax.process_count()}. Use one host."
+        )
+    mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
+    net = network(cfg.model)
+    abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
+    step = make_step(
+        net,
+        cfg.optim,
+        cfg.loss,
+        steps=cfg.steps,
+        chunk_tokens=cfg.chunk_tokens,
+        temperature=cfg.sampler.temperature,
+        part_rows=cfg.packing.rows,
+    )
+    compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
+    # A step with more rows than any before is compiled for as many; that is no mistake here.
+    warnings.filterwarnings("ignore", message="Step .* was compiled anew")
+    with (
+        GraderPool(cfg.grader) as pool,
+        Checkpoints(folder / "checkpoints", keep=cfg.keep) as checkpoints,
+        sharding.use(mesh, cfg.rules),
+    ):
+        rollouts = Rollouts(cfg, pool)
+        state = resume(checkpoints, abstract, rollouts)
+        if state is None:
+            state = initial_state(
+                net,
+                cfg.optim,
+                mesh=mesh,
+                rules=cfg.rules,
+                key=jax.random.key(cfg.seed),
+                params=restore_params(cfg.init, abstract=abstract.params),
+            )
+        first = int(state.step)
+        print(f"{folder}: step {first} of {cfg.steps}, {mesh.size} device(s)")
+        rollouts.take(state)
+        with Metrics(folder, step=first) as metrics:
+            fit(
+                state,
+                compiled,
+                rollouts,
+                steps=cfg.steps,
+                save_every=cfg.save_every,
+                metrics=metrics,
+                checkpoints=checkpoints,
+                place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
+                hooks=(rollouts.after_step,),
+                guard=lambda index, numbers: refuse_mismatch(cfg.band, index, numbers),
+                note={"config": operative(cfg)},
+            )
+
+
+def refuse_mismatch(band: tuple[float, float], index: int, numbers: Mapping[str, float]) -> None:
+    """Stops a run whose trainer and sampler disagree.
+
+    Raises:
+      ValueError: a token's ratio of probabilities lies outside of the band.
+    """
+    low, high = numbers["ratio_min"], numbers["ratio_max"]
+    if not (band[0] <= low and high <= band[1]):
+        raise ValueError(
+            f"Step {index}: the trainer's probability of a sampled token is {low:.4g} to "
+            f"{high:.4g} times the sampler's; want {band[0]:g} to {band[1]:g}. They compute the "
+            "same function, so look at Model.compute_dtype and at the sampler's settings; "
+            "Pgrpo.band allows more."
+        )
+
+
+class Drawn(NamedTuple):
+    """A group of rollouts of one problem."""
+
+    problem: records.Problem
+    names: list[str]
+    trajectories: list[Trajectory]
+
+
+class Rollouts:
+    """Batches of rewarded groups, drawn with the parameters that were handed over last.
+
+    What was sampled is kept in `rollouts/` as it comes, so a step that a crash interrupted goes on
+    with the rollouts that it had.
+    """
+
+    def __init__(self, cfg: Pgrpo, pool: GraderPool) -> None:
+        """Reads tokenizer and problems; samples nothing yet.
+
+        Raises:
+          ValueError: the model has fewer rows than the tokenizer has ids, or there is no problem.
+        """
+        self._cfg, self._pool = cfg, pool
+        self._tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer)
+        if cfg.model.vocab_size < self._tokenizer.vocab_size:
+            raise ValueError(
+                f"Model.vocab_size = {cfg.model.vocab_size}: want at least "
+                f"{self._tokenizer.vocab_size}, the tokenizer's ids."
+            )
+        self._problems = records.open_records(cfg.problems)
+        if not len(self._problems):
+            raise ValueError(f"{cfg.problems} has no problem: want at least one.")
+        self._sampler: ForkJoinSampler = make_sampler(
+            network(cfg.model), ThreadWeaver(make_table(self._tokenizer), cfg.forkjoin), cfg.sampler
+        )
+        self._tags = tags_of(self._tokenizer)
+        self._params: Params | None = None
+        self._step = self._prompts = 0
+        self._numbers: dict[str, float] = {}
+        self._clock = time.monotonic()
+
+    def get_state(self) -> dict[str, Any]:
+        """The position: steps and prompts drawn so far."""
+        return {"step": self._step, "prompts": self._prompts}
+
+    def set_state(self, state: Mapping[str, Any], /) -> None:
+        """Goes to a position."""
+        self._step, self._prompts = state["step"], state["prompts"]
+
+    def take(self, state: TrainState) -> None:
+        """Takes the parameters to sample with; they are read until the next step donates them."""
+        self._params = state.params
+
+    def after_step(self, index: int, state: TrainState) -> dict[str, float]:
+        """A hook of `fit`: takes the new parameters, hands over what the rollouts were like."""
+        self.take(state)
+        numbers, now = self._numbers, time.monotonic()
+        numbers["seconds"], self._clock = now - self._clock, now
+        evaluation = self._cfg.evaluation
+        if evaluation is not None and (index % evaluation.every == 0 or index == self._cfg.steps):
+            numbers |= self.evaluate(evaluation)
+        return numbers
+
+    def __next__(self) -> PolicyBatch:
+        """Samples until enough groups have signal; packs them."""
+        cfg, began = self._cfg, time.monotonic()
+        folder = Path(cfg.workdir) / "rollouts"
+        unfinished = folder / f".{self._step:06}.jsonl"
+        drawn: list[Drawn] = []
+        parts: list[list[Parts]] = []
+        verdicts: Counter[str] = Counter()
+        kept: list[int] = []
+        with records.append(unfinished) as add:
+            have = {record.id: record for record in records.read(unfinished)}
+            while len(kept) < cfg.prompts and len(drawn) < cfg.most_prompts:
+                wanted = min(
+                    cfg.prompts - len(kept),
+                    cfg.most_prompts - len(drawn),
+                    cfg.sampler.rows // cfg.rollouts,
+                )
+                some = self._sample(wanted, have, add)
+                judged = self._judge(some, verdicts)
+                values = totals(judged, cfg.reward)
+                good = are_finite(values) & has_signal(values)
+                kept += [len(drawn) + int(n) for n in np.flatnonzero(good)]
+                drawn += some
+                parts += judged
+        values = totals(parts, cfg.reward)
+        finite = are_finite(values)
+        advantage = np.zeros(values.shape, np.float32)
+        advantage[finite] = advantages(values[finite], cfg.normalise)
+        fill = Fill()
+        batch = pack_groups(
+            [scored for n in kept for scored in self._scored(drawn[n], advantage[n], parts[n])],
+            cfg.aggregation,
+            packing=cfg.packing,
+            fill=fill,
+        )
+        records.write(
+            folder / f"{self._step:06}.jsonl",
+            [
+                self._record(group, k, {**_told(parts[n][k]), "group": n, "advantage": float(a)})
+                for n, group in enumerate(drawn)
+                for k, a in enumerate(advantage[n])
+            ],
+        )
+        unfinished.unlink()
+        self._numbers = {
+            **_means(parts, values),
+            "groups": len(kept),
+            "groups_drawn": len(drawn),
+            "groups_not_finite": float((~finite).sum()),
+            "timeouts": verdicts["timeout"],
+            "rows_filled": fill.rows_filled,
+            "token_sharing": fill.token_sharing,
+            "rollout_seconds": time.monotonic() - began,
+        }
+        self._step += 1
+        return batch
+
+    def _sample(self, count: int, have: Mapping[str, Any], add: Any) -> list[Drawn]:
+        """Groups of the next problems; those that a crash left finished are not sampled again."""
+        cfg, first = self._cfg, self._prompts
+        self._prompts += count
+        problems = [self._problem(first + n) for n in range(count)]
+        names = [
+            [f"{self._step}/{first + n}/{problem.id}/{k}" for k in range(cfg.rollouts)]
+            for n, problem in enumerate(problems)
+        ]
+        flat = [name for group in names for name in group]
+        if all(name in have for name in flat):
+            made = [_rebuilt(self._sampler.protocol, have[name]) for name in flat]
+        else:
+            made = self._rollouts(
+                problems, cfg.rollouts, cfg.sampler.temperature, first * cfg.rollouts
+            )
+        groups = [
+            Drawn(problem, group, made[n * cfg.rollouts : (n + 1) * cfg.rollouts])
+            for n, (problem, group) in enumerate(zip(problems, names, strict=True))
+        ]
+        for group in groups:
+            for k, name in enumerate(group.names):
+                if name not in have:
+                    add(self._record(group, k, {}))
+        return groups
+
+    def _rollouts(
+        self, problems: Sequence[records.Problem], samples: int, temperature: float, seed: int
+    ) -> list[Trajectory]:
+        prompts = [self._cfg.chat.prompt(self._tokenizer, p.question) for p in problems]
+        how = settings(
+            len(prompts) * samples,
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=self._cfg.sampler.seed + seed,
+        )
+        if self._params is None:
+            raise RuntimeError("Rollouts were asked for before `take` handed over parameters.")
+        return self._sampler(self._params, prompts, how, repeats=samples)
+
+    def _problem(self, number: int) -> records.Problem:
+        """The problem at a place of the endless order: a new permutation for every pass."""
+        size = len(self._problems)
+        order = np.random.default_rng([self._cfg.seed, number // size]).permutation(size)
+        return _problem_of(self._problems[int(order[number % size])])
+
+    def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
+        """Grades and rewards; what was not judged in time is not correct, and counted."""
+        items = [(self._text(t), g.problem.answer) for g in groups for t in g.trajectories]
+        found = iter(self._pool.grade_all(items))
+        judged = []
+        for group in groups:
+            said = [next(found) for _ in group.trajectories]
+            verdicts.update(map(str, said))
+            judged.append(
+                [
+                    reward(made, verdict == "correct", self._cfg.reward, tags=self._tags)
+                    for made, verdict in zip(group.trajectories, said, strict=True)
+                ]
+            )
+        return judged
+
+    def _scored(self, group: Drawn, advantage: np.ndarray, parts: Sequence[Parts]) -> list[Scored]:
+        tries = of_group(group.trajectories, most_tokens=self._cfg.packing.row_tokens)
+        is_trained = np.array([one.is_trained for one in parts])
+        return [Scored(trie, advantage, is_trained) for trie in tries]
+
+    def _text(self, trajectory: Trajectory) -> str:
+        return self._tokenizer.decode(trajectory.ids[trajectory.prompt_tokens :])
+
+    def _record(self, group: Drawn, k: int, extra: dict[str, Any]) -> records.Rollout:
+        made = group.trajectories[k]
+        return records.Rollout.from_trajectory(
+            made,
+            group.problem,
+            id=group.names[k],
+            fingerprint=self._tokenizer.fingerprint,
+            text=self._text(made),
+            extra=extra,
+        )
+
+    def evaluate(self, cfg: Evaluation) -> dict[str, float]:
+        """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
+        found = records.open_records(cfg.problems)
+        problems = [_problem_of(found[n]) for n in range(min(cfg.count, len(found)))]
+        made: list[Trajectory] = []
+        each = self._cfg.sampler.rows // cfg.samples
+        for first in range(0, len(problems), each):
+            made += self._rollouts(
+                problems[first : first + each], cfg.samples, cfg.temperature, first * cfg.samples
+            )
+        groups = [
+            Drawn(problem, [], made[n * cfg.samples : (n + 1) * cfg.samples])
+            for n, problem in enumerate(problems)
+        ]
+        parts = self._judge(groups, Counter())
+        correct = np.array([[one.is_correct for one in group] for group in parts])
+        share = score.wilson(float(correct.mean()), len(correct))
+        passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= cfg.samples]
+        numbers = _means(parts, totals(parts, self._cfg.reward))
+        return {
+            "eval_correct": share.value,
+            "eval_correct_low": share.low,
+            "eval_correct_high": share.high,
+            **{f"eval_pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
+            **{
+                f"eval_{n}": numbers[n] for n in ("longest_tokens", "total_tokens", "latency_ratio")
+            },
+        }
+
+
+def _means(parts: Sequence[Sequence[Parts]], values: np.ndarray) -> dict[str, float]:
+    """Means over all rollouts, those of groups without signal included."""
+    flat = [one for group in parts for one in group]
+    longest = float(np.mean([one.cost.longest for one in flat]))
+    total = float(np.mean([one.cost.total for one in flat]))
+    return {
+        "reward": float(values.mean()),
+        "correct": float(np.mean([one.is_correct for one in flat])),
+        "reward_correctness": float(np.mean([one.correctness for one in flat])),
+        "reward_acceleration": float(np.mean([one.acceleration for one in flat])),
+        "reward_overlong": float(np.mean([one.overlong for one in flat])),
+        "longest_tokens": longest,
+        "total_tokens": total,
+        "latency_ratio": longest / max(total, 1.0),
+    }
+
+
+def _told(parts: Parts) -> dict[str, Any]:
+    """The parts of a reward as JSON."""
+    row = {name: value for name, value in parts._asdict().items() if name != "cost"}
+    cost = {"longest": parts.cost.longest, "total": parts.cost.total}
+    return json.loads(json.dumps({**row, "reward": parts.total, **cost}))
+
+
+def _rebuilt(protocol: ThreadWeaver, rollout: records.Rollout) -> Trajectory:
+    calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in rollout.calls]
+    return rebuild(protocol, rollout.prompt, calls)
+
+
+def _problem_of(record: records.Record) -> records.Problem:
+    if isinstance(record, records.Problem):
+        return record
+    if isinstance(record, records.Example):
+        return record.problem
+    return records.Problem(id=record.id, question=record.question, answer=record.answer, task="")

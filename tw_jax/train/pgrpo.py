@@ -1,0 +1,350 @@
+"""P-GRPO on the device: the clipped, importance-corrected loss of sampled tokens, and the step.
+
+The mathematics of the loss is here; what a token weighs in it, and so every denominator, was
+decided in `train/groups.py`. This file knows no text, no reward and no sampler, only the log-probs
+that the sampler recorded; it hands on a pure step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from tw_jax.config import config
+from tw_jax.contracts import Network, Params
+from tw_jax.train.groups import PolicyBatch
+from tw_jax.train.loss import (
+    Sums,
+    TokenLogp,
+    accumulate,
+    split_rows,
+    token_logp,
+    weighted_mean,
+)
+from tw_jax.train.state import Numbers, Optim, Step, TrainState, update
+from tw_jax.trie.batch import TrieBatch
+
+MAX_LOG_RATIO = 20.0
+"""Where log-ratios are cut before `exp`, in nats; so does ThreadWeaver's trainer."""
+
+
+@config
+class PolicyLoss:
+    """The loss of a sampled token.
+
+    Attributes:
+      clip_low: a ratio below 1 - clip_low is not pushed further down.
+      clip_high: a ratio above 1 + clip_high is not pushed further up.
+      dual_clip: most that a token of negative advantage A may cost, times -A; above 1, or None.
+      importance: truncated importance sampling against the sampler's log-probs: of each "token", of
+        the rollout as a "sequence", or "none".
+      importance_cap: weight at which importance sampling is truncated.
+      kl_coef: of the KL to a reference model; needs `PolicyBatch.ref_logp` where it is not 0.
+      entropy_coef: of the entropy, which is rewarded.
+      report_entropy: reports the entropy even where it is not rewarded; one more pass over logits.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = 3.0
+    importance: Literal["none", "token", "sequence"] = "token"
+    importance_cap: float = 2.0
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    report_entropy: bool = False
+
+    def check(self) -> None:
+        """Refuses bounds that clip everything or turn a penalty into a reward."""
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"PolicyLoss.clip_low = {self.clip_low}: want 0 to 1.")
+        for name in ("clip_high", "kl_coef", "entropy_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"PolicyLoss.{name} = {getattr(self, name)}: want 0 or more.")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(
+                f"PolicyLoss.dual_clip = {self.dual_clip}: want more than 1, for the loss at ratio "
+                "1 must not be clipped; None for no such bound."
+            )
+        if self.importance_cap <= 0:
+            raise ValueError(f"PolicyLoss.importance_cap = {self.importance_cap}: want above 0.")
+
+
+def loss_sums(
+    network: Network,
+    params: Params,
+    batch: PolicyBatch,
+    cfg: PolicyLoss,
+    *,
+    chunk_tokens: int,
+    temperature: float,
+) -> tuple[jax.Array, Sums]:
+    """The loss of some rows; the loss of a step is the sum over all its rows.
+
+    total = sum over nodes of weight * (w * L + kl_coef * K - entropy_coef * H), where
+    L is the clipped surrogate, see `surrogate`; w the truncated importance weight, see
+    `importance`; K = exp(d) - d - 1 with d = ref_logp - logp (k3, http://joschu.net/blog/kl-approx)
+    and H the entropy. Source: ThreadWeaver (arXiv:2512.07843), P-GRPO; its trainer for the terms
+    that are off by default.
+
+    Without `old_logp` the old policy is the current one: all ratios are 1, nothing is clipped and
+    no second pass is made.
+
+    Args:
+      network: the model.
+      params: its parameters; the only argument to differentiate in.
+      batch: [R, T].
+      cfg: `PolicyLoss`.
+      chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
+      temperature: at which the rollouts were sampled; log-probs are those of logits / temperature.
+
+    Returns:
+      (total, sums): what `make_step` reports, all but `EXTREMES` summed over trained tokens.
+
+    Raises:
+      ValueError: `kl_coef` is not 0 and there is no `ref_logp`, or a bad temperature.
+    """
+    _check(cfg, batch, temperature)
+    with_entropy = cfg.report_entropy or cfg.entropy_coef > 0
+    said = _said(
+        network,
+        params,
+        batch.trie,
+        chunk_tokens,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    weight, is_trained = batch.trie.weight, batch.trie.weight > 0
+    old = jax.lax.stop_gradient(said.logp) if batch.old_logp is None else batch.old_logp
+    gap = jnp.where(is_trained, old - batch.sampler_logp, 0)
+    factor, is_capped = importance(gap, batch.rollout, cfg)
+    cost, clips = surrogate(said.logp - old, batch.advantage, cfg)
+    policy = (weight * factor * cost).sum()
+    total = policy
+
+    def count(values: jax.Array) -> jax.Array:
+        return jnp.where(is_trained, values, 0).sum()
+
+    sums = {
+        "tokens": is_trained.sum(),
+        "policy_loss": policy,
+        **{name: count(clipped) for name, clipped in clips.items()},
+        "update_kl": count(old - said.logp),
+        "importance_mean": count(factor),
+        "importance_capped": count(is_capped),
+        **_mismatch(gap, is_trained),
+    }
+    if batch.ref_logp is not None:
+        reference = _k3(batch.ref_logp - said.logp)
+        total += cfg.kl_coef * (weight * reference).sum()
+        sums["reference_kl"] = count(reference)
+    if said.entropy is not None:
+        total -= cfg.entropy_coef * (weight * said.entropy).sum()
+        sums["entropy"] = count(said.entropy)
+    return total, sums
+
+
+EXTREMES = {"ratio_min": jnp.min, "ratio_max": jnp.max}
+"""The numbers of `loss_sums` that do not add up over rows."""
+
+
+def surrogate(
+    log_ratio: jax.Array, advantage: jax.Array, cfg: PolicyLoss
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The clipped surrogate of each token.
+
+    With r = exp(log_ratio), L = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and for A < 0
+    then L = min(L, -A dual_clip). Sources: PPO (arXiv:1707.06347), equation 7; the two bounds from
+    DAPO (arXiv:2503.14476); the dual clip from arXiv:1912.09729.
+
+    Returns:
+      (L, flags): which tokens were clipped, and so have no gradient, at which bound.
+    """
+    ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    plain = -advantage * ratio
+    bounded = -advantage * jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
+    is_clipped = bounded > plain
+    cost = jnp.where(is_clipped, bounded, plain)
+    is_dual = jnp.zeros_like(is_clipped)
+    if cfg.dual_clip is not None:
+        most = -advantage * cfg.dual_clip
+        is_dual = (advantage < 0) & (cost > most)
+        cost = jnp.where(is_dual, most, cost)
+    return cost, {
+        "clipped_high": is_clipped & (advantage > 0),
+        "clipped_low": is_clipped & (advantage < 0),
+        "clipped_dual": is_dual,
+    }
+
+
+def importance(gap: jax.Array, rollout: jax.Array, cfg: PolicyLoss) -> tuple[jax.Array, jax.Array]:
+    """Truncated importance weights from the sampler to the old policy; no gradient.
+
+    token: min(exp(old - sampler), cap). sequence: the same of the sum over all tokens of the
+    rollout, whatever call drew them. Source: truncated importance sampling, as in verl's rollout
+    correction; V-trace (arXiv:1802.01561) truncates in the same way.
+
+    Args:
+      gap: [R, T] old - sampler in nats, 0 where not trained.
+      rollout: [R, T] int32; a rollout stands in one row.
+      cfg: `importance` and `importance_cap`.
+
+    Returns:
+      (weights [R, T], which of them were truncated).
+    """
+    if cfg.importance == "none":
+        return jnp.ones_like(gap), jnp.zeros(gap.shape, bool)
+    if cfg.importance == "sequence":
+        sums = jax.vmap(lambda g, r: jax.ops.segment_sum(g, r, num_segments=g.shape[0]))
+        gap = jnp.take_along_axis(sums(gap, rollout), rollout, axis=1)
+    factor = jnp.exp(jnp.clip(jax.lax.stop_gradient(gap), -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return jnp.minimum(factor, cfg.importance_cap), factor > cfg.importance_cap
+
+
+def make_step(
+    network: Network,
+    optim: Optim,
+    cfg: PolicyLoss,
+    *,
+    steps: int,
+    chunk_tokens: int,
+    temperature: float,
+    part_rows: int,
+) -> Step:
+    """Builds the train step: one update of the optimiser for one `PolicyBatch`.
+
+    Args:
+      network: the model.
+      optim: optimiser and schedule.
+      cfg: the loss.
+      steps: updates of the whole run, for the schedule.
+      chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
+      temperature: at which the rollouts were sampled.
+      part_rows: rows run at a time; divides the rows of every batch.
+
+    Returns:
+      step(state, batch: `PolicyBatch` [R, T]) -> (state, metrics). Deterministic: no key is used.
+      Metrics are float32 scalars. loss and policy_loss: as aggregated. tokens: trained ones. Means
+      over these: clipped_high, clipped_low, clipped_dual (shares); update_kl (old - new, nats);
+      importance_mean, importance_capped; entropy and reference_kl where they are computed.
+      How far the trainer's log-probs are from the sampler's, before this and other inner steps:
+      ratio_min and ratio_max, of the probabilities, mismatch_mean of the absolute
+      difference in nats, mismatch_kl (k3), and mismatch_within_0.1, _1 and _5, shares of tokens
+      whose ratio is so many per cent from 1. And those of `state.update`.
+    """
+    axes = network.axes()
+
+    def step(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
+        def objective(params: Params, part: PolicyBatch) -> tuple[jax.Array, Sums]:
+            return loss_sums(
+                network, params, part, cfg, chunk_tokens=chunk_tokens, temperature=temperature
+            )
+
+        gradients, total, sums = accumulate(
+            objective,
+            state.params,
+            batch,
+            accumulation_steps=_parts(batch.trie, part_rows),
+            axes=axes,
+            extremes=EXTREMES,
+        )
+        tokens = sums.pop("tokens")
+        state, moved = update(state, gradients, optim, steps=steps, is_empty=tokens == 0)
+        whole = {name: sums.pop(name) for name in ("policy_loss", *EXTREMES)}
+        # A batch that trains nothing has no extremes.
+        whole |= {name: jnp.where(tokens > 0, whole[name], 1) for name in EXTREMES}
+        means = {name: weighted_mean(x, denominator=tokens) for name, x in sums.items()}
+        return state, {"loss": total, "tokens": tokens, **whole, **means, **moved}
+
+    return step
+
+
+def make_logp(
+    network: Network, *, chunk_tokens: int, temperature: float, part_rows: int
+) -> Callable[[Params, TrieBatch], jax.Array]:
+    """Builds the extra pass that inner steps and a reference model need.
+
+    Args:
+      network: the model.
+      chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
+      temperature: at which the rollouts were sampled.
+      part_rows: rows run at a time; divides the rows of every batch.
+
+    Returns:
+      logp(params, batch [R, T]) -> [R, T] float32 nats, 0 where weight is 0: `old_logp` of the
+      parameters before the first inner step, `ref_logp` of a reference's.
+    """
+
+    def logp(params: Params, batch: TrieBatch) -> jax.Array:
+        def one(part: TrieBatch) -> jax.Array:
+            said = _said(network, params, part, chunk_tokens, temperature=temperature)
+            return jnp.where(part.weight > 0, said.logp, 0)
+
+        said = jax.lax.map(one, split_rows(batch, _parts(batch, part_rows)))
+        return said.swapaxes(0, 1).reshape(batch.tokens.shape)
+
+    return logp
+
+
+def _said(
+    network: Network,
+    params: Params,
+    batch: TrieBatch,
+    chunk_tokens: int,
+    *,
+    temperature: float,
+    with_entropy: bool = False,
+) -> TokenLogp:
+    hidden, _ = network.apply(params, batch.tokens, batch.depth, batch.span)
+    return token_logp(
+        network,
+        params,
+        hidden,
+        batch=batch,
+        chunk_tokens=chunk_tokens,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+
+
+def _k3(log_ratio: jax.Array) -> jax.Array:
+    """exp(d) - d - 1, unbiased for the KL of samples' distribution to the other, never below 0."""
+    log_ratio = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def _mismatch(gap: jax.Array, is_trained: jax.Array) -> Sums:
+    """How far the trainer is from the sampler; `gap` is 0 where nothing is trained."""
+    off = jnp.abs(jnp.expm1(jnp.clip(gap, -MAX_LOG_RATIO, MAX_LOG_RATIO)))
+    return {
+        "ratio_min": jnp.exp(jnp.where(is_trained, gap, jnp.inf).min()),
+        "ratio_max": jnp.exp(jnp.where(is_trained, gap, -jnp.inf).max()),
+        "mismatch_mean": jnp.abs(gap).sum(),
+        "mismatch_kl": _k3(gap).sum(),
+        **{
+            f"mismatch_within_{percent:g}": (is_trained & (off <= percent / 100)).sum()
+            for percent in (0.1, 1, 5)
+        },
+    }
+
+
+def _check(cfg: PolicyLoss, batch: PolicyBatch, temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature = {temperature}: want above 0, for what was not drawn by chance has no "
+            "log-prob to train on."
+        )
+    if cfg.kl_coef and batch.ref_logp is None:
+        raise ValueError(
+            f"PolicyLoss.kl_coef = {cfg.kl_coef} and the batch has no ref_logp: want the log-probs "
+            "of a reference model. Compute them with make_logp, or set kl_coef to 0."
+        )
+
+
+def _parts(batch: TrieBatch, part_rows: int) -> int:
+    rows = batch.tokens.shape[0]
+    if part_rows < 1 or rows % part_rows:
+        raise ValueError(f"part_rows = {part_rows}: want a divisor of the batch's {rows} rows.")
+    return rows // part_rows
