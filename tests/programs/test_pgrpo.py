@@ -156,9 +156,8 @@ def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, mon
         "_rollouts",
         lambda self, problems, *rest: again.append(len(problems)) or sampled(self, problems, *rest),
     )
-    words = ["Pgrpo.steps=1", "Pgrpo.evaluation=None"]
-    assert pgrpo(trained, tmp_path, *words) == 0
-    assert again == []
+    assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
+    assert again == [3]  # the held-out problems of the evaluation, and no others
     first = records.open_records(tmp_path / "rollouts" / "000000.jsonl")
     assert [json.loads(line)["id"] for line in left] == [one.id for one in first]
     assert not (tmp_path / "rollouts" / ".000000.jsonl").exists()
