@@ -1,6 +1,7 @@
 """One process, eight virtual CPU devices, one table of tolerances; set before any JAX call."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,9 @@ import hypothesis
 import jax
 import pytest
 
+# Tests run the same programs again and again; each is compiled once for all of them.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="tw_jax_programs_")
+jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -40,6 +40,8 @@ _HOME = {
     "of_ids": "forkjoin.cost",
     "of_chain": "forkjoin.tries",
     "of_trajectory": "forkjoin.tries",
+    "of_group": "forkjoin.tries",
+    "Group": "forkjoin.tries",
     # tries and rows
     "Trie": "trie.tree",
     "build": "trie.tree",
@@ -48,7 +50,7 @@ _HOME = {
     "stack_rows": "trie.batch",
     "Packing": "trie.pack",
     "pack": "trie.pack",
-    # model, training, sampling
+    # model and training
     "attend": "attention.dispatch",
     "Model": "models.transformer",
     "network": "models.transformer",
@@ -56,6 +58,20 @@ _HOME = {
     "TrainState": "train.state",
     "make_step": "train.sft",
     "token_logp": "train.loss",
+    # rewards, advantages and the loss of P-GRPO; its step is `train.pgrpo.make_step`
+    "Reward": "tasks.reward",
+    "reward": "tasks.reward",
+    "totals": "tasks.reward",
+    "Aggregation": "train.groups",
+    "PolicyBatch": "train.groups",
+    "Scored": "train.groups",
+    "advantages": "train.groups",
+    "has_signal": "train.groups",
+    "pack_groups": "train.groups",
+    "PolicyLoss": "train.pgrpo",
+    "loss_sums": "train.pgrpo",
+    "make_logp": "train.pgrpo",
+    # sampling
     "Sampler": "sample.sampler",
     "make_sampler": "sample.sampler",
 }

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 import tw_jax.programs
 from tw_jax.config import describe, load, operative
 
@@ -88,6 +90,7 @@ def _dispatch(words: list[str]) -> int:
     workdir = getattr(cfg, "workdir", None)
     if workdir:
         _write_config(Path(workdir), verb, cfg)
+    _keep_programs()
     return program.run(cfg) or 0
 
 
@@ -152,6 +155,17 @@ def _help() -> str:
 
 
 # What a run leaves behind, and what an error says.
+
+
+def _keep_programs() -> None:
+    """Keeps compiled programs from run to run; JAX_COMPILATION_CACHE_DIR says where, '' nowhere.
+
+    A run that goes on, or that samples as another one did, then starts without compiling.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(caches / "tw_jax" / "xla"))
 
 
 def _write_config(workdir: Path, verb: str, cfg: object) -> None:

@@ -259,6 +259,18 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> N
         )
 
 
+def check_rows(tokenizer: Tokenizer, rows: int) -> None:
+    """Refuses a model whose embedding table has fewer rows than the tokenizer has ids.
+
+    Raises:
+      ValueError: so it is.
+    """
+    if rows < tokenizer.vocab_size:
+        raise ValueError(
+            f"Model.vocab_size = {rows}: want at least {tokenizer.vocab_size}, the tokenizer's ids."
+        )
+
+
 class _Backend(abc.ABC):
     """What the three share: facts about the vocabulary, and ways to be careful with text.
 

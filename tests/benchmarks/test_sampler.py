@@ -37,7 +37,7 @@ def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step", "sampler"])
+@pytest.mark.parametrize("name", ["step", "rows", "sampler"])
 def test_a_benchmark_runs_on_the_decoder(run, name, tolerance):
     _, found = run(name)
     assert found.get("recompiles", 0) == 0

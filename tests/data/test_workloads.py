@@ -56,6 +56,18 @@ def test_the_seed_decides():
     assert one.ids.tolist() != other.ids.tolist()
 
 
+def test_rollouts_share_their_prompt_and_nothing_else():
+    made = workloads.rollouts(SMALL, 4, count=3)
+    assert made[0].ids.tolist() == workloads.trajectory(SMALL, 4).ids.tolist()
+    assert len({one.ids[: SMALL.prompt].tobytes() for one in made}) == 1
+    assert len({one.ids[SMALL.prompt :][:10].tobytes() for one in made}) == 3
+
+
+def test_every_call_has_the_log_probs_that_p_grpo_needs():
+    (group,) = tries.of_group(workloads.rollouts(SMALL, 0, count=2))
+    assert (group.logp[group.call >= 0] < 0).all()
+
+
 def test_at_full_size_the_calls_have_about_seven_times_the_nodes():
     ratios, nodes = [], []
     for seed in range(8):

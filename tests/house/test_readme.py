@@ -11,6 +11,7 @@ PAGES = [
     "docs/architecture.md",
     "docs/contributing.md",
     "docs/decisions.md",
+    "docs/pgrpo.md",
     "docs/trie.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tw_jax import metrics
 from tw_jax.cli import main
 
 CONFIG = """
@@ -75,18 +76,79 @@ Evaluate.grader = @Grader()
 Evaluate.timed = 1
 Evaluate.training = '{folder}/sft'
 """
+# A model that knows nothing is never right: what varies within a group is its length.
+PGRPO = """
+Pgrpo.workdir = '{folder}/pgrpo'
+Pgrpo.steps = 3
+Pgrpo.save_every = 1
+Pgrpo.init = '{folder}/sft/checkpoints'
+Pgrpo.model = @Model()
+Pgrpo.tokenizer = @SentencePiece()
+Pgrpo.chat = @Chat()
+Pgrpo.forkjoin = @ForkJoin()
+Pgrpo.problems = '{folder}/data/train.jsonl'
+Pgrpo.prompts = 2
+Pgrpo.most_prompts = 4
+Pgrpo.rollouts = 2
+Pgrpo.sampler = @Sampler()
+Pgrpo.grader = @Grader()
+Pgrpo.reward = @Reward()
+Pgrpo.loss = @PolicyLoss()
+Pgrpo.aggregation = @Aggregation()
+Pgrpo.packing = @Packing()
+Pgrpo.optim = @Optim()
+Pgrpo.mesh = @Mesh()
+Pgrpo.evaluation = @Evaluation()
+ForkJoin.max_new = 40
+ForkJoin.max_thread = 10
+Evaluation.problems = '{folder}/data/held_out.jsonl'
+Evaluation.samples = 2
+Evaluation.temperature = 1.0
+Evaluation.every = 2
+Mesh.fsdp = 1
+Mesh.data = 8
+Sampler.rows = 16
+Sampler.max_prompt = 40
+Packing.rows = 8
+Packing.row_tokens = 256
+Optim.peak_lr = 1e-3
+Optim.schedule = 'constant'
+Reward.overlong = @SoftOverlong()
+SoftOverlong.limit_tokens = 60
+SoftOverlong.buffer_tokens = 60
+"""
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """The folder of a whole run, with its configs: make.gin, sft.gin, sample.gin, evaluate.gin."""
+def numbers():
+    """The lines of a run's folder without what time it took."""
+
+    def read(folder):
+        lines = metrics.read(folder / "metrics.jsonl")
+        return [{n: v for n, v in line.items() if "second" not in n} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A folder with the data of `make`, and with a config of each program, VERB.gin."""
     folder = tmp_path_factory.mktemp("runs")
     for name, text in (
         ("make", MAKE),
         ("sft", CONFIG + SFT),
         ("sample", CONFIG + SAMPLE),
         ("evaluate", CONFIG + SAMPLE + EVALUATE),
+        ("pgrpo", CONFIG + PGRPO),
     ):
         (folder / f"{name}.gin").write_text(text.format(folder=folder), encoding="utf-8")
-        assert main([name, str(folder / f"{name}.gin")]) == 0
+    assert main(["make", str(folder / "make.gin")]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(made):
+    """The same folder with what `sft`, `sample` and `evaluate` left there."""
+    for name in ("sft", "sample", "evaluate"):
+        assert main([name, str(made / f"{name}.gin")]) == 0
+    return made

@@ -1,9 +1,11 @@
 """`tw evaluate`: the summary says what the graded rollouts say."""
 
 import json
+import re
 
 import pytest
 
+from tw_jax.cli import main
 from tw_jax.data import records
 
 
@@ -44,3 +46,22 @@ def test_graded_lines_show_the_calls_of_each_rollout(runs, graded):
     for line in graded:
         calls = by_id[line["id"]].calls
         assert [drawn for _, drawn, _ in line["calls"]] == [len(c.sampled) for c in calls]
+
+
+def evaluate(runs, *words):
+    sets = [w for word in words for w in ("--set", word)]
+    return main(["evaluate", str(runs / "evaluate.gin"), *sets])
+
+
+def test_an_earlier_evaluation_stands_beside_the_new_one(runs, summary, tmp_path, capsys):
+    words = [f"Evaluate.workdir='{tmp_path}'", "Evaluate.timed=0"]
+    assert evaluate(runs, *words, f"Evaluate.before='{runs / 'graded'}'") == 0
+    after = json.loads((tmp_path / "summary.json").read_text())
+    assert after["before"] == summary
+    assert after["exact_match"] == summary["exact_match"], "the same rollouts, graded again"
+    assert re.search(r"longest path +[\d.]+ \[.*\] +[\d.]+ \[", capsys.readouterr().out)
+
+
+def test_an_earlier_evaluation_that_is_not_there_is_named(runs, tmp_path, capsys):
+    assert evaluate(runs, f"Evaluate.before='{tmp_path}'") == 2
+    assert "Run that evaluation first" in capsys.readouterr().err

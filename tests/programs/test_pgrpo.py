@@ -1,6 +1,9 @@
 """`tw pgrpo`: a run leaves what it should, goes on exactly, and survives groups without signal."""
 
 import json
+import math
+import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,66 +13,21 @@ from tw_jax import metrics
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
 from tw_jax.data import records
+from tw_jax.programs import pgrpo as program
+from tw_jax.tasks import grader
 
-PGRPO = """
-Model.vocab_size = 320
-Model.num_layers = 1
-Model.width = 32
-Model.mlp_width = 64
-Model.num_heads = 2
-Model.num_kv_heads = 1
-Model.head_width = 16
-Model.qk_norm = True
-Model.tie_embeddings = True
-Model.rope = @Rope()
-SentencePiece.path = '{folder}/data/tokenizer.model'
-Chat.template = 'plain'
-ForkJoin.max_threads = 3
-ForkJoin.max_new = 40
-ForkJoin.max_thread = 10
-Pgrpo.workdir = '{folder}/pgrpo'
-Pgrpo.steps = 3
-Pgrpo.save_every = 1
-Pgrpo.init = '{folder}/sft/checkpoints'
-Pgrpo.model = @Model()
-Pgrpo.tokenizer = @SentencePiece()
-Pgrpo.chat = @Chat()
-Pgrpo.forkjoin = @ForkJoin()
-Pgrpo.problems = '{folder}/data/train.jsonl'
-Pgrpo.prompts = 2
-Pgrpo.most_prompts = 4
-Pgrpo.rollouts = 2
-Pgrpo.sampler = @Sampler()
-Pgrpo.grader = @Grader()
-Pgrpo.reward = @Reward()
-Pgrpo.loss = @PolicyLoss()
-Pgrpo.aggregation = @Aggregation()
-Pgrpo.packing = @Packing()
-Pgrpo.optim = @Optim()
-Pgrpo.mesh = @Mesh()
-Pgrpo.evaluation = @Evaluation()
-Evaluation.problems = '{folder}/data/held_out.jsonl'
-Evaluation.samples = 2
-Evaluation.temperature = 1.0
-Evaluation.every = 2
-Mesh.fsdp = 1
-Mesh.data = 8
-Sampler.rows = 16
-Sampler.max_prompt = 40
-Packing.rows = 8
-Packing.row_tokens = 256
-Optim.peak_lr = 1e-3
-Optim.schedule = 'constant'
-Reward.overlong = @SoftOverlong()
-SoftOverlong.limit_tokens = 60
-SoftOverlong.buffer_tokens = 60
-"""
-# A model that knows nothing is never right: what varies within a group is its length.
+HANGS = r"3^{9999 \cdot 9999 \cdot 9}"
+"""A power that math-verify would write out, which takes minutes and gigabytes."""
+ROOT = Path(__file__).parents[2]
+OF_THE_LOOP = {
+    *("step", "wall_seconds", "steps_per_second", "tokens_per_second"),
+    *("data_seconds", "hook_seconds", "save_seconds"),
+}
+"""What `fit` writes whatever the algorithm."""
 
 
 @pytest.fixture(scope="module")
 def trained(runs):
-    (runs / "pgrpo.gin").write_text(PGRPO.format(folder=runs), encoding="utf-8")
     assert main(["pgrpo", str(runs / "pgrpo.gin"), "--debug"]) == 0
     return runs
 
@@ -81,12 +39,6 @@ def pgrpo(runs, folder, *words):
 
 def params(folder):
     return jax.tree.leaves(jax.device_get(restore_params(folder / "checkpoints")))
-
-
-def numbers(folder):
-    """The lines of a run without what time it took."""
-    lines = metrics.read(folder / "metrics.jsonl")
-    return [{n: v for n, v in line.items() if "second" not in n} for line in lines]
 
 
 def test_every_step_has_its_line(trained):
@@ -103,6 +55,13 @@ def test_every_step_has_its_line(trained):
     assert "eval_correct" in lines[1]
     assert "eval_pass_at_2" in lines[2]
     assert "eval_correct" not in lines[0]
+
+
+def test_every_number_of_a_line_is_explained(trained):
+    page = (ROOT / "docs" / "pgrpo.md").read_text(encoding="utf-8")
+    for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
+        own = {name for name in line if not name.startswith("eval_")} - OF_THE_LOOP
+        assert {name for name in own if f"`{name}`" not in page} == set()
 
 
 def test_every_rollout_is_kept_with_its_calls_log_probs_reward_and_advantage(trained):
@@ -124,7 +83,7 @@ def test_every_rollout_is_kept_with_its_calls_log_probs_reward_and_advantage(tra
             np.testing.assert_allclose(advantage, reward - reward.mean(), atol=1e-6)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, tmp_path, monkeypatch, numbers):
     from tw_jax.train import loop
 
     stops = iter([False, True, False])
@@ -136,8 +95,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, tmp_path, monke
         np.testing.assert_array_equal(a, b)
 
 
-def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, monkeypatch):
-    from tw_jax.programs import pgrpo as program
+@pytest.fixture
+def crashed(trained, tmp_path, monkeypatch):
+    """A run that crashed when the rollouts of its first step were drawn; what was kept of them."""
 
     def crash(*_, **__):
         raise RuntimeError("the power went out")
@@ -146,24 +106,116 @@ def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, mon
         patch.setattr(program, "pack_groups", crash)
         with pytest.raises(RuntimeError, match="power"):
             pgrpo(trained, tmp_path, "Pgrpo.steps=1")
-    left = (tmp_path / "rollouts" / ".000000.jsonl").read_text().splitlines()
-    assert len(left) >= 4
+    return tmp_path / "rollouts" / ".000000.jsonl"
 
-    sampled = program.Rollouts._rollouts
-    again = []
-    monkeypatch.setattr(
-        program.Rollouts,
-        "_rollouts",
-        lambda self, problems, *rest: again.append(len(problems)) or sampled(self, problems, *rest),
-    )
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """For how many problems rollouts were drawn, call by call."""
+    counts, draw = [], program.Rollouts._rollouts
+
+    def count(self, problems, *rest):
+        counts.append(len(problems))
+        return draw(self, problems, *rest)
+
+    monkeypatch.setattr(program.Rollouts, "_rollouts", count)
+    return counts
+
+
+def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, crashed, drawn):
+    left = crashed.read_text().splitlines()
+    assert len(left) >= 4
     assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
-    assert again == [3]  # the held-out problems of the evaluation, and no others
+    assert drawn == [3]  # the held-out problems of the evaluation, and no others
     first = records.open_records(tmp_path / "rollouts" / "000000.jsonl")
     assert [json.loads(line)["id"] for line in left] == [one.id for one in first]
-    assert not (tmp_path / "rollouts" / ".000000.jsonl").exists()
+    assert not crashed.exists()
+    assert same_first_batch(trained, tmp_path)
 
 
-def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path):
+def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, crashed, drawn):
+    crashed.write_bytes(crashed.read_bytes()[:-40])
+    with pytest.warns(UserWarning, match="the last line was cut short"):
+        assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
+    assert len(drawn) == 2  # the problems of the cut record, and those of the evaluation
+    assert same_first_batch(trained, tmp_path)
+
+
+def same_first_batch(trained, folder):
+    name = "rollouts/000000.jsonl"
+    return (folder / name).read_bytes() == (trained / "pgrpo" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def bad_days(runs, tmp_path_factory):
+    """A run and what befell it: in each step but the last, one rollout is bad in another way.
+
+    The answer of the first one keeps a worker busy beyond its deadline, so does that of the second
+    but its worker is killed, and the reward of the third is not a number.
+    """
+    folder = tmp_path_factory.mktemp("bad_days")
+    bad, killed = [], []
+    text, start, reward = program.Rollouts._text, grader._Worker._start, program.reward
+
+    def text_of(self, trajectory):
+        if len(bad) == self.get_state()["step"]:
+            bad.append(trajectory)
+        is_strange = any(trajectory is one for one in bad[:2])
+        return rf"</think>\boxed{{{HANGS}}}" if is_strange else text(self, trajectory)
+
+    def start_worker(self):
+        pipe, process = start(self), self._process
+
+        def kill():
+            killed.append(process.is_alive())
+            process.kill()  # as the kernel does when memory is short
+
+        if len(bad) == 2:
+            threading.Timer(0.2, kill).start()
+        return pipe
+
+    def reward_of(trajectory, *rest, **named):
+        parts = reward(trajectory, *rest, **named)
+        is_bad = len(bad) > 2 and trajectory is bad[2]
+        return parts._replace(correctness=math.nan) if is_bad else parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program.Rollouts, "_text", text_of)
+        patch.setattr(grader._Worker, "_start", start_worker)
+        patch.setattr(program, "reward", reward_of)
+        words = ["Pgrpo.steps=4", "Evaluation.every=4", "Grader.workers=1", "Grader.item_seconds=3"]
+        assert pgrpo(runs, folder, *words) == 0
+    return folder, killed
+
+
+def test_bad_days_stop_no_run(bad_days, numbers):
+    lines = numbers(bad_days[0])
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 0]
+    assert all(np.isfinite(leaf).all() for leaf in params(bad_days[0]))
+
+
+def test_a_grader_that_hangs_is_counted(bad_days, numbers):
+    assert [line["timeouts"] for line in numbers(bad_days[0])] == [1, 1, 0, 0]
+
+
+def test_a_worker_that_dies_is_counted(bad_days, numbers):
+    folder, killed = bad_days
+    assert killed == [True]
+    assert numbers(folder)[1]["timeouts"] == 1
+
+
+def test_a_reward_that_is_no_number_is_counted_and_its_group_teaches_nothing(bad_days, numbers):
+    folder, _ = bad_days
+    lines = numbers(folder)
+    assert [line["groups_not_finite"] for line in lines] == [0, 0, 1, 0]
+    assert all(np.isfinite(line["reward"]) for line in lines)
+    first, second, *others = records.read(folder / "rollouts" / "000002.jsonl")
+    assert [first.extra["advantage"], second.extra["advantage"]] == [0, 0]
+    assert any(one.extra["advantage"] for one in others)
+
+
+def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, numbers):
     words = ["Pgrpo.steps=1", "Reward.overlong='keep'", "Pgrpo.evaluation=None"]
     unused = ["SoftOverlong.limit_tokens", "SoftOverlong.buffer_tokens", "Evaluation"]
     text = (trained / "pgrpo.gin").read_text()
@@ -188,7 +240,10 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path):
         ("Pgrpo.most_prompts=1", "want at least Pgrpo.prompts = 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
         ("Packing.row_tokens=32", "want at most 32"),
-        ("Pgrpo.band=(0.99999999, 1.00000001)", "times the sampler's; want"),
+        ("Pgrpo.most_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
+        ("Evaluation.temperature=0.0", "or all samples are the same"),
+        ("Pgrpo.inner_steps=3", "want 1 to Pgrpo.prompts = 2"),
+        ("Packing.rows=4", "want a multiple of 8, the devices that rows are split over"),
     ],
 )
 def test_bad_settings_end_in_a_sentence(trained, tmp_path, capsys, word, sentence):

@@ -1,6 +1,9 @@
 """Rewards by hand: each part, each variant, and penalties that look at the whole group."""
 
 import dataclasses
+import itertools
+import types
+import typing
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from tw_jax.tasks.reward import (
     are_finite,
     length_penalty,
     reward,
+    summary,
     totals,
+    trains,
 )
 
 NOTHING = np.zeros(0, np.int32)
@@ -161,9 +166,64 @@ def test_totals_are_the_sums_of_the_parts():
     np.testing.assert_allclose(totals(groups, Reward()), [[1.1, -1.0]])
 
 
+def test_a_summary_leaves_out_what_is_no_number():
+    parts = [reward(made(10, 30), is_correct, Reward()) for is_correct in (True, False)]
+    groups, rewards = [parts, parts], np.array([[1.1, -1.0], [np.nan, -1.0]])
+    found = summary(groups, rewards)
+    assert found["reward"] == pytest.approx(0.05)
+    assert found["reward_std"] == pytest.approx(1.05)
+    assert found["correct"] == 0.5
+    assert (found["total_tokens"], found["longest_tokens"]) == (100, 90)
+    assert parts[0].told(np.nan)["reward"] is None
+    assert parts[0].told(1.1)["longest"] == 90
+
+
+def test_a_group_of_rollouts_that_are_all_left_out_trains_nothing():
+    cut = reward(made(10, finish="length"), False, Reward(overlong="filter"))
+    whole = reward(made(10), False, Reward(overlong="filter"))
+    assert trains([[cut, cut], [cut, whole]]).tolist() == [False, True]
+
+
 def test_groups_with_a_reward_that_is_no_number_are_found():
     rewards = np.array([[1, 2], [np.nan, 1], [np.inf, 1], [-np.inf, 0]])
     assert are_finite(rewards).tolist() == [True, False, False, False]
+
+
+# Choices.
+
+EXAMPLES = {
+    SoftOverlong: SoftOverlong(limit_tokens=100, buffer_tokens=40),
+    GroupLength: GroupLength(threshold=0.5, window_tokens=100),
+}
+
+
+def values(hint):
+    """What a field of this type may be set to, an example for each config; none for numbers."""
+    if typing.get_origin(hint) is typing.Literal:
+        return list(typing.get_args(hint))
+    if hint is types.NoneType:
+        return [None]
+    if hint in EXAMPLES:
+        return [EXAMPLES[hint]]
+    return [value for part in typing.get_args(hint) for value in values(part)]
+
+
+def test_m7_every_choice_of_the_reward_is_computed():
+    fields = {name: values(hint) for name, hint in typing.get_type_hints(Reward).items()}
+    fields = {name: found for name, found in fields.items() if found}
+    assert {name: len(found) for name, found in fields.items()} == {
+        "acceleration": 2,
+        "counted": 3,
+        "overlong": 3,
+        "group_length": 2,
+    }
+    tags = cost.tags_of(rollouts.TOKENIZER)
+    for chosen in itertools.product(*fields.values()):
+        cfg = Reward(**dict(zip(fields, chosen, strict=True)))
+        group = [reward(made(20, 20), right, cfg, tags=tags) for right in (True, False)]
+        got = totals([group], cfg)
+        assert np.isfinite(got).all(), cfg
+        assert got[0, 0] > got[0, 1], cfg
 
 
 # Refusals.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from rollouts import PROMPT_TOKENS, rollouts
@@ -16,6 +19,7 @@ from tw_jax.train.groups import (
     pack_groups,
     token_weights,
 )
+from tw_jax.train.loss import split_rows
 from tw_jax.trie.pack import Fill, Packing
 
 # Advantages.
@@ -203,12 +207,12 @@ def test_rows_hold_the_same_tokens_however_they_are_packed():
     cfg = Aggregation(mean="sequence_mean")
     scored = scored_groups()
     longest = max(len(one.group.trie) for one in scored)
-    tight = pack_groups(scored, cfg, packing=Packing(row_tokens=longest, rows=1), fill=Fill())
+    tight = pack_groups([scored], cfg, packing=Packing(row_tokens=longest, rows=1), fill=Fill())
     loose = pack_groups(
-        scored[::-1], cfg, packing=Packing(row_tokens=3 * longest, rows=3), fill=Fill()
+        [scored[::-1]], cfg, packing=Packing(row_tokens=3 * longest, rows=3), fill=Fill()
     )
     cut = pack_groups(
-        scored_groups(most_tokens=200), cfg, packing=Packing(row_tokens=longest, rows=1),
+        [scored_groups(most_tokens=200)], cfg, packing=Packing(row_tokens=longest, rows=1),
         fill=Fill(),
     )  # fmt: skip
     assert len(tight.advantage) != len(loose.advantage)
@@ -220,7 +224,7 @@ def test_rows_hold_the_same_tokens_however_they_are_packed():
 def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
     scored = scored_groups(most_tokens=200)
     packing = Packing(row_tokens=400, rows=1)
-    batch = pack_groups(scored, Aggregation(), packing=packing, fill=Fill())
+    batch = pack_groups([scored], Aggregation(), packing=packing, fill=Fill())
     owners = {}
     for b, row in enumerate(batch.rollout):
         trained = batch.trie.weight[b] > 0
@@ -232,28 +236,61 @@ def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
     assert len(owners) == len(set(owners.values())) == 12
 
 
-def test_the_batch_has_a_multiple_of_the_rows_and_at_least_one():
+def test_a_batch_has_a_power_of_two_of_parts_and_fills_the_first_ones():
     scored, fill = scored_groups(), Fill()
-    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored), rows=3)
-    batch = pack_groups(scored, Aggregation(), packing=packing, fill=fill)
-    assert len(batch.advantage) % 3 == 0
-    assert len(batch.advantage) - fill.rows < 3
-    assert fill.used_tokens == sum(len(one.group.trie) for one in scored)
-    empty = pack_groups([], Aggregation(), packing=packing, fill=Fill())
+    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored), rows=1)
+    batch = pack_groups([scored[:3]], Aggregation(), packing=packing, fill=fill)
+    assert fill.rows == 3
+    assert fill.used_tokens == sum(len(one.group.trie) for one in scored[:3])
+    assert batch.trie.weight.any(axis=1).tolist() == [True, True, True, False]
+    packing = dataclasses.replace(packing, rows=3)
+    batch = pack_groups([scored], Aggregation(), packing=packing, fill=Fill())
+    parts = split_rows(batch, 2).trie.weight.any(axis=2)
+    assert parts.tolist() == [[True, True, True], [True, False, False]]
+    empty = pack_groups([[]], Aggregation(), packing=packing, fill=Fill())
     assert empty.advantage.shape == (3, packing.row_tokens)
     assert not empty.trie.weight.any()
+
+
+def test_each_inner_step_is_the_batch_of_its_groups_alone():
+    scored, cfg = scored_groups(), Aggregation()
+    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored), rows=1)
+    both = pack_groups([scored[:3], scored[3:]], cfg, packing=packing, fill=Fill())
+    for number, groups in enumerate([scored[:3], scored[3:]]):
+        alone = pack_groups([groups], cfg, packing=packing, fill=Fill())
+        here = jax.tree.map(lambda x, n=number: x[n], split_rows(both, 2))
+        assert contents(here) == contents(alone)
 
 
 def test_a_group_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="want at most 20"):
         pack_groups(
-            scored_groups(), Aggregation(), packing=Packing(row_tokens=20, rows=1), fill=Fill()
+            [scored_groups()], Aggregation(), packing=Packing(row_tokens=20, rows=1), fill=Fill()
         )
+
+
+def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(tolerance):
+    reward = np.array([[1.1, -1.0, -1.0], [1.0, 1.05, -1.0]])
+    want = advantages(reward)
+    groups = [of_group(rollouts(seed=p, count=3))[0] for p in range(2)]
+    scored = [Scored(group, row) for group, row in zip(groups, want, strict=True)]
+    longest = max(len(group.trie) for group in groups)
+    for rows in (1, 7):
+        packing = Packing(row_tokens=longest, rows=rows)
+        batch = pack_groups([scored], Aggregation(), packing=packing, fill=Fill())
+        assert len(batch.advantage) == max(2, rows)
+        trained = np.argwhere(batch.trie.weight > 0)
+        found = {
+            (int(b), int(batch.rollout[b, node])): float(batch.advantage[b, node])
+            for b, node in trained
+        }
+        assert sorted(found.values()) == sorted(want.ravel().tolist())
+        assert sum(found.values()) == pytest.approx(0, abs=tolerance["rounding"])
 
 
 def test_prompts_and_padding_carry_no_advantage():
     batch = pack_groups(
-        scored_groups(), Aggregation(), packing=Packing(row_tokens=900, rows=1), fill=Fill()
+        [scored_groups()], Aggregation(), packing=Packing(row_tokens=900, rows=1), fill=Fill()
     )
     assert (batch.trie.weight[:, :PROMPT_TOKENS] == 0).all()
     assert (batch.advantage[batch.trie.weight == 0] == 0).all()

@@ -265,7 +265,7 @@ def test_extremes_are_combined_over_parts_and_all_else_adds_up():
         batch,
         accumulation_steps=2,
         axes={"x": ()},
-        extremes={"most": jnp.max, "least": jnp.min},
+        extremes={"most": (jnp.maximum, -jnp.inf), "least": (jnp.minimum, jnp.inf)},
     )
     assert {k: float(v) for k, v in summed[2].items()} == {"most": 5, "least": -1, "n": 4}
     assert float(summed[1]) == float(summed[0]["x"]) == 9

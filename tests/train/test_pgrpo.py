@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import path_network
+from house.sources import ROOT
 from rollouts import rollouts, with_logp
 from train import stub
 
@@ -38,11 +39,11 @@ def fresh():
 
 
 @functools.cache
-def step_of(cfg=NO_CORRECTION, part_rows=2, temperature=1.0):
+def step_of(cfg=NO_CORRECTION, part_rows=2, temperature=1.0, inner_steps=1):
     return jax.jit(
         make_step(
             NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=temperature,
-            part_rows=part_rows,
+            part_rows=part_rows, inner_steps=inner_steps,
         )
     )  # fmt: skip
 
@@ -64,7 +65,7 @@ def scored(prompts=2, count=3, seed=0):
 
 def packed(groups, row_tokens=512, rows=2, mean="token"):
     packing = Packing(row_tokens=row_tokens, rows=rows)
-    return pack_groups(groups, Aggregation(mean=mean), packing=packing, fill=Fill())
+    return pack_groups([groups], Aggregation(mean=mean), packing=packing, fill=Fill())
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,24 @@ def test_an_inner_step_from_the_same_parameters_is_the_on_policy_step(batch, tol
     assert float(got[1]["update_kl"]) == pytest.approx(0, abs=tolerance["module"])
 
 
+@pytest.mark.parametrize(("inner_steps", "runs"), [(1, 2), (2, 2 + 2)])
+def test_p6_an_on_policy_step_runs_each_part_through_the_model_once(batch, inner_steps, runs):
+    """Two rows, one at a time; two updates also need what both rows were like before them."""
+    ran = []
+
+    def apply(*args):
+        jax.debug.callback(lambda: ran.append(1))
+        return NETWORK.apply(*args)
+
+    step = make_step(
+        NETWORK._replace(apply=apply), OPTIM, PolicyLoss(), steps=50, chunk_tokens=64,
+        temperature=1.0, part_rows=1, inner_steps=inner_steps,
+    )  # fmt: skip
+    jax.block_until_ready(jax.jit(step)(fresh(), batch))
+    jax.effects_barrier()
+    assert len(ran) == runs
+
+
 def test_inner_steps_move_away_clip_more_and_do_not_touch_the_mismatch(batch):
     batch = batch.replace(old_logp=logp_of()(PARAMS, batch.trie))
     state, step, lines = fresh(), step_of(PolicyLoss()), []
@@ -267,6 +286,49 @@ def test_inner_steps_move_away_clip_more_and_do_not_touch_the_mismatch(batch):
     assert lines[-1]["loss"] < lines[0]["loss"]
     for name in ("ratio_min", "ratio_max", "mismatch_kl", "importance_mean"):
         assert lines[0][name] == lines[-1][name]
+
+
+def test_inner_steps_in_one_program_are_updates_one_after_another(tolerance):
+    first, second = scored(prompts=2), scored(prompts=4, seed=1)
+    packing = Packing(row_tokens=384, rows=2)
+    batch = pack_groups([first, second], Aggregation(), packing=packing, fill=Fill())
+    got, metrics = step_of(PolicyLoss(), inner_steps=2)(fresh(), batch)
+    want, lines = fresh(), []
+    for groups in (first, second):
+        alone = packed(groups, row_tokens=384)
+        alone = alone.replace(old_logp=logp_of()(PARAMS, alone.trie))
+        want, line = step_of(PolicyLoss())(want, alone)
+        lines.append({name: float(value) for name, value in line.items()})
+    assert distance(got.opt_state, want.opt_state) < tolerance["equality_gradient"]
+    assert distance(got.params, want.params) < tolerance["equality_gradient"]
+    assert int(got.step) == 1
+    combine = {"tokens": sum, "ratio_min": min, "ratio_max": max}
+    assert set(metrics) == set(lines[0])
+    for name, value in metrics.items():
+        found = combine.get(name, np.mean)([line[name] for line in lines])
+        assert float(value) == pytest.approx(found, rel=tolerance["model"], abs=1e-6), name
+    assert lines[0]["update_kl"] != 0 or lines[1]["update_kl"] != 0
+
+
+def test_parts_without_a_trained_token_are_not_run(batch):
+    """A program that ran them would return the NaN of their hidden states."""
+    poison = NETWORK._replace(
+        apply=lambda params, tokens, *rest: jax.tree.map(
+            lambda x: jnp.where((tokens == 39).any(), jnp.nan, x),
+            NETWORK.apply(params, tokens, *rest),
+        )
+    )
+    more = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
+    more.trie.tokens[2:] = 39
+    order = [0, 2, 1, 3]  # strided: parts are rows 0 and 2, 1 and 3
+    more = jax.tree.map(lambda x: x[order], more)
+    step = make_step(
+        poison, OPTIM, NO_CORRECTION, steps=50, chunk_tokens=64, temperature=1.0, part_rows=2
+    )
+    got, want = jax.jit(step)(fresh(), more)[1], step_of()(fresh(), batch)[1]
+    assert float(got["loss"]) == float(want["loss"])
+    logp = make_logp(poison, chunk_tokens=64, temperature=1.0, part_rows=2)
+    assert np.isfinite(jax.jit(logp)(PARAMS, more.trie)).all()
 
 
 def test_steps_make_good_rollouts_likelier_than_bad_ones(batch):
@@ -340,8 +402,8 @@ def test_the_mismatch_is_told_as_range_shares_and_kl(tolerance):
     )
     assert set(off) == set(gaps)
     batch = packed(groups, row_tokens=max(len(one.group.trie) for one in groups), rows=1)
-    assert len(batch.advantage) == 3
-    for part_rows in (1, 3):
+    assert len(batch.advantage) == 4, "three rows, and an empty one that is never run"
+    for part_rows in (1, 2, 4):
         metrics = step_of(PolicyLoss(), part_rows=part_rows)(fresh(), batch)[1]
         ratio = np.exp(gaps)
         want = {
@@ -388,10 +450,19 @@ def test_terms_that_are_off_are_not_computed(batch):
         *("clipped_high", "clipped_low", "clipped_dual"),
         *("ratio_min", "ratio_max", "mismatch_mean", "mismatch_kl"),
         *("mismatch_within_0.1", "mismatch_within_1", "mismatch_within_5"),
-        *("grad_norm", "param_norm", "lr", "skipped"),
+        *("grad_norm", "param_norm", "lr", "skipped", "entropy"),
     }
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
-    assert "entropy" in step_of(PolicyLoss(report_entropy=True))(fresh(), batch)[1]
+
+
+def test_item_35_the_page_lists_the_metrics_of_a_step_and_no_others(batch):
+    page = (ROOT / "docs" / "pgrpo.md").read_text(encoding="utf-8")
+    table = page.partition("### Of the update\n")[2].partition("\n#")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    told = [name for first in firsts for name in re.findall(r"`([^`]+)`", first)]
+    step = step_of(PolicyLoss())
+    metrics = step(fresh(), batch.replace(ref_logp=batch.sampler_logp))[1]
+    assert sorted(told) == sorted(metrics)
 
 
 # On a mesh.

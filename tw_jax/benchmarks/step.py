@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +20,15 @@ from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.models.transformer import Model, network
 from tw_jax.train import sft
-from tw_jax.train.loss import accumulate
-from tw_jax.train.state import Optim, create
+from tw_jax.train.loss import Objective
+from tw_jax.train.state import Optim, Step, create
 from tw_jax.trie import pack
 from tw_jax.trie.batch import TrieBatch, stack_rows
-from tw_jax.trie.tree import build
+from tw_jax.trie.tree import Trie, build
 
-_CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 1024
+OPTIM = Optim(peak_lr=1e-4, schedule="constant")
+STEPS = 100
 
 
 def run(case: StepCase) -> Report:
@@ -38,14 +41,15 @@ def run(case: StepCase) -> Report:
     memory traffic, which the second leaves out at the price of computing everything twice.
     """
     made = workloads.trajectory(case.shape, case.seed)
-    trie, rows = tries.of_trajectory(made), _of_calls(made)
+    trie, rows = tries.of_trajectory(made), chains([made])
     batches = {
         "trie": stack_rows([[trie]], len(trie)),
         "rows": stack_rows([rows], trie.source_tokens),
     }
     net = network(case.model)
     params = net.init(jax.random.key(0))
-    loss_diff, gradient_diff = _difference(net, params, batches)
+    objective = functools.partial(sft.nll_sums, net, chunk_tokens=CHUNK_TOKENS)
+    loss_diff, gradient_diff = difference(objective, params, batches)
     times = interleave({n: trainer(net, params, b) for n, b in batches.items()}, case.repeats)
 
     dense_nodes = min(case.dense_nodes, len(trie))
@@ -100,21 +104,25 @@ def _model(model: Model, attention: str, remat: str) -> Network:
     return network(dataclasses.replace(model, **changed))
 
 
-def _of_calls(made: Trajectory) -> list[Any]:
-    """A chain for each call: its context and what was sampled, which alone has weight."""
-    chains = []
-    for call in made.calls:
+def chains(rollouts: Sequence[Trajectory]) -> list[Trie]:
+    """One for each call: its context and what was sampled, which alone has weight."""
+    made = []
+    for call in (call for rollout in rollouts for call in rollout.calls):
         weight = np.repeat(np.array([0, 1], np.float32), [len(call.context), len(call.sampled)])
-        chains.append(build([np.concatenate([call.context, call.sampled])], [weight]))
-    return chains
+        made.append(build([np.concatenate([call.context, call.sampled])], [weight]))
+    return made
 
 
 def trainer(net: Network, params: Params, batch: TrieBatch) -> Callable[[Any], Any]:
-    """An SFT run: each call takes a step, from the state that the one before left."""
-    optim = Optim(peak_lr=1e-4, schedule="constant")
-    pure = sft.make_step(net, optim, steps=100, chunk_tokens=_CHUNK_TOKENS)
+    """An SFT run on one batch, see `repeated`."""
+    pure = sft.make_step(net, OPTIM, steps=STEPS, chunk_tokens=CHUNK_TOKENS)
+    return repeated(pure, params, batch)
+
+
+def repeated(pure: Step, params: Params, batch: Any) -> Callable[[Any], Any]:
+    """A run of `OPTIM`: each call takes a step, from the state that the one before left."""
     # The state is donated, and params are used again.
-    state = create(jax.tree.map(jnp.copy, params), optim, key=jax.random.key(0))
+    state = create(jax.tree.map(jnp.copy, params), OPTIM, key=jax.random.key(0))
     batch = jax.device_put(batch)
     step = jax.jit(pure, donate_argnums=0).lower(state, batch).compile()
 
@@ -126,23 +134,17 @@ def trainer(net: Network, params: Params, batch: TrieBatch) -> Callable[[Any], A
     return take
 
 
-def _difference(
-    net: Network, params: Params, batches: Mapping[str, TrieBatch]
+def difference(
+    objective: Objective, params: Params, batches: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """Relative difference of the loss, and relative L2 of the gradient, of trie and rows."""
-
-    def summed(params: Params, batch: TrieBatch) -> Any:
-        def objective(params: Params, part: TrieBatch) -> Any:
-            return sft.nll_sums(net, params, part, chunk_tokens=_CHUNK_TOKENS)
-
-        return accumulate(objective, params, batch, accumulation_steps=1, axes=net.axes())
-
+    """Relative difference of the loss, and relative L2 of the gradient, of "trie" to "rows"."""
     with jax.default_matmul_precision("highest"):
-        (g_trie, loss, _), (g_rows, want, _) = (
-            jax.device_get(jax.jit(summed)(params, batches[name])) for name in ("trie", "rows")
+        summed = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        ((loss, _), gradient), ((want, _), want_gradient) = (
+            jax.device_get(summed(params, batches[name])) for name in ("trie", "rows")
         )
     squares = [
         sum(float(np.square(leaf.astype(np.float64)).sum()) for leaf in jax.tree.leaves(tree))
-        for tree in (jax.tree.map(lambda a, b: a - b, g_trie, g_rows), g_rows)
+        for tree in (jax.tree.map(np.subtract, gradient, want_gradient), want_gradient)
     ]
     return float(abs(loss - want) / abs(want)), (squares[0] / squares[1]) ** 0.5

@@ -15,10 +15,10 @@ import numpy as np
 
 from tw_jax.config import config
 from tw_jax.data.records import Example, Record, Rollout, open_records
-from tw_jax.forkjoin.calls import Hit, Trajectory
+from tw_jax.data.stored import trajectory_of
+from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.grammar import GrammarError, parse
-from tw_jax.forkjoin.protocol import Result
-from tw_jax.forkjoin.replay import RecordError, ReplayError, rebuild, replay
+from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.forkjoin.tries import of_chain, of_trajectory
 from tw_jax.tokenizer import Chat, Tokenizer, check_ids
@@ -101,9 +101,8 @@ class Builder:
         check_ids(record.prompt, size, where)
         for call in record.calls:
             check_ids(call.sampled, size, where)
-        calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in record.calls]
         try:
-            return rebuild(self._protocol, record.prompt, calls)
+            return trajectory_of(self._protocol, record)
         except RecordError as error:
             raise ValueError(f"{where}: {error}") from error
 

@@ -23,6 +23,8 @@ from tw_jax.tokenizer import Bytes, load_tokenizer
 
 _BYTES = 256
 """Ids below are bytes of text, those above control tokens and ends of sequence."""
+_EVEN_LOGP = -np.log(_BYTES)
+"""Nats of each of them, all equally likely."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,18 +88,29 @@ def outlines(rng: np.random.Generator, threads: int, length: int) -> np.ndarray:
 
 
 def trajectory(shape: Shape, seed: int) -> Trajectory:
-    """A rollout of this shape: the protocol's calls around random text.
+    """A rollout of this shape, see `rollouts`."""
+    return rollouts(shape, seed, count=1)[0]
+
+
+def rollouts(shape: Shape, seed: int, *, count: int) -> list[Trajectory]:
+    """Rollouts of one prompt: the protocol's calls around random text.
+
+    Recorded log-probs are about those of bytes drawn evenly.
 
     Args:
-      shape: its lengths; the joined path must fit `ForkJoin`'s default limits.
-      seed: lengths and ids follow from it.
+      shape: their lengths; each joined path must fit `ForkJoin`'s default limits.
+      seed: lengths, ids and log-probs follow from it.
+      count: K.
     """
     rng = np.random.default_rng(seed)
+    prompt = text(rng, shape.prompt)
+    return [_rollout(rng, shape, prompt) for _ in range(count)]
 
+
+def _rollout(rng: np.random.Generator, shape: Shape, prompt: np.ndarray) -> Trajectory:
     def length(least: int, most: int) -> int:
         return int(rng.integers(least, most, endpoint=True))
 
-    prompt = text(rng, shape.prompt)
     drawn = []
     for _ in range(shape.blocks):
         threads = length(*shape.threads)
@@ -106,7 +119,10 @@ def trajectory(shape: Shape, seed: int) -> Trajectory:
         for _ in range(threads):
             drawn.append(np.append(text(rng, length(*shape.thread) - 1), table().end_thread))
     drawn.append(np.append(text(rng, length(*shape.sequential)), table().eos[0]))
-    calls = [Result(sampled.astype(np.int32)) for sampled in drawn]
+    calls = [
+        Result(ids.astype(np.int32), rng.normal(_EVEN_LOGP, 0.25, len(ids)).astype(np.float32))
+        for ids in drawn
+    ]
     return rebuild(ThreadWeaver(table(), ForkJoin()), prompt, calls)
 
 
@@ -145,6 +161,25 @@ class StepCase:
     dense_nodes: int
     full_shape: Shape
     full_seeds: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsCase:
+    """`tw bench rows`.
+
+    Attributes:
+      shape: of each rollout that the step trains on.
+      seed: of the rollouts and of what they are worth.
+      rollouts: K, all of one prompt.
+      model: the decoder.
+      repeats: measured rounds.
+    """
+
+    shape: Shape
+    seed: int
+    rollouts: int
+    model: Model
     repeats: int
 
 
@@ -227,6 +262,14 @@ STEP = StepCase(
     full_seeds=16,
     repeats=3,
 )
+ROWS = RowsCase(
+    shape=Shape().scaled(0.075),
+    seed=0,
+    rollouts=4,
+    # Half the layers, and only products are kept: one row holds every call of four rollouts.
+    model=dataclasses.replace(SMALL, num_layers=4, remat="dots"),
+    repeats=3,
+)
 SAMPLER = SamplerCase(
     model=SMALL,
     prefixes=(1000, 8000),
@@ -251,6 +294,7 @@ TINY_TRIE = TrieCase(shape=TINY, seed=0, repeats=2)
 TINY_STEP = StepCase(
     shape=TINY, seed=0, model=MINUTE, dense_nodes=96, full_shape=TINY, full_seeds=2, repeats=2
 )
+TINY_ROWS = RowsCase(shape=TINY, seed=0, rollouts=2, model=MINUTE, repeats=1)
 TINY_PARITY = ParityCase(
     tries=(CutTrie(shape=TINY, seed=0, nodes=64), CutTrie(shape=TINY, seed=0, nodes=96)),
     model=dataclasses.replace(MINUTE, remat="attention"),

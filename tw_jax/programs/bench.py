@@ -1,4 +1,4 @@
-"""`tw bench`: times tries, the train step, the sampler, each against what it replaces.
+"""`tw bench`: times tries, the train steps, the sampler, each against what it replaces.
 
 A bar is a number that this code is expected to reach on two quiet cores; a missed one is printed
 and is no error, for machines differ. The sizes are in `data/workloads.py`, the runs in
@@ -28,6 +28,7 @@ from tw_jax.data import workloads
 CASES = {
     "trie": workloads.TRIE,
     "step": workloads.STEP,
+    "rows": workloads.ROWS,
     "sampler": workloads.SAMPLER,
     "parity": workloads.PARITY,
 }

@@ -20,10 +20,9 @@ import numpy as np
 
 from tw_jax.config import config
 from tw_jax.data import records
+from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin import cost, grammar
-from tw_jax.forkjoin.calls import Hit, Trajectory
-from tw_jax.forkjoin.protocol import Result
-from tw_jax.forkjoin.replay import rebuild
+from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.programs import sample
 from tw_jax.programs.sample import Loaded, Sample
@@ -44,6 +43,8 @@ class Evaluate:
       prompt_in_cost: counts prompt tokens in totals and longest paths, as the reference does.
       timed: trajectories whose decoding is timed; 0 leaves wall clock out.
       training: folder of the training run, whose packing is quoted in the summary; None for none.
+      before: folder of an evaluation of the same problems to compare with, whose summary is quoted
+        as "before"; None for none.
     """
 
     workdir: str
@@ -52,16 +53,18 @@ class Evaluate:
     prompt_in_cost: bool = False
     timed: int = 8
     training: str | None = None
+    before: str | None = None
 
 
 def run(cfg: Evaluate) -> None:
     """Samples, grades, times, prints a table and writes `summary.json`."""
     began = time.monotonic()
+    before = None if cfg.before is None else _summary_of(cfg.before)
     loaded = sample.load(cfg.sample)
     for _ in sample.rollouts(cfg.sample, loaded):
         pass
     found = [r for r in _wanted(cfg) if isinstance(r, records.Rollout)]
-    trajectories = [rebuilt(loaded.sampler.protocol, rollout) for rollout in found]
+    trajectories = [trajectory_of(loaded.sampler.protocol, rollout) for rollout in found]
     with GraderPool(cfg.grader) as pool:
         verdicts = pool.grade_all((rollout.text, rollout.answer) for rollout in found)
     summary = summarise(cfg, found, trajectories, verdicts, loaded)
@@ -69,17 +72,13 @@ def run(cfg: Evaluate) -> None:
         summary |= wall_clock(loaded, trajectories[: cfg.timed])
     if cfg.training is not None:
         summary |= json.loads((Path(cfg.training) / "packing.json").read_text())
+    if before is not None:
+        summary["before"] = before
     summary["evaluate_seconds"] = time.monotonic() - began
     summary["seconds"] = summary.get("train_seconds", 0.0) + summary["evaluate_seconds"]
     costs = costs_of(cfg, trajectories, loaded.tokenizer)
     _write(Path(cfg.workdir), summary, found, trajectories, verdicts, costs)
     _print(summary)
-
-
-def rebuilt(protocol: ThreadWeaver, rollout: records.Rollout) -> Trajectory:
-    """The trajectory of a stored rollout."""
-    calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in rollout.calls]
-    return rebuild(protocol, rollout.prompt, calls)
 
 
 def costs_of(
@@ -254,22 +253,43 @@ def _write(
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
+def _summary_of(folder: str) -> dict[str, Any]:
+    """The figures of an earlier evaluation.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file, and Evaluate.before = {folder!r} names it. Run that evaluation "
+            "first, or leave Evaluate.before out."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _print(summary: dict[str, Any]) -> None:
-    low, high = summary["exact_match_interval"]
-    rows = [
-        ("exact match", f"{summary['exact_match']:.3f}   [{low:.3f}, {high:.3f}]"),
-        ("format correct", f"{summary['format_correct']:.3f}"),
-        ("total tokens", f"{summary['total_tokens']:.1f}"),
-        ("longest path", f"{summary['longest_tokens']:.1f}"),
-        ("longest / total", f"{summary['latency_ratio']:.3f}"),
-        ("threads per block", f"{summary['threads_per_block']:.2f}"),
-    ]
-    for name, label in (
-        ("wall_ratio", "wall clock, threads / one lane"),
-        ("rows_filled", "rows filled in training"),
-        ("token_sharing", "tokens saved by sharing"),
+    columns = [summary] if "before" not in summary else [summary["before"], summary]
+    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each:")
+    if len(columns) > 1:
+        print(f"  {'':32}{'before':24}after")
+    for name, label, spec in (
+        ("exact_match", "exact match", ".3f"),
+        ("format_correct", "format correct", ".3f"),
+        ("total_tokens", "total tokens", ".1f"),
+        ("longest_tokens", "longest path", ".1f"),
+        ("latency_ratio", "longest / total", ".3f"),
+        ("threads_per_block", "threads per block", ".2f"),
+        ("wall_ratio", "wall clock, threads / one lane", ".3f"),
+        ("rows_filled", "rows filled in training", ".3f"),
+        ("token_sharing", "tokens saved by sharing", ".3f"),
     ):
         if name in summary:
-            rows.append((label, f"{summary[name]:.3f}"))
-    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each:")
-    print("\n".join(f"  {label:32}{value}" for label, value in rows))
+            shown = "".join(f"{_shown(column, name, spec):24}" for column in columns)
+            print(f"  {label:32}{shown}".rstrip())
+
+
+def _shown(summary: dict[str, Any], name: str, spec: str) -> str:
+    value = f"{summary[name]:{spec}}" if name in summary else "-"
+    low_high = summary.get(f"{name}_interval")
+    return value if low_high is None else f"{value} [{', '.join(f'{x:{spec}}' for x in low_high)}]"

@@ -1,13 +1,13 @@
 """`tw pgrpo`: reinforces a model by its own fork-join rollouts, on packed tries.
 
 A step draws prompts, samples a group of rollouts for each with the current parameters, grades and
-rewards them, packs each group into a trie from the very ids that were drawn, and updates once.
+rewards them, packs each group into a trie from the very ids that were drawn, and updates.
 Sampler and trainer read the same arrays. Run the same command again to go on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
 import warnings
 from collections import Counter
@@ -21,12 +21,11 @@ import numpy as np
 from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
-from tw_jax.contracts import Params
+from tw_jax.contracts import Network, Params
 from tw_jax.data import records
-from tw_jax.forkjoin.calls import Hit, Trajectory
+from tw_jax.data.stored import problem_of, trajectory_of
+from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
-from tw_jax.forkjoin.protocol import Result
-from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import of_group
 from tw_jax.metrics import Metrics
@@ -36,8 +35,16 @@ from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool
-from tw_jax.tasks.reward import Parts, Reward, are_finite, reward, totals
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
+from tw_jax.tasks.reward import CUT, Parts, Reward, are_finite, reward, summary, totals, trains
+from tw_jax.tokenizer import (
+    Bytes,
+    Chat,
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    check_rows,
+    load_tokenizer,
+)
 from tw_jax.train.groups import (
     Aggregation,
     PolicyBatch,
@@ -47,7 +54,7 @@ from tw_jax.train.groups import (
     pack_groups,
 )
 from tw_jax.train.loop import fit, resume
-from tw_jax.train.pgrpo import PolicyLoss, make_step
+from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step
 from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
 from tw_jax.trie.pack import Fill, Packing
 
@@ -75,6 +82,11 @@ class Evaluation:
         for name in ("count", "samples", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
+        if self.samples > 1 and self.temperature <= 0:
+            raise ValueError(
+                f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
+                f"{self.temperature}: want a temperature above 0, or all samples are the same."
+            )
 
 
 @config
@@ -83,17 +95,18 @@ class Pgrpo:
 
     Attributes:
       workdir: checkpoints, metrics, config and `rollouts/` go here.
-      steps: optimiser steps of the whole run.
+      steps: draws of the whole run, each followed by `inner_steps` updates.
       init: folder of checkpoints whose newest parameters the run begins with.
       model: the model; its vocabulary holds the tokenizer's.
       tokenizer: text to ids.
       chat: how a question becomes a prompt.
       forkjoin: limits of fork and join.
       problems: a file of problems or examples; drawn in an order of the seed, again and again.
-      prompts: groups of a step that have signal.
+      prompts: groups with signal that a step trains on.
       rollouts: K, rollouts of a group.
-      most_prompts: prompts that a step draws at most to find its groups; groups whose rewards are
-        all equal teach nothing and are drawn anew.
+      most_prompts: prompts that a step draws at most to find its groups, as many at a time as the
+        sampler has rows for; groups whose rewards are all equal teach nothing.
+      inner_steps: updates of a step, each with its share of the groups; 1 is on-policy.
       sampler: rows, temperature and seed; `rollouts` divides its rows.
       grader: how answers are judged.
       reward: what a rollout earns.
@@ -102,8 +115,8 @@ class Pgrpo:
       aggregation: how tokens are averaged.
       packing: rows run at a time, and their length.
       optim: optimiser and schedule.
-      band: least and largest ratio of trainer's to sampler's probability of a token; a step that
-        leaves it stops the run.
+      most_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
+        that has more stops the run.
       evaluation: held-out problems; None evaluates nothing.
       mesh: devices.
       rules: which logical axis is split over which axis of the mesh.
@@ -131,8 +144,9 @@ class Pgrpo:
     aggregation: Aggregation
     packing: Packing
     optim: Optim
+    inner_steps: int = 1
     normalise: Literal["mean", "std"] = "mean"
-    band: tuple[float, float] = (0.5, 2.0)
+    most_mismatch: float = 0.01
     evaluation: Evaluation | None = None
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
@@ -156,6 +170,11 @@ class Pgrpo:
                 f"Pgrpo.most_prompts = {self.most_prompts}: want at least Pgrpo.prompts = "
                 f"{self.prompts}."
             )
+        if not 1 <= self.inner_steps <= self.prompts:
+            raise ValueError(
+                f"Pgrpo.inner_steps = {self.inner_steps}: want 1 to Pgrpo.prompts = "
+                f"{self.prompts}, for each update needs a group."
+            )
         if self.sampler.rows % self.rollouts:
             raise ValueError(
                 f"Sampler.rows = {self.sampler.rows}: want a multiple of Pgrpo.rollouts = "
@@ -173,8 +192,10 @@ class Pgrpo:
                 f"Sampler.rows = {self.sampler.rows}: want a multiple of Evaluation.samples = "
                 f"{samples}."
             )
-        if not self.band[0] < 1 < self.band[1]:
-            raise ValueError(f"Pgrpo.band = {self.band}: want numbers below and above 1.")
+        if not self.most_mismatch > 0:
+            raise ValueError(
+                f"Pgrpo.most_mismatch = {self.most_mismatch}: want above 0, for rounding differs."
+            )
 
 
 def run(cfg: Pgrpo) -> None:
@@ -184,6 +205,7 @@ def run(cfg: Pgrpo) -> None:
             f"tw pgrpo runs in one process, and this job has {jax.process_count()}. Use one host."
         )
     mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
+    _check_mesh(cfg, mesh)
     net = network(cfg.model)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
@@ -194,9 +216,10 @@ def run(cfg: Pgrpo) -> None:
         chunk_tokens=cfg.chunk_tokens,
         temperature=cfg.sampler.temperature,
         part_rows=cfg.packing.rows,
+        inner_steps=cfg.inner_steps,
     )
     compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
-    # A step with more rows than any before is compiled for as many; that is no mistake here.
+    # A step with more parts than any before is compiled for twice as many; no mistake here.
     warnings.filterwarnings("ignore", message="Step .* was compiled anew")
     with (
         GraderPool(cfg.grader) as pool,
@@ -214,6 +237,7 @@ def run(cfg: Pgrpo) -> None:
                 key=jax.random.key(cfg.seed),
                 params=restore_params(cfg.init, abstract=abstract.params),
             )
+        place = _placing(cfg, net, abstract.params, mesh)
         first = int(state.step)
         print(f"{folder}: step {first} of {cfg.steps}, {mesh.size} device(s)")
         rollouts.take(state)
@@ -226,26 +250,69 @@ def run(cfg: Pgrpo) -> None:
                 save_every=cfg.save_every,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
+                place=place,
                 hooks=(rollouts.after_step,),
-                guard=lambda index, numbers: refuse_mismatch(cfg.band, index, numbers),
+                guard=lambda index, numbers: refuse_mismatch(cfg.most_mismatch, index, numbers),
                 note={"config": operative(cfg)},
             )
 
 
-def refuse_mismatch(band: tuple[float, float], index: int, numbers: Mapping[str, float]) -> None:
+def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
+    split = math.prod(mesh.shape[axis] for axis in cfg.rules.rows)
+    samples = 1 if cfg.evaluation is None else cfg.evaluation.samples
+    for name, rows in (
+        ("Packing.rows", cfg.packing.rows),
+        ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts),
+        ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples),
+    ):
+        if rows % split:
+            raise ValueError(
+                f"{name} = {rows}: want a multiple of {split}, the devices that rows are split "
+                "over. Change the rows, or Mesh.data and Mesh.fsdp."
+            )
+
+
+def _placing(cfg: Pgrpo, net: Network, abstract: Params, mesh: jax.sharding.Mesh) -> Any:
+    """What puts a batch on the devices, with the reference's log-probs where the loss reads them.
+
+    The reference of the KL term is the model that the run began with, kept beside the one in
+    training.
+    """
+    if not cfg.loss.kl_coef:
+        return lambda batch: sharding.to_global(batch, mesh, cfg.rules)
+    reference = restore_params(cfg.init, abstract=abstract)
+    logp = jax.jit(
+        make_logp(
+            net,
+            chunk_tokens=cfg.chunk_tokens,
+            temperature=cfg.sampler.temperature,
+            part_rows=cfg.packing.rows * cfg.inner_steps,
+        )
+    )
+
+    def place(batch: PolicyBatch) -> PolicyBatch:
+        placed = sharding.to_global(batch, mesh, cfg.rules)
+        return placed.replace(ref_logp=logp(reference, placed.trie))
+
+    return place
+
+
+def refuse_mismatch(most: float, index: int, numbers: Mapping[str, float]) -> None:
     """Stops a run whose trainer and sampler disagree.
 
+    The mean decides, not the extremes: in bfloat16 one token of a million may be off by a factor of
+    two where nothing is wrong.
+
     Raises:
-      ValueError: a token's ratio of probabilities lies outside of the band.
+      ValueError: the KL is above `most`, or is no number.
     """
-    low, high = numbers["ratio_min"], numbers["ratio_max"]
-    if not (band[0] <= low and high <= band[1]):
+    if not numbers["mismatch_kl"] <= most:
         raise ValueError(
-            f"Step {index}: the trainer's probability of a sampled token is {low:.4g} to "
-            f"{high:.4g} times the sampler's; want {band[0]:g} to {band[1]:g}. They compute the "
-            "same function, so look at Model.compute_dtype and at the sampler's settings; "
-            "Pgrpo.band allows more."
+            f"Step {index}: sampler and trainer are {numbers['mismatch_kl']:.3g} nats of KL apart, "
+            f"want at most {most:g}; the trainer's probability of a token is "
+            f"{numbers['ratio_min']:.4g} to {numbers['ratio_max']:.4g} times the sampler's. They "
+            "compute the same function, so look at Model.compute_dtype and at the sampler's "
+            "settings; Pgrpo.most_mismatch allows more."
         )
 
 
@@ -272,11 +339,7 @@ class Rollouts:
         """
         self._cfg, self._pool = cfg, pool
         self._tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer)
-        if cfg.model.vocab_size < self._tokenizer.vocab_size:
-            raise ValueError(
-                f"Model.vocab_size = {cfg.model.vocab_size}: want at least "
-                f"{self._tokenizer.vocab_size}, the tokenizer's ids."
-            )
+        check_rows(self._tokenizer, cfg.model.vocab_size)
         self._problems = records.open_records(cfg.problems)
         if not len(self._problems):
             raise ValueError(f"{cfg.problems} has no problem: want at least one.")
@@ -286,6 +349,7 @@ class Rollouts:
         self._tags = tags_of(self._tokenizer)
         self._params: Params | None = None
         self._step = self._prompts = 0
+        self._pass, self._order = -1, np.zeros(0, int)
         self._numbers: dict[str, float] = {}
         self._clock = time.monotonic()
 
@@ -316,49 +380,46 @@ class Rollouts:
         cfg, began = self._cfg, time.monotonic()
         folder = Path(cfg.workdir) / "rollouts"
         unfinished = folder / f".{self._step:06}.jsonl"
-        drawn: list[Drawn] = []
-        parts: list[list[Parts]] = []
-        verdicts: Counter[str] = Counter()
-        kept: list[int] = []
-        with records.append(unfinished) as add:
-            have = {record.id: record for record in records.read(unfinished)}
-            while len(kept) < cfg.prompts and len(drawn) < cfg.most_prompts:
-                wanted = min(
-                    cfg.prompts - len(kept),
-                    cfg.most_prompts - len(drawn),
-                    cfg.sampler.rows // cfg.rollouts,
-                )
-                some = self._sample(wanted, have, add)
-                judged = self._judge(some, verdicts)
-                values = totals(judged, cfg.reward)
-                good = are_finite(values) & has_signal(values)
-                kept += [len(drawn) + int(n) for n in np.flatnonzero(good)]
-                drawn += some
-                parts += judged
+        drawn, parts, verdicts = self._draw(unfinished)
         values = totals(parts, cfg.reward)
         finite = are_finite(values)
+        found = np.flatnonzero(finite & has_signal(values) & trains(parts))
+        kept = found[: cfg.prompts]
         advantage = np.zeros(values.shape, np.float32)
         advantage[finite] = advantages(values[finite], cfg.normalise)
         fill = Fill()
         batch = pack_groups(
-            [scored for n in kept for scored in self._scored(drawn[n], advantage[n], parts[n])],
+            [
+                [one for n in share for one in self._scored(drawn[n], advantage[n], parts[n])]
+                for share in np.array_split(kept, cfg.inner_steps)
+            ],
             cfg.aggregation,
             packing=cfg.packing,
             fill=fill,
         )
+        told = {
+            (n, k): {
+                **parts[n][k].told(values[n, k]),
+                "advantage": float(advantage[n, k]),
+                "group": n,
+                "is_trained": n in kept and bool(parts[n][k].is_trained),
+            }
+            for n in range(len(drawn))
+            for k in range(cfg.rollouts)
+        }
         records.write(
             folder / f"{self._step:06}.jsonl",
-            [
-                self._record(group, k, {**_told(parts[n][k]), "group": n, "advantage": float(a)})
-                for n, group in enumerate(drawn)
-                for k, a in enumerate(advantage[n])
-            ],
+            [self._record(drawn[n], k, extra) for (n, k), extra in told.items()],
         )
         unfinished.unlink()
         self._numbers = {
-            **_means(parts, values),
+            **summary(parts, values),
+            "cut": float(
+                np.mean([made.finish in CUT for one in drawn for made in one.trajectories])
+            ),
             "groups": len(kept),
             "groups_drawn": len(drawn),
+            "groups_with_signal": len(found),
             "groups_not_finite": float((~finite).sum()),
             "timeouts": verdicts["timeout"],
             "rows_filled": fill.rows_filled,
@@ -367,6 +428,26 @@ class Rollouts:
         }
         self._step += 1
         return batch
+
+    def _draw(self, unfinished: Path) -> tuple[list[Drawn], list[list[Parts]], Counter[str]]:
+        """Draws prompts until enough groups have signal; keeps the rollouts as they come."""
+        cfg = self._cfg
+        drawn: list[Drawn] = []
+        parts: list[list[Parts]] = []
+        verdicts: Counter[str] = Counter()
+        good = 0
+        with records.append(unfinished) as add:
+            have = {record.id: record for record in records.read(unfinished)}
+            while good < cfg.prompts and len(drawn) < cfg.most_prompts:
+                # Rows that stand empty take as long as others, so all are filled.
+                count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
+                some = self._sample(count, have, add)
+                judged = self._judge(some, verdicts)
+                values = totals(judged, cfg.reward)
+                good += int((are_finite(values) & has_signal(values) & trains(judged)).sum())
+                drawn += some
+                parts += judged
+        return drawn, parts, verdicts
 
     def _sample(self, count: int, have: Mapping[str, Any], add: Any) -> list[Drawn]:
         """Groups of the next problems; those that a crash left finished are not sampled again."""
@@ -379,7 +460,7 @@ class Rollouts:
         ]
         flat = [name for group in names for name in group]
         if all(name in have for name in flat):
-            made = [_rebuilt(self._sampler.protocol, have[name]) for name in flat]
+            made = [trajectory_of(self._sampler.protocol, have[name]) for name in flat]
         else:
             made = self._rollouts(
                 problems, cfg.rollouts, cfg.sampler.temperature, first * cfg.rollouts
@@ -412,8 +493,10 @@ class Rollouts:
     def _problem(self, number: int) -> records.Problem:
         """The problem at a place of the endless order: a new permutation for every pass."""
         size = len(self._problems)
-        order = np.random.default_rng([self._cfg.seed, number // size]).permutation(size)
-        return _problem_of(self._problems[int(order[number % size])])
+        if self._pass != number // size:
+            self._pass = number // size
+            self._order = np.random.default_rng([self._cfg.seed, self._pass]).permutation(size)
+        return problem_of(self._problems[int(self._order[number % size])])
 
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
@@ -453,7 +536,7 @@ class Rollouts:
     def evaluate(self, cfg: Evaluation) -> dict[str, float]:
         """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
         found = records.open_records(cfg.problems)
-        problems = [_problem_of(found[n]) for n in range(min(cfg.count, len(found)))]
+        problems = [problem_of(found[n]) for n in range(min(cfg.count, len(found)))]
         made: list[Trajectory] = []
         each = self._cfg.sampler.rows // cfg.samples
         for first in range(0, len(problems), each):
@@ -468,7 +551,7 @@ class Rollouts:
         correct = np.array([[one.is_correct for one in group] for group in parts])
         share = score.wilson(float(correct.mean()), len(correct))
         passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= cfg.samples]
-        numbers = _means(parts, totals(parts, self._cfg.reward))
+        numbers = summary(parts, totals(parts, self._cfg.reward))
         return {
             "eval_correct": share.value,
             "eval_correct_low": share.low,
@@ -478,40 +561,3 @@ class Rollouts:
                 f"eval_{n}": numbers[n] for n in ("longest_tokens", "total_tokens", "latency_ratio")
             },
         }
-
-
-def _means(parts: Sequence[Sequence[Parts]], values: np.ndarray) -> dict[str, float]:
-    """Means over all rollouts, those of groups without signal included."""
-    flat = [one for group in parts for one in group]
-    longest = float(np.mean([one.cost.longest for one in flat]))
-    total = float(np.mean([one.cost.total for one in flat]))
-    return {
-        "reward": float(values.mean()),
-        "correct": float(np.mean([one.is_correct for one in flat])),
-        "reward_correctness": float(np.mean([one.correctness for one in flat])),
-        "reward_acceleration": float(np.mean([one.acceleration for one in flat])),
-        "reward_overlong": float(np.mean([one.overlong for one in flat])),
-        "longest_tokens": longest,
-        "total_tokens": total,
-        "latency_ratio": longest / max(total, 1.0),
-    }
-
-
-def _told(parts: Parts) -> dict[str, Any]:
-    """The parts of a reward as JSON."""
-    row = {name: value for name, value in parts._asdict().items() if name != "cost"}
-    cost = {"longest": parts.cost.longest, "total": parts.cost.total}
-    return json.loads(json.dumps({**row, "reward": parts.total, **cost}))
-
-
-def _rebuilt(protocol: ThreadWeaver, rollout: records.Rollout) -> Trajectory:
-    calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in rollout.calls]
-    return rebuild(protocol, rollout.prompt, calls)
-
-
-def _problem_of(record: records.Record) -> records.Problem:
-    if isinstance(record, records.Problem):
-        return record
-    if isinstance(record, records.Example):
-        return record.problem
-    return records.Problem(id=record.id, question=record.question, answer=record.answer, task="")

@@ -19,6 +19,7 @@ from tw_jax.checkpoint import newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
 from tw_jax.data import records
+from tw_jax.data.stored import problem_of
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import progress
@@ -26,7 +27,15 @@ from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import settings
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
+from tw_jax.tokenizer import (
+    Bytes,
+    Chat,
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    check_rows,
+    load_tokenizer,
+)
 
 
 @config
@@ -82,11 +91,7 @@ def load(cfg: Sample) -> Loaded:
       ValueError: the model has fewer rows than the tokenizer has ids.
     """
     tokenizer = load_tokenizer(cfg.tokenizer)
-    if cfg.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"Model.vocab_size = {cfg.model.vocab_size}: want at least {tokenizer.vocab_size}, the "
-            "tokenizer's ids."
-        )
+    check_rows(tokenizer, cfg.model.vocab_size)
     net = network(cfg.model)
     step = newest(cfg.checkpoint)
     abstract = jax.eval_shape(net.init, jax.random.key(0))
@@ -99,7 +104,7 @@ def problems(cfg: Sample) -> list[records.Problem]:
     """The problems to sample, from a file of problems, examples or rollouts."""
     found = records.open_records(cfg.problems)
     count = len(found) if cfg.count is None else min(cfg.count, len(found))
-    return [_problem(found[n]) for n in range(count)]
+    return [problem_of(found[n]) for n in range(count)]
 
 
 def rollouts(cfg: Sample, loaded: Loaded) -> Iterator[tuple[records.Rollout, Trajectory]]:
@@ -187,11 +192,3 @@ def _require_same_maker(cfg: Sample, loaded: Loaded) -> None:
 
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
-
-
-def _problem(record: records.Record) -> records.Problem:
-    if isinstance(record, records.Example):
-        return record.problem
-    if isinstance(record, records.Problem):
-        return record
-    return records.Problem(id=record.id, question=record.question, answer=record.answer, task="")

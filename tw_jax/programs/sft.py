@@ -21,7 +21,7 @@ from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, load_tokenizer
+from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, check_rows, load_tokenizer
 from tw_jax.train.loop import fit, resume
 from tw_jax.train.sft import make_step
 from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step
@@ -135,11 +135,7 @@ def open_batches(cfg: Sft) -> Batches:
         the rows of a batch.
     """
     tokenizer = load_tokenizer(cfg.tokenizer)
-    if cfg.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"Model.vocab_size = {cfg.model.vocab_size}: want at least {tokenizer.vocab_size}, the "
-            "tokenizer's ids."
-        )
+    check_rows(tokenizer, cfg.model.vocab_size)
     hosts = jax.process_count()
     if cfg.packing.rows % hosts:
         raise ValueError(

@@ -192,31 +192,46 @@ class PolicyBatch(struct.PyTreeNode):
 
 
 def pack_groups(
-    scored: Sequence[Scored], cfg: Aggregation, *, packing: Packing, fill: Fill
+    updates: Sequence[Sequence[Scored]], cfg: Aggregation, *, packing: Packing, fill: Fill
 ) -> PolicyBatch:
     """Weighs the tokens of a step's groups and lays the groups into rows.
 
     Args:
-      scored: all groups of the step, or of an inner step; those without signal left out.
-      cfg: how tokens are averaged.
-      packing: `row_tokens`, and `rows`: the batch has the least multiple of it, empty rows last.
-        Every multiple is compiled once.
+      updates: for each inner step its groups; those without signal left out.
+      cfg: how tokens are averaged, within an inner step.
+      packing: `row_tokens`, and `rows`: those run at a time, one part of an inner step. All inner
+        steps have as many parts, a power of two; those behind the last group hold nothing. So a
+        few programs serve batches of every size.
       fill: totals to add to.
 
     Returns:
-      A batch of numpy arrays, [R, row_tokens], without `old_logp` and `ref_logp`.
+      A batch of numpy arrays, [R, row_tokens], without `old_logp` and `ref_logp`. Row
+      (slot * parts + part) * inner steps + i stands for inner step i, as `split_rows` takes them
+      apart again.
 
     Raises:
       ValueError: a trie is longer than a row.
     """
     laid: dict[Trie, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    for one, weight in zip(scored, token_weights(scored, cfg), strict=True):
-        trie = dataclasses.replace(one.group.trie, weight=weight)
-        rollout = one.group.rollout
-        advantage = np.where(weight > 0, one.advantage[rollout], 0)
-        laid[trie] = advantage, one.group.logp, rollout
-    rows = pack(list(laid), packing, fill)
-    rows += [[]] * ((-len(rows)) % packing.rows if rows else packing.rows)
+    packed = []
+    for scored in updates:
+        tries = []
+        for one, weight in zip(scored, token_weights(scored, cfg), strict=True):
+            trie = dataclasses.replace(one.group.trie, weight=weight)
+            rollout = one.group.rollout
+            advantage = np.where(weight > 0, one.advantage[rollout], 0)
+            laid[trie] = advantage, one.group.logp, rollout
+            tries.append(trie)
+        packed.append(pack(tries, packing, fill))
+    needed = max(-(-len(rows) // packing.rows) for rows in packed)
+    parts = 1 << max(needed - 1, 0).bit_length()
+    filled = [rows + [[]] * (parts * packing.rows - len(rows)) for rows in packed]
+    rows = [
+        rows[part * packing.rows + slot]
+        for slot in range(packing.rows)
+        for part in range(parts)
+        for rows in filled
+    ]
     trie_batch = stack_rows(rows, packing.row_tokens)
     shape = trie_batch.tokens.shape
     advantages, logps = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

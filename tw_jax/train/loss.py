@@ -160,7 +160,8 @@ def accumulate(
     *,
     accumulation_steps: int,
     axes: Params,
-    extremes: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
+    extremes: Mapping[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], float]] | None = None,
+    count: jax.Array | None = None,
 ) -> tuple[Params, jax.Array, Sums]:
     """Adds an objective, its gradient and its sums over parts of a batch, in float32.
 
@@ -173,8 +174,10 @@ def accumulate(
       accumulation_steps: number of parts that are run one after another, a divisor of R.
       axes: `Network.axes()`. The accumulator is a loop carry, which the compiler would otherwise be
         free to copy to every device.
-      extremes: for scalars that do not add up over parts, by name, what makes one of all parts'
-        values, [accumulation_steps] -> []: `jnp.max`.
+      extremes: for scalars that do not add up over parts, by name, what makes one of two and the
+        number that changes no other: `(jnp.maximum, -jnp.inf)`.
+      count: [] int32, the first so many parts are run; None runs all. One program then serves
+        batches of many sizes, and what is not run costs nothing.
 
     Returns:
       (gradients of the summed total, float32, shaped like params; the summed total; the sums).
@@ -184,16 +187,25 @@ def accumulate(
     """
     parts = split_rows(batch, accumulation_steps)
 
-    def add(gradients: Params, part: Any) -> tuple[Params, tuple[jax.Array, Sums]]:
-        values, new = jax.value_and_grad(objective, has_aux=True)(params, part)
+    names = jax.eval_shape(objective, params, part_of(parts, 0))[1]
+    combine = {name: (jnp.add, 0.0) for name in names} | dict(extremes or {})
+
+    def add(number: jax.Array, carry: Any) -> Any:
+        gradients, total, sums = carry
+        (new_total, new_sums), new = jax.value_and_grad(objective, has_aux=True)(
+            params, part_of(parts, number)
+        )
         added = jax.tree.map(lambda old, g: old + g.astype(jnp.float32), gradients, new)
-        return jax.tree.map(sharding.constrain, added, axes), values
+        return (
+            jax.tree.map(sharding.constrain, added, axes),
+            total + new_total.astype(jnp.float32),
+            {name: combine[name][0](old, new_sums[name]) for name, old in sums.items()},
+        )
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    gradients, values = jax.lax.scan(add, zeros, parts)
-    total, sums = jax.tree.map(lambda x: x.astype(jnp.float32), values)
-    combine = {name: jnp.sum for name in sums} | dict(extremes or {})
-    return gradients, total.sum(), {name: combine[name](x) for name, x in sums.items()}
+    sums = {name: jnp.full((), combine[name][1], jnp.float32) for name in names}
+    empty = (zeros, jnp.zeros((), jnp.float32), sums)
+    return jax.lax.fori_loop(0, accumulation_steps if count is None else count, add, empty)
 
 
 def split_rows(batch: Any, parts: int) -> Any:
@@ -215,3 +227,8 @@ def split_rows(batch: Any, parts: int) -> Any:
         return x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
+
+
+def part_of(parts: Any, number: jax.Array | int) -> Any:
+    """One of the parts that `split_rows` made, [parts, ...] -> [...]."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), parts)

@@ -8,18 +8,20 @@ that the sampler recorded; it hands on a pure step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
+from tw_jax.sharding import constrain
 from tw_jax.train.groups import PolicyBatch
 from tw_jax.train.loss import (
     Sums,
     TokenLogp,
     accumulate,
+    part_of,
     split_rows,
     token_logp,
     weighted_mean,
@@ -44,7 +46,6 @@ class PolicyLoss:
       importance_cap: weight at which importance sampling is truncated.
       kl_coef: of the KL to a reference model; needs `PolicyBatch.ref_logp` where it is not 0.
       entropy_coef: of the entropy, which is rewarded.
-      report_entropy: reports the entropy even where it is not rewarded; one more pass over logits.
     """
 
     clip_low: float = 0.2
@@ -54,7 +55,6 @@ class PolicyLoss:
     importance_cap: float = 2.0
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
-    report_entropy: bool = False
 
     def check(self) -> None:
         """Refuses bounds that clip everything or turn a penalty into a reward."""
@@ -107,15 +107,7 @@ def loss_sums(
       ValueError: `kl_coef` is not 0 and there is no `ref_logp`, or a bad temperature.
     """
     _check(cfg, batch, temperature)
-    with_entropy = cfg.report_entropy or cfg.entropy_coef > 0
-    said = _said(
-        network,
-        params,
-        batch.trie,
-        chunk_tokens,
-        temperature=temperature,
-        with_entropy=with_entropy,
-    )
+    said = _said(network, params, batch.trie, chunk_tokens, temperature=temperature)
     weight, is_trained = batch.trie.weight, batch.trie.weight > 0
     old = jax.lax.stop_gradient(said.logp) if batch.old_logp is None else batch.old_logp
     gap = jnp.where(is_trained, old - batch.sampler_logp, 0)
@@ -138,15 +130,18 @@ def loss_sums(
     }
     if batch.ref_logp is not None:
         reference = _k3(batch.ref_logp - said.logp)
-        total += cfg.kl_coef * (weight * reference).sum()
         sums["reference_kl"] = count(reference)
-    if said.entropy is not None:
-        total -= cfg.entropy_coef * (weight * said.entropy).sum()
-        sums["entropy"] = count(said.entropy)
-    return total, sums
+        if cfg.kl_coef:
+            total += cfg.kl_coef * (weight * reference).sum()
+    # What does not enter the loss is told all the same, but never differentiated.
+    entropy: Any = said.entropy
+    if cfg.entropy_coef:
+        total -= cfg.entropy_coef * (weight * entropy).sum()
+    sums["entropy"] = count(entropy)
+    return total, jax.lax.stop_gradient(sums)
 
 
-EXTREMES = {"ratio_min": jnp.min, "ratio_max": jnp.max}
+EXTREMES = {"ratio_min": (jnp.minimum, jnp.inf), "ratio_max": (jnp.maximum, -jnp.inf)}
 """The numbers of `loss_sums` that do not add up over rows."""
 
 
@@ -212,31 +207,42 @@ def make_step(
     chunk_tokens: int,
     temperature: float,
     part_rows: int,
+    inner_steps: int = 1,
 ) -> Step:
-    """Builds the train step: one update of the optimiser for one `PolicyBatch`.
+    """Builds the train step: `inner_steps` updates of the optimiser for one `PolicyBatch`.
+
+    With one update the old policy is the current one and needs no pass of its own. With more, the
+    log-probs of all rows are computed first, with the parameters that sampled them, and each update
+    trains its own rows against these.
 
     Args:
       network: the model.
       optim: optimiser and schedule.
       cfg: the loss.
-      steps: updates of the whole run, for the schedule.
+      steps: steps of the whole run, for the schedule; the updates of one step share its rate.
       chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
       temperature: at which the rollouts were sampled.
-      part_rows: rows run at a time; divides the rows of every batch.
+      part_rows: rows run at a time; divides the rows of every update. Parts behind the last row
+        that trains anything are not run.
+      inner_steps: update i takes rows i, i + inner_steps, ..., as `pack_groups` lays them.
 
     Returns:
       step(state, batch: `PolicyBatch` [R, T]) -> (state, metrics). Deterministic: no key is used.
       Metrics are float32 scalars. loss and policy_loss: as aggregated. tokens: trained ones. Means
       over these: clipped_high, clipped_low, clipped_dual (shares); update_kl (old - new, nats);
-      importance_mean, importance_capped; entropy and reference_kl where they are computed.
+      importance_mean, importance_capped; entropy; reference_kl where there is a reference.
       How far the trainer's log-probs are from the sampler's, before this and other inner steps:
       ratio_min and ratio_max, of the probabilities, mismatch_mean of the absolute
       difference in nats, mismatch_kl (k3), and mismatch_within_0.1, _1 and _5, shares of tokens
-      whose ratio is so many per cent from 1. And those of `state.update`.
+      whose ratio is so many per cent from 1. And those of `state.update`. Of several updates
+      tokens are summed, extremes are extremes, and all else is the mean.
     """
     axes = network.axes()
+    logp = make_logp(
+        network, chunk_tokens=chunk_tokens, temperature=temperature, part_rows=part_rows
+    )
 
-    def step(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
+    def move(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
         def objective(params: Params, part: PolicyBatch) -> tuple[jax.Array, Sums]:
             return loss_sums(
                 network, params, part, cfg, chunk_tokens=chunk_tokens, temperature=temperature
@@ -249,6 +255,7 @@ def make_step(
             accumulation_steps=_parts(batch.trie, part_rows),
             axes=axes,
             extremes=EXTREMES,
+            count=_trained_parts(batch.trie, part_rows),
         )
         tokens = sums.pop("tokens")
         state, moved = update(state, gradients, optim, steps=steps, is_empty=tokens == 0)
@@ -257,6 +264,24 @@ def make_step(
         whole |= {name: jnp.where(tokens > 0, whole[name], 1) for name in EXTREMES}
         means = {name: weighted_mean(x, denominator=tokens) for name, x in sums.items()}
         return state, {"loss": total, "tokens": tokens, **whole, **means, **moved}
+
+    def step(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
+        if inner_steps == 1:
+            return move(state, batch)
+        batches = split_rows(batch, inner_steps)
+        if batches.old_logp is None:
+            batches = batches.replace(
+                old_logp=jax.lax.map(lambda trie: logp(state.params, trie), batches.trie)
+            )
+
+        def one(now: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
+            now, numbers = move(now, batch)
+            return now.replace(step=state.step), numbers
+
+        moved, numbers = jax.lax.scan(one, state, batches)
+        combine = {"tokens": jnp.sum, "ratio_min": jnp.min, "ratio_max": jnp.max}
+        numbers = {name: combine.get(name, jnp.mean)(x) for name, x in numbers.items()}
+        return moved.replace(step=state.step + 1), numbers
 
     return step
 
@@ -278,12 +303,16 @@ def make_logp(
     """
 
     def logp(params: Params, batch: TrieBatch) -> jax.Array:
-        def one(part: TrieBatch) -> jax.Array:
-            said = _said(network, params, part, chunk_tokens, temperature=temperature)
-            return jnp.where(part.weight > 0, said.logp, 0)
+        parts = split_rows(batch, _parts(batch, part_rows))
 
-        said = jax.lax.map(one, split_rows(batch, _parts(batch, part_rows)))
-        return said.swapaxes(0, 1).reshape(batch.tokens.shape)
+        def one(number: jax.Array, found: jax.Array) -> jax.Array:
+            part = part_of(parts, number)
+            said = _said(network, params, part, chunk_tokens, temperature=temperature)
+            return found.at[number].set(jnp.where(part.weight > 0, said.logp, 0))
+
+        empty = constrain(jnp.zeros(parts.tokens.shape, jnp.float32), (None, "rows", "tokens"))
+        found = jax.lax.fori_loop(0, _trained_parts(batch, part_rows), one, empty)
+        return found.swapaxes(0, 1).reshape(batch.tokens.shape)
 
     return logp
 
@@ -295,7 +324,6 @@ def _said(
     chunk_tokens: int,
     *,
     temperature: float,
-    with_entropy: bool = False,
 ) -> TokenLogp:
     hidden, _ = network.apply(params, batch.tokens, batch.depth, batch.span)
     return token_logp(
@@ -305,7 +333,7 @@ def _said(
         batch=batch,
         chunk_tokens=chunk_tokens,
         temperature=temperature,
-        with_entropy=with_entropy,
+        with_entropy=True,
     )
 
 
@@ -348,3 +376,9 @@ def _parts(batch: TrieBatch, part_rows: int) -> int:
     if part_rows < 1 or rows % part_rows:
         raise ValueError(f"part_rows = {part_rows}: want a divisor of the batch's {rows} rows.")
     return rows // part_rows
+
+
+def _trained_parts(batch: TrieBatch, part_rows: int) -> jax.Array:
+    """How many parts to run: none behind the last one that trains anything."""
+    trains = split_rows((batch.weight > 0).any(axis=1), _parts(batch, part_rows)).any(axis=1)
+    return jnp.max(jnp.arange(1, len(trains) + 1) * trains)

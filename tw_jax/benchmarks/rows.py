@@ -1,0 +1,115 @@
+"""`tw bench rows`: the P-GRPO step on a group as one trie against one row per engine call.
+
+The second is what ThreadWeaver's trainer (arXiv:2512.07843) runs: every call with its whole
+context, nothing shared.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from tw_jax.benchmarks.measure import Report, interleave
+from tw_jax.benchmarks.step import CHUNK_TOKENS, OPTIM, STEPS, chains, difference, repeated
+from tw_jax.data import workloads
+from tw_jax.data.workloads import RowsCase
+from tw_jax.forkjoin import tries
+from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.tries import Group
+from tw_jax.models.transformer import network
+from tw_jax.train import pgrpo
+from tw_jax.train.groups import Aggregation, PolicyBatch, Scored, advantages, pack_groups
+from tw_jax.train.pgrpo import PolicyLoss
+from tw_jax.trie.batch import stack_rows
+from tw_jax.trie.pack import Fill, Packing
+
+_TEMPERATURE = 1.0
+
+
+def run(case: RowsCase) -> Report:
+    """Trains the rollouts of one prompt as one trie and as one row per call.
+
+    Both ways train the same tokens, with the same weights, advantages and recorded log-probs, by
+    the same step: on-policy, as ThreadWeaver trains. The calls stand in one row without padding,
+    which is kinder to them than any packing of whole calls into micro-batches.
+    """
+    batches = batches_of(case)
+    net = network(case.model)
+    params = net.init(jax.random.key(0))
+    objective = functools.partial(
+        pgrpo.loss_sums,
+        net,
+        cfg=PolicyLoss(),
+        chunk_tokens=CHUNK_TOKENS,
+        temperature=_TEMPERATURE,
+    )
+    loss_diff, gradient_diff = difference(objective, params, batches)
+    step = pgrpo.make_step(
+        net,
+        OPTIM,
+        PolicyLoss(),
+        steps=STEPS,
+        chunk_tokens=CHUNK_TOKENS,
+        temperature=_TEMPERATURE,
+        part_rows=1,
+    )
+    ways = {name: repeated(step, params, batch) for name, batch in batches.items()}
+    times = interleave(ways, case.repeats)
+    nodes, row_tokens = (batches[name].trie.tokens.size for name in ("trie", "rows"))
+    token_ratio = row_tokens / nodes
+    time_ratio = times["rows"].median_ms / times["trie"].median_ms
+    values = {
+        "rollouts": case.rollouts,
+        "nodes": nodes,
+        "row_tokens": row_tokens,
+        "token_ratio": token_ratio,
+        "time_ratio": time_ratio,
+        "time_ratio_over_token_ratio": time_ratio / token_ratio,
+        "loss_rel_diff": loss_diff,
+        "grad_rel_l2": gradient_diff,
+    }
+    bars = {
+        "time_ratio_over_token_ratio": ("least", 0.75),
+        "loss_rel_diff": ("most", 1e-5),
+        "grad_rel_l2": ("most", 1e-5),
+    }
+    return Report(times, values, bars)
+
+
+def batches_of(case: RowsCase) -> dict[str, PolicyBatch]:
+    """The group as "trie" and as "rows", [1, T] each."""
+    made = workloads.rollouts(case.shape, case.seed, count=case.rollouts)
+    reward = np.random.default_rng(case.seed).normal(size=(1, case.rollouts))
+    (group,) = tries.of_group(made)
+    trie = pack_groups(
+        [[Scored(group, advantages(reward)[0])]],
+        Aggregation(),
+        packing=Packing(row_tokens=len(group.trie), rows=1),
+        fill=Fill(),
+    )
+    return {"trie": trie, "rows": _of_calls(made, group, trie)}
+
+
+def _of_calls(made: Sequence[Trajectory], group: Group, batch: PolicyBatch) -> PolicyBatch:
+    """The calls as chains in one row; a drawn token has there what it has in the trie's row."""
+    calls = chains(made)
+    trie = stack_rows([calls], sum(map(len, calls)))
+    is_drawn = np.asarray(trie.weight) > 0
+    # By call, as the chains are. One call drew the nodes of one path, which preorder has in order.
+    nodes = np.flatnonzero(group.call >= 0)
+    nodes = nodes[np.lexsort((group.call[nodes], group.rollout[nodes]))]
+
+    def carried(values: jax.Array) -> jax.Array:
+        moved = np.zeros(is_drawn.shape, values.dtype)
+        moved[is_drawn] = np.asarray(values)[0, nodes]
+        return moved  # pyright: ignore[reportReturnType]  # numpy stands in for jax.Array
+
+    return PolicyBatch(
+        trie=trie.replace(weight=carried(batch.trie.weight)),
+        advantage=carried(batch.advantage),
+        sampler_logp=carried(batch.sampler_logp),
+        rollout=carried(batch.rollout),
+    )
