@@ -7,6 +7,7 @@ the oracle: metrics, the whole last checkpoint and the rollouts have to equal it
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,9 @@ class Point(NamedTuple):
     step: int
     phase: str
     delay: float
+
+    def has_come(self, reached):
+        return any(phase == self.phase and step >= self.step for phase, step in reached)
 
 
 class Mark(NamedTuple):
@@ -119,17 +123,20 @@ class Runner:
             process.kill()
 
     def kill(self, folder, point):
-        """Kills a run at a point; returns the phases that it was in, of its own making."""
+        """Kills a run at a point; returns the phases that it was in."""
         old = marks(folder)
+        saved = max((mark.step for mark in old if mark.what == "saved"), default=-1)
+
+        def reached():
+            nonlocal old
+            # What was there before counts only once it was gone and came again.
+            old &= (now := marks(folder))
+            return phases({mark for mark in now - old if mark.step > saved})
+
         process = self.start(folder)
         until = time.monotonic() + 600
         try:
-            while True:
-                # What was there before counts only once it was gone and came again.
-                old &= (now := marks(folder))
-                reached = {phase for phase, step in phases(now - old) if step >= point.step}
-                if point.phase in reached | {"start"}:
-                    break
+            while not (point.phase == "start" or point.has_come(reached())):
                 assert process.poll() is None, f"{point} never came:\n{told(folder)}"
                 assert time.monotonic() < until, f"{point} never came:\n{told(folder)}"
                 time.sleep(0.001)
@@ -137,8 +144,8 @@ class Runner:
         finally:
             process.kill()
             process.wait()
-        assert process.returncode == -9, told(folder)
-        return phases(marks(folder) - old)
+        assert process.returncode == -signal.SIGKILL, told(folder)
+        return reached()
 
 
 def told(folder):
@@ -219,14 +226,15 @@ def test_pgrpo_killed_at_ten_points_ends_like_a_run_in_one_piece(
         *(f"Pgrpo.steps={STEPS}", "Pgrpo.save_every=2", f"Pgrpo.init='{trained}/checkpoints'"),
         *("Mesh.data=1", "Packing.rows=4", "Evaluation.every=5"),
         # One group at a time, so that a batch is kept in pieces.
-        *("Sampler.rows=2", "Pgrpo.prompts=2"),
+        *("Sampler.rows=4", "Pgrpo.rollouts=4", "Pgrpo.prompts=2"),
     ]
     pgrpo = Runner("pgrpo", made / "pgrpo.gin", sets, sft.programs)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     pgrpo.finish(whole)
+    assert sum(line["groups"] > 0 for line in numbers(whole)) > STEPS // 2, "it trains too little"
 
-    wanted = ["start", *["sampling"] * 3, *["training"] * 2, *["saving"] * 3, "saved"]
-    landed = [(point, pgrpo.kill(killed, point)) for point in points(0, wanted)]
+    wanted = ["start", *["sampling", "training", "saving"] * 2, "sampling", "line", "saved"]
+    landed = [(point, pgrpo.kill(killed, point)) for point in points(5, wanted)]
     seen = {phase for _, found in landed for phase, _ in found}
     assert seen >= {"sampling", "training", "saving", "saved"}, landed
     pgrpo.finish(killed)
