@@ -96,17 +96,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, tmp_path, monke
 
 
 @pytest.fixture
-def crashed(trained, tmp_path, monkeypatch):
-    """A run that crashed when the rollouts of its first step were drawn; what was kept of them."""
+def crash(trained, tmp_path, monkeypatch):
+    """Crashes a run once the rollouts of a step are drawn; gives the file that keeps them."""
 
-    def crash(*_, **__):
-        raise RuntimeError("the power went out")
+    def run(step, *words):
+        pack, steps = program.pack_groups, iter(range(step))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "pack_groups", crash)
-        with pytest.raises(RuntimeError, match="power"):
-            pgrpo(trained, tmp_path, "Pgrpo.steps=1")
-    return tmp_path / "rollouts" / ".000000.jsonl"
+        def fail(*args, **named):
+            if next(steps, None) is None:
+                raise RuntimeError("the power went out")
+            return pack(*args, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "pack_groups", fail)
+            with pytest.raises(RuntimeError, match="power"):
+                pgrpo(trained, tmp_path, *words)
+        return tmp_path / "rollouts" / f".{step:06}.jsonl"
+
+    return run
 
 
 @pytest.fixture
@@ -122,19 +129,31 @@ def drawn(monkeypatch):
     return counts
 
 
-def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, crashed, drawn):
-    left = crashed.read_text().splitlines()
+def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, crash, drawn):
+    unfinished = crash(0, "Pgrpo.steps=1")
+    left = unfinished.read_text().splitlines()
     assert len(left) >= 4
+    drawn.clear()
     assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
     assert drawn == [3]  # the held-out problems of the evaluation, and no others
     first = records.open_records(tmp_path / "rollouts" / "000000.jsonl")
     assert [json.loads(line)["id"] for line in left] == [one.id for one in first]
-    assert not crashed.exists()
+    assert not unfinished.exists()
     assert same_first_batch(trained, tmp_path)
 
 
-def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, crashed, drawn):
-    crashed.write_bytes(crashed.read_bytes()[:-40])
+def test_rollouts_of_a_step_that_is_not_next_are_drawn_again(trained, tmp_path, crash, drawn):
+    words = ["Pgrpo.steps=2", "Pgrpo.save_every=2"]
+    crash(1, *words)  # nothing is saved yet, so step 0 makes the parameters of step 1 anew
+    drawn.clear()
+    assert pgrpo(trained, tmp_path, *words) == 0
+    assert drawn == [4, 4, 3]
+
+
+def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, crash, drawn):
+    unfinished = crash(0, "Pgrpo.steps=1")
+    unfinished.write_bytes(unfinished.read_bytes()[:-40])
+    drawn.clear()
     with pytest.warns(UserWarning, match="the last line was cut short"):
         assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
     assert len(drawn) == 2  # the problems of the cut record, and those of the evaluation

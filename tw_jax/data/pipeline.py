@@ -164,7 +164,8 @@ class Batches(Iterator[TrieBatch]):
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON."""
         state = self._before
-        return {"source": state, "taken": self._taken, "fill": vars(self.fill).copy()}
+        counts = {"fill": vars(self.fill).copy(), "unusable": self.unusable}
+        return {"source": state, "taken": self._taken, **counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores a position; the window that it stands in is packed again."""
@@ -175,6 +176,7 @@ class Batches(Iterator[TrieBatch]):
             del self._waiting[: state["taken"]]
             self._taken = state["taken"]
         self.fill.__init__(**state["fill"])
+        self.unusable = state["unusable"]
 
     def _next_row(self) -> list[Trie]:
         while not self._waiting:

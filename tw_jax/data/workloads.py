@@ -268,7 +268,7 @@ ROWS = RowsCase(
     rollouts=4,
     # Half the layers, and only products are kept: one row holds every call of four rollouts.
     model=dataclasses.replace(SMALL, num_layers=4, remat="dots"),
-    repeats=3,
+    repeats=2,
 )
 SAMPLER = SamplerCase(
     model=SMALL,

@@ -228,6 +228,7 @@ def run(cfg: Pgrpo) -> None:
     ):
         rollouts = Rollouts(cfg, pool)
         state = resume(checkpoints, abstract, rollouts)
+        rollouts.forget_later()
         if state is None:
             state = initial_state(
                 net,
@@ -360,6 +361,13 @@ class Rollouts:
     def set_state(self, state: Mapping[str, Any], /) -> None:
         """Goes to a position."""
         self._step, self._prompts = state["step"], state["prompts"]
+
+    def forget_later(self) -> None:
+        """Deletes what a crash left of later steps, whose parameters are made anew."""
+        folder = Path(self._cfg.workdir) / "rollouts"
+        for file in folder.glob(".*"):
+            if file.name != f".{self._step:06}.jsonl":
+                file.unlink()
 
     def take(self, state: TrainState) -> None:
         """Takes the parameters to sample with; they are read until the next step donates them."""

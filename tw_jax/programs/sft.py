@@ -123,7 +123,8 @@ def run(cfg: Sft) -> None:
                 place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
                 note={"config": operative(cfg)},
             )
-        if first < cfg.steps:
+        # A run that was killed behind its last checkpoint has not written it.
+        if first < cfg.steps or not (folder / "packing.json").exists():
             write_packing(folder, batches, seconds=time.monotonic() - began)
 
 
