@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import tw_jax.programs
@@ -163,6 +164,21 @@ def test_a_run_writes_the_config_that_starts_it_again(programs, capsys):
 def test_no_workdir_no_file(programs, tmp_path):
     assert cli.main(["train", TOY]) == 0
     assert list(tmp_path.rglob("config.gin")) == []
+
+
+def test_compiled_programs_are_kept_where_the_environment_says(tmp_path, monkeypatch):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        cli._keep_programs()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        cli._keep_programs()
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "tw_jax" / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_the_header_names_the_commit_of_this_checkout_only(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 results=experiments/multiplication/results
+mkdir -p $results
 tw make configs/make/demo.gin
 tw make configs/make/demo_sequential.gin
 tw sft configs/sft/demo.gin

@@ -197,6 +197,9 @@ def test_unusable_records_can_be_left_out_and_are_counted(tmp_path):
     batches = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
     next(batches)
     assert (batches.unusable, batches.fill.tries) == (1, 3)
+    again = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
+    again.set_state(batches.get_state())
+    assert again.unusable == batches.unusable
 
 
 def test_a_file_of_nothing_usable_says_so(tmp_path):

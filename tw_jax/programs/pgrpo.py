@@ -219,13 +219,14 @@ def run(cfg: Pgrpo) -> None:
         inner_steps=cfg.inner_steps,
     )
     compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
-    # A step with more parts than any before is compiled for twice as many; no mistake here.
-    warnings.filterwarnings("ignore", message="Step .* was compiled anew")
     with (
+        warnings.catch_warnings(),
         GraderPool(cfg.grader) as pool,
         Checkpoints(folder / "checkpoints", keep=cfg.keep) as checkpoints,
         sharding.use(mesh, cfg.rules),
     ):
+        # A step with more parts than any before is compiled for twice as many; no mistake here.
+        warnings.filterwarnings("ignore", message="Step .* was compiled anew")
         rollouts = Rollouts(cfg, pool)
         state = resume(checkpoints, abstract, rollouts)
         rollouts.forget_later()
@@ -365,7 +366,7 @@ class Rollouts:
     def forget_later(self) -> None:
         """Deletes what a crash left of later steps, whose parameters are made anew."""
         folder = Path(self._cfg.workdir) / "rollouts"
-        for file in folder.glob(".*"):
+        for file in folder.glob(".[0-9]*.jsonl"):
             if file.name != f".{self._step:06}.jsonl":
                 file.unlink()
 
