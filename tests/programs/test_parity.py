@@ -166,6 +166,7 @@ def test_a_missing_torch_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
     [
         ("Parity.dtypes=('bfloat16',)", "want 'float32' first"),
         ("Parity.forkjoin=True", "want Parity.material = @Problems()"),
+        ("Optim.algorithm='muon'", "want 'adamw'"),
         ("Optim.end_lr=1e-4", "want 0.0, the end of transformers' schedules"),
     ],
 )

@@ -50,6 +50,11 @@ class Training:
         """Refuses what transformers has no counterpart for."""
         if self.steps < 1:
             raise ValueError(f"Training.steps = {self.steps}: want at least 1.")
+        if self.optim.algorithm != "adamw":
+            raise ValueError(
+                f"Optim.algorithm = {self.optim.algorithm!r}: want 'adamw', all that the other side "
+                "has."
+            )
         if self.optim.end_lr:
             raise ValueError(
                 f"Optim.end_lr = {self.optim.end_lr}: want 0.0, the end of transformers' schedules."

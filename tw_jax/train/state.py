@@ -1,4 +1,4 @@
-"""What training carries from step to step, and the one rule that moves it: AdamW as HF's Trainer.
+"""What training carries from step to step, and what moves it: AdamW as HF's Trainer, or Muon.
 
 The only importer of optax. This file knows no loss: it is given gradients, already divided, and
 hands back the next state. A state is born abstract (shapes and shardings, no arrays), so that it
@@ -25,24 +25,28 @@ from tw_jax.sharding import Rules, shardings
 
 @config
 class Optim:
-    """AdamW with decoupled weight decay, a warm-up and a schedule.
+    """AdamW or Muon with decoupled weight decay, a warm-up and a schedule.
 
     The defaults are those of ThreadWeaver's SFT, whose peak was 1e-5 for an 8B model.
 
     Attributes:
+      algorithm: "adamw", or "muon": the momentum of each layer's matrices is orthogonalised, and
+        all else (embeddings, unembedding, norms, biases) moves by AdamW. From scratch it needs
+        about half the steps; models that AdamW pretrained are usually finetuned by AdamW.
       peak_lr: learning rate at the end of the warm-up.
       schedule: what follows the warm-up until the last step: "cosine" or "linear" down to end_lr,
         or "constant".
       end_lr: learning rate that "cosine" and "linear" reach after the last step.
       warmup_ratio: share of all steps in which the rate rises linearly from 0; rounded up.
       warmup_steps: the same as a number of steps; where it is set, warmup_ratio is not used.
-      beta1: decay of the mean of the gradient.
+      beta1: decay of the mean of the gradient; Muon's momentum, where 0.95 is usual.
       beta2: decay of the mean of its square.
       epsilon: added to the root of the second moment, after bias correction.
       weight_decay: times the learning rate; not on norms and biases, on all else, embeddings too.
       clip_norm: the global norm that gradients are scaled down to; None never scales.
     """
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
     peak_lr: float
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     end_lr: float = 0.0
@@ -55,7 +59,7 @@ class Optim:
     clip_norm: float | None = 1.0
 
     def check(self) -> None:
-        """Refuses what AdamW cannot run with."""
+        """Refuses what no step can run with."""
         for name, low, high in (
             ("end_lr", 0, self.peak_lr),
             ("warmup_ratio", 0, 1),
@@ -80,7 +84,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # [] int32, steps taken; a skipped update is a step too
     params: Params
-    opt_state: Any  # AdamW's count and moments; the moments are float32 and shaped like params
+    opt_state: Any  # counts and moments; the moments are float32 and shaped like params
     key: jax.Array  # [] typed key; derive with fold_in(key, step), never replaced
 
 
@@ -106,7 +110,7 @@ def create(params: Params, optim: Optim, *, key: jax.Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=_adamw(optim).init(_float32(params)),
+        opt_state=_direction(optim).init(_float32(params)),
         key=key,
     )
 
@@ -131,11 +135,12 @@ def abstract_state(
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = shardings(network.axes(), state.params, mesh, rules)
     moments = optax.tree_utils.tree_map_params(
-        _adamw(optim),
-        lambda _, where: where,
+        _direction(optim),
+        lambda leaf, where: leaf if _is_masked(leaf) else where,
         state.opt_state,
         params,
         transform_non_params=lambda _: everywhere,
+        is_leaf=_is_masked,
     )
     where = TrainState(step=everywhere, params=params, opt_state=moments, key=everywhere)  # pyright: ignore[reportArgumentType]  # shardings stand in for arrays
     return jax.tree.map(
@@ -246,11 +251,15 @@ def update(
     steps: int,
     is_empty: jax.Array | bool = False,
 ) -> tuple[TrainState, Numbers]:
-    """One AdamW step, or none: a gradient whose norm is not finite changes nothing but `step`.
+    """One step, or none: a gradient whose norm is not finite changes nothing but `step`.
 
     g' = g * min(1, clip / |g|);  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
     p -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * p), t counting real updates.
-    Source: AdamW (arXiv:1711.05101), with the settings of HF's Trainer.
+    Muon replaces the quotient, for a matrix with R rows and C columns, by 0.2 sqrt(max(R, C)) O: O
+    has the singular vectors of b1 m + (1 - b1) g' (both bias-corrected), and singular values near
+    1, by five Newton-Schulz steps. That is about the size of AdamW's, so one rate serves both.
+    Sources: AdamW (arXiv:1711.05101), with the settings of HF's Trainer; Muon (Jordan 2024) as in
+    arXiv:2502.16982.
 
     Args:
       state: before the step.
@@ -271,7 +280,7 @@ def update(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
     lr = learning_rate(state.step, optim, steps=steps)
     params = _float32(state.params)
-    direction, opt_state = _adamw(optim).update(gradients, state.opt_state, params)
+    direction, opt_state = _direction(optim).update(gradients, state.opt_state, params)
     moved = jax.tree.map(
         lambda new, p, d: (p - lr * d).astype(new.dtype), state.params, params, direction
     )
@@ -302,12 +311,61 @@ def decays(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(has_decay, params)
 
 
-def _adamw(optim: Optim) -> optax.GradientTransformation:
+def matrices(params: Any) -> Any:
+    """How Muon reads parameters: which axes of a leaf are a matrix's rows and which its columns.
+
+    Leaves of "blocks" are stacked by layer, [L, rows, columns]; attention's projections have heads
+    and head width as two axes, which count as one: [L, d, n, h] and, for "out", [L, n, h, d].
+
+    Returns:
+      `optax.contrib.MuonDimensionNumbers`, or None for a leaf that AdamW moves.
+    """
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        if "blocks" not in name or "norm" in name or "bias" in name:
+            return None
+        split = leaf.ndim - 1 if "out" in name else 2
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, split)), tuple(range(split, leaf.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _direction(optim: Optim) -> optax.GradientTransformation:
     """The direction of the step, without rate and clipping, which `update` owns and reports."""
-    return optax.chain(
-        optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon),
-        optax.add_decayed_weights(optim.weight_decay, mask=decays),
+    adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
+    if optim.algorithm == "muon":
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(beta=optim.beta1, weight_dimension_numbers=matrices),
+            optax.stateless(_like_adam),
+        )
+        adam = optax.partition({"muon": muon, "adamw": adam}, _labels)
+    return optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=decays))
+
+
+def _like_adam(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+    """Orthogonal matrices, at the root mean square that AdamW's directions usually have."""
+
+    def scaled(update: jax.Array, dims: Any) -> jax.Array:
+        sides = (dims.reduction_axis, dims.output_axis)
+        return 0.2 * math.sqrt(max(math.prod(update.shape[i] for i in s) for s in sides)) * update
+
+    return jax.tree.map(scaled, updates, matrices(updates))
+
+
+def _labels(params: Params) -> Params:
+    """The algorithm that moves each leaf."""
+    is_leaf = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
+    return jax.tree.map(
+        lambda dims: "adamw" if dims is None else "muon", matrices(params), is_leaf=is_leaf
     )
+
+
+def _is_masked(leaf: Any) -> bool:
+    """Whether a place in the optimiser's state belongs to a leaf that another algorithm moves."""
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _places(abstract: TrainState) -> Any:
