@@ -52,8 +52,8 @@ class Training:
             raise ValueError(f"Training.steps = {self.steps}: want at least 1.")
         if self.optim.algorithm != "adamw":
             raise ValueError(
-                f"Optim.algorithm = {self.optim.algorithm!r}: want 'adamw', all that the other side "
-                "has."
+                f"Optim.algorithm = {self.optim.algorithm!r}: want 'adamw', which is what "
+                "transformers trains with here."
             )
         if self.optim.end_lr:
             raise ValueError(
