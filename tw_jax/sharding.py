@@ -90,7 +90,7 @@ class Rules:
 
 
 # A user context is part of jit's cache key, so a function traced under other rules is traced again.
-_RULES = jax.make_user_context(None)
+_USED = jax.make_user_context(None)
 
 
 def make_mesh(
@@ -136,14 +136,24 @@ def make_mesh(
 @contextlib.contextmanager
 def use(mesh: jax.sharding.Mesh, rules: Rules) -> Iterator[None]:
     """Makes `constrain` act: code traced inside pins its activations to this mesh."""
-    with jax.set_mesh(mesh), _RULES(rules):
+    with jax.set_mesh(mesh), _USED((rules, mesh.devices.flat[0].platform)):
         yield
 
 
 def current() -> tuple[AbstractMesh, Rules] | None:
     """The mesh and the rules of the enclosing `use`, or None outside of it."""
-    rules = _RULES.value
-    return None if rules is None else (jax.sharding.get_abstract_mesh(), rules)
+    used = _USED.value
+    return None if used is None else (jax.sharding.get_abstract_mesh(), used[0])
+
+
+def platform() -> str:
+    """What the devices are for which code is traced: "cpu", "gpu" or "tpu".
+
+    Those of the enclosing `use`, which need not be there when a program is compiled ahead of time;
+    those of the process outside of it.
+    """
+    used = _USED.value
+    return jax.default_backend() if used is None else used[1]
 
 
 def spec(

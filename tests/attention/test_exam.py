@@ -13,15 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import subjaxprs
 
-from tw_jax.attention import blockwise, dispatch, reference
+from tw_jax.attention import blockwise, dispatch, pallas_tpu, reference
 from tw_jax.contracts import Span
 
 # Rows of the exam are short, so blockwise also sits it with the smallest blocks.
 CANDIDATES = {
     **dispatch.BACKENDS,
     "blockwise of 32": functools.partial(blockwise.attend, block=32),
+    # A simulated TPU: races end the test, and memory that was never written is NaN.
+    "pallas_tpu of 128, interpreted": functools.partial(
+        pallas_tpu.attend,
+        query_block=128,
+        key_block=128,
+        interpret=pltpu.InterpretParams(
+            detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+        ),
+    ),
 }
 SCALE = 0.3
 
@@ -36,7 +47,10 @@ def attend(request):
         except NotImplementedError as refusal:
             pytest.skip(f"{request.param} refuses: {refusal}")
 
-    return run
+    yield run
+    if "interpreted" in request.param:
+        assert interpret_pallas_call.races is not None, "no kernel was interpreted"
+        assert not interpret_pallas_call.races.races_found
 
 
 each_backend = pytest.mark.parametrize("attend", dispatch.BACKENDS, indirect=True)

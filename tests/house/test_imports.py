@@ -12,7 +12,7 @@ import tw_jax
 DOORS = {
     "flax.linen": {"tw_jax/models/transformer.py"},
     "flax.nnx": set(),
-    "jax.experimental.pallas": set(),
+    "jax.experimental.pallas": {"tw_jax/attention/pallas_tpu.py"},
     "jax.experimental.pjit": set(),
     "jax.experimental.topologies": set(),
 }

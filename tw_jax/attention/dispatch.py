@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tw_jax import sharding
-from tw_jax.attention import blockwise, reference
+from tw_jax.attention import blockwise, pallas_tpu, reference
 from tw_jax.contracts import Span
 
-Impl = Literal["auto", "reference", "blockwise"]
+Impl = Literal["auto", "reference", "blockwise", "pallas_tpu"]
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.attend,
     "blockwise": blockwise.attend,
+    "pallas_tpu": pallas_tpu.attend,
 }
 
 _FEW_QUERIES = 32
@@ -99,7 +100,7 @@ def _preferred(queries: int, slots: int) -> tuple[str, ...]:
     """
     if queries <= _FEW_QUERIES or queries * slots <= _FEW_PAIRS:
         return ("reference", "blockwise")
-    return ("blockwise",)
+    return ("pallas_tpu", "blockwise")
 
 
 def _per_device(

@@ -1,0 +1,381 @@
+"""Flash attention over the interval mask as TPU kernels: forward, dq, and dk with dv.
+
+A kernel's grid is the list of block pairs that the mask needs and nothing else: pair by pair it
+reads from the list which blocks to fetch. The list is made on the device from the least and
+greatest numbers of each block, and its length is the size of the grid, known only at run time. So
+rows with other tries run the same program: nothing is padded, bucketed or compiled anew.
+
+Inside, a pair of blocks is [keys, queries], queries along the lanes: maxima, sums and log-sums are
+then rows of one sublane and need no copy per lane. The M query heads that share a key head lie
+side by side in R = M * block queries, so that keys and values are read once for all of them. The
+mask is computed only in pairs that it cuts.
+
+The file knows the interval mask and nothing of models or devices but TPUs.
+Source: FlashAttention (arXiv:2205.14135, 2307.08691); a grid of unknown size as in JAX's grouped
+matrix products (megablox); the mask is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from tw_jax import sharding
+from tw_jax.attention.blockwise import KEPT
+from tw_jax.contracts import Span
+from tw_jax.trie.mask import HIDDEN, LOWEST, needed, sees
+
+_LANES = 128
+_QUERIES = 1024
+_KEYS = 512
+# A pair is one int32: query block, key block, and these.
+_FIRST, _LAST, _CUT, _IDLE = 1, 2, 4, 8
+_FLAG_BITS, _BLOCK_BITS = 4, 13
+_MOST_PAIRS = 3 * 2**16  # the list lies in scalar memory, 1 MiB
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    at: jax.Array,
+    keys: Span,
+    scale: float,
+    query_block: int | None = None,
+    key_block: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Softmax attention over the blocks of pairs that the mask allows.
+
+    The same function as `reference.attend`, zeros for queries that see nothing included.
+
+    Args:
+      q: [B, N, T, H] floating, N a multiple of G.
+      k: [B, G, S, H] floating.
+      v: [B, G, S, H] floating.
+      at: [B, T] int32, where the queries stand.
+      keys: [B, S] int32 spans.
+      scale: factor on the scores, usually H ** -0.5.
+      query_block: queries of a block, a multiple of 128; as many as make 1024 with their heads, by
+        default.
+      key_block: keys of a block, a multiple of 128; 512 by default.
+      interpret: `pltpu.InterpretParams`, which runs the kernels anywhere, for tests.
+
+    Returns:
+      [B, N, T, H] in the dtype of `q`.
+
+    Raises:
+      NotImplementedError: the devices are no TPUs, or the rows are longer than a list of block
+        pairs can say.
+    """
+    if not interpret and (platform := sharding.platform()) != "tpu":
+        raise NotImplementedError(f"the kernels are for TPUs and the devices are {platform}")
+    (rows, heads, queries, width), (groups, slots) = q.shape, k.shape[1:3]
+    stack = heads // groups
+    query_block = query_block or max(_LANES, _QUERIES // stack // _LANES * _LANES)
+    query_block = min(query_block, _up(queries, _LANES))
+    key_block = min(key_block or _KEYS, _up(slots, _LANES))
+    # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
+    at = _pad(at, 1, query_block, mode="edge")
+    keys = jax.tree.map(lambda x: _pad(x, 1, key_block), keys)
+    counts = at.shape[1] // query_block, keys.enter.shape[1] // key_block
+    if rows * max(counts) >= 2**_BLOCK_BITS or rows * counts[0] * counts[1] > _MOST_PAIRS:
+        raise NotImplementedError(
+            f"{rows} rows of {counts[0]} x {counts[1]} pairs of blocks are more than a list of "
+            f"{_MOST_PAIRS} in scalar memory: want shorter or fewer rows on a device, or larger "
+            "blocks"
+        )
+
+    def fold(x: jax.Array, block: int) -> jax.Array:
+        """[B, G * M, T, H] to [blocks, G, M * block, H]."""
+        x = _pad(x, 2, block)
+        x = x.reshape(rows, groups, -1, x.shape[2] // block, block, width)
+        return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, groups, x.shape[2] * block, width)
+
+    plan = _plan(at, keys, query_block, key_block)
+    places = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
+    spans = jax.tree.map(lambda x: x.reshape(-1, 1, key_block), keys)
+    out = _attend(
+        (scale, interpret),
+        fold(q, query_block),
+        fold(k, key_block),
+        fold(v, key_block),
+        places,
+        spans,
+        plan,
+    )
+    out = out.reshape(rows, -1, groups, width, stack, query_block)
+    return out.transpose(0, 2, 4, 1, 5, 3).reshape(rows, heads, -1, width)[:, :, :queries]
+
+
+def _up(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
+
+
+def _pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.Array:
+    """Appends to `axis` what it lacks to a multiple."""
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], mode=mode)
+
+
+def _plan(at: jax.Array, keys: Span, query_block: int, key_block: int):
+    """The pairs of blocks, once in the order of queries and once in that of keys.
+
+    Blocks are counted through all rows. A block that needs no other gets one idle pair, in which
+    nothing is computed, so that its zeros are written.
+
+    Returns:
+      Twice (pairs [B Q K] int32, of which the first `count` are valid; count [] int32).
+    """
+    need = needed(at, keys, query_block=query_block, key_block=key_block)
+    by_query = at.reshape(len(at), -1, 1, query_block)
+    enter, exit = (x.reshape(len(at), 1, -1, key_block) for x in (keys.enter, keys.exit))
+    whole = (enter.max(-1) <= by_query.min(-1)) & (by_query.max(-1) < exit.min(-1))
+    numbers = jnp.arange(need.size // need.shape[2]).reshape(*need.shape[:2], 1)
+    others = jnp.arange(need.size // need.shape[1]).reshape(len(at), 1, -1)
+    pairs = (numbers << _BLOCK_BITS | others) << _FLAG_BITS | jnp.where(whole, 0, _CUT)
+
+    def ordered(need: jax.Array, pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        is_idle = ~need.any(axis=-1, keepdims=True)
+        need = need | (is_idle & (jnp.arange(need.shape[-1]) == 0))
+        rank = jnp.cumsum(need, axis=-1)
+        pairs = pairs | jnp.where(rank == 1, _FIRST, 0) | jnp.where(is_idle, _IDLE, 0)
+        pairs = pairs | jnp.where(rank == rank[..., -1:], _LAST, 0)
+        index = jnp.nonzero(need.ravel(), size=need.size, fill_value=0)[0]
+        return pairs.ravel()[index].astype(jnp.int32), need.sum(dtype=jnp.int32)
+
+    return ordered(need, pairs), ordered(need.swapaxes(1, 2), pairs.swapaxes(1, 2))
+
+
+def _query(pair: jax.Array) -> jax.Array:
+    return pair >> (_FLAG_BITS + _BLOCK_BITS)
+
+
+def _key(pair: jax.Array) -> jax.Array:
+    return (pair >> _FLAG_BITS) & (2**_BLOCK_BITS - 1)
+
+
+def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """Product a b, or a b^T, with float32 sums; float32 operands are not rounded."""
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        a.astype(b.dtype), b, contract, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _scores(pair, scale, at, enter, exit, q, k) -> jax.Array:
+    """Scores of a pair of blocks, [keys, R] float32."""
+    scores = _dot(k[...], q[...], transposed=True) * scale
+
+    def cut(scores: jax.Array) -> jax.Array:
+        # A row of lanes becomes a column: the transpose of a full tile is what the hardware has.
+        column = lambda x: jnp.broadcast_to(x[...], (_LANES, x.shape[1])).T[:, :1]  # noqa: E731
+        return jnp.where(sees(at[...], Span(column(enter), column(exit))), scores, HIDDEN)
+
+    return lax.cond((pair & _CUT) != 0, cut, lambda scores: scores, scores)
+
+
+def _forward_kernel(pairs, at, enter, exit, q, k, v, out, log_sum, acc, top, total, *, scale):
+    """v: [H, keys]; out, acc: [H, R]; log_sum, top, total: [1, R]."""
+    pair = pairs[pl.program_id(1)]
+
+    @pl.when((pair & _FIRST) != 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+        top[...] = jnp.full_like(top, LOWEST)
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when((pair & _IDLE) == 0)
+    def _():
+        scores = _scores(pair, scale, at, enter, exit, q, k)
+        new_top = jnp.maximum(top[...], scores.max(axis=0, keepdims=True))
+        weights = jnp.exp(scores - new_top)
+        shrink = jnp.exp(top[...] - new_top)
+        top[...] = new_top
+        total[...] = total[...] * shrink + weights.sum(axis=0, keepdims=True)
+        acc[...] = acc[...] * shrink + _dot(v[...], weights.astype(v.dtype))
+
+    @pl.when((pair & _LAST) != 0)
+    def _():
+        is_seeing = total[...] > 0
+        safe = jnp.where(is_seeing, total[...], 1.0)
+        out[...] = (acc[...] / safe).astype(out.dtype)
+        # A query that sees nothing gets 0: exp(HIDDEN - 0) is 0, so its gradients vanish.
+        log_sum[...] = jnp.where(is_seeing, top[...] + jnp.log(safe), 0.0)
+
+
+def _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta):
+    """Weights and the gradients of scores, [keys, R] float32."""
+    weights = jnp.exp(_scores(pair, scale, at, enter, exit, q, k) - log_sum[...])
+    d_weights = _dot(v[...], d_out[...], transposed=True)
+    return weights, weights * (d_weights - delta[...]) * scale
+
+
+def _query_kernel(pairs, at, enter, exit, q, k, v, d_out, log_sum, delta, k_t, dq, acc, *, scale):
+    """k_t: [H, keys]; dq, acc: [H, R]."""
+    pair = pairs[pl.program_id(1)]
+
+    @pl.when((pair & _FIRST) != 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when((pair & _IDLE) == 0)
+    def _():
+        _, d_scores = _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta)
+        acc[...] += _dot(k_t[...], d_scores.astype(k_t.dtype))
+
+    @pl.when((pair & _LAST) != 0)
+    def _():
+        dq[...] = acc[...].astype(dq.dtype)
+
+
+def _key_kernel(
+    pairs, at, enter, exit, q, k, v, d_out, log_sum, delta, dk, dv, dk_acc, dv_acc, *, scale
+):
+    """dk, dv: [keys, H]."""
+    pair = pairs[pl.program_id(1)]
+
+    @pl.when((pair & _FIRST) != 0)
+    def _():
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    @pl.when((pair & _IDLE) == 0)
+    def _():
+        weights, d_scores = _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta)
+        dk_acc[...] += _dot(d_scores, q[...])
+        dv_acc[...] += _dot(weights, d_out[...])
+
+    @pl.when((pair & _LAST) != 0)
+    def _():
+        dk[...] = dk_acc[...].astype(dk.dtype)
+        dv[...] = dv_acc[...].astype(dv.dtype)
+
+
+def _by(number, *block):
+    """Blocks of an array [blocks, G, ...], or [blocks, ...] of what has no heads."""
+    if len(block) == 2:
+        return pl.BlockSpec((None, None, *block), lambda g, p, pairs: (number(pairs[p]), g, 0, 0))
+    return pl.BlockSpec((None, 1, *block), lambda g, p, pairs: (number(pairs[p]), 0, 0))
+
+
+def _call(kernel, how, plan, inputs, outputs, scratch, arrays):
+    """One kernel over all pairs of the plan, for each key head."""
+    scale, interpret = how
+    pairs, count = plan
+    return pl.pallas_call(
+        functools.partial(kernel, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(arrays[3].shape[1], count),
+            in_specs=inputs,
+            out_specs=[spec for spec, _ in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=[shape for _, shape in outputs],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+    )(pairs, *arrays)
+
+
+def _folded(how, q, k, v, at, keys, plan) -> jax.Array:
+    """Attention on folded arrays.
+
+    Args:
+      how: (scale, interpret).
+      q: [B Q, G, R, H].
+      k: [B K, G, b, H].
+      v: [B K, G, b, H].
+      at: [B Q, 1, R] int32.
+      keys: [B K, 1, b] spans.
+      plan: of `_plan`.
+
+    Returns:
+      [B Q, G, H, R] in the dtype of `q`.
+    """
+    return _forward(how, q, k, v, at, keys, plan)[0]
+
+
+def _forward(how, q, k, v, at, keys, plan):
+    """Returns the output and what the backward pass keeps."""
+    (blocks, groups, lanes, width), slots = q.shape, k.shape[2]
+    inputs = [
+        _by(_query, lanes),
+        _by(_key, slots),
+        _by(_key, slots),
+        _by(_query, lanes, width),
+        _by(_key, slots, width),
+        _by(_key, width, slots),
+    ]
+    outputs = [
+        (
+            _by(_query, width, lanes),
+            jax.ShapeDtypeStruct((blocks, groups, width, lanes), q.dtype),
+        ),
+        (
+            _by(_query, 1, lanes),
+            jax.ShapeDtypeStruct((blocks, groups, 1, lanes), jnp.float32),
+        ),
+    ]
+    scratch = [(width, lanes), (1, lanes), (1, lanes)]
+    arrays = (at, keys.enter, keys.exit, q, k, v.swapaxes(2, 3))
+    out, log_sum = _call(_forward_kernel, how, plan[0], inputs, outputs, scratch, arrays)
+    # A remat policy that keeps these two spares the backward pass this whole kernel.
+    out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
+    return out, (q, k, v, at, keys, plan, out, log_sum)
+
+
+def _backward(how, kept, d_out):
+    """Two kernels, for dq and for dk with dv, that both make p and ds anew.
+
+    With p = exp(scores - log_sum): dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
+    ds^T q.
+    """
+    q, k, v, at, keys, plan, out, log_sum = kept
+    (lanes, width), slots = q.shape[2:], k.shape[2]
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=2, keepdims=True)
+    arrays = (at, keys.enter, keys.exit, q, k, v, d_out.swapaxes(2, 3), log_sum, delta)
+    inputs = [
+        _by(_query, lanes),
+        _by(_key, slots),
+        _by(_key, slots),
+        _by(_query, lanes, width),
+        _by(_key, slots, width),
+        _by(_key, slots, width),
+        _by(_query, lanes, width),
+        _by(_query, 1, lanes),
+        _by(_query, 1, lanes),
+    ]
+    shape = (*q.shape[:2], width, lanes)
+    [dq] = _call(
+        _query_kernel,
+        how,
+        plan[0],
+        [*inputs, _by(_key, width, slots)],
+        [(_by(_query, width, lanes), jax.ShapeDtypeStruct(shape, q.dtype))],
+        [(width, lanes)],
+        (*arrays, k.swapaxes(2, 3)),
+    )
+    dk, dv = _call(
+        _key_kernel,
+        how,
+        plan[1],
+        inputs,
+        [(_by(_key, slots, width), jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)],
+        [(slots, width)] * 2,
+        arrays,
+    )
+    return dq.swapaxes(2, 3), dk, dv, None, None, None
+
+
+_attend = jax.custom_vjp(_folded, nondiff_argnums=(0,))
+_attend.defvjp(_forward, _backward)
