@@ -35,6 +35,8 @@ docs: setup
 demo: .venv/run.stamp
 	$(BIN)/tw make configs/make/demo.gin
 	$(BIN)/tw sft configs/sft/demo.gin
+	$(BIN)/tw evaluate configs/evaluate/demo_sft.gin
+	$(BIN)/tw pgrpo configs/pgrpo/demo.gin
 	$(BIN)/tw evaluate configs/evaluate/demo.gin
 	$(BIN)/tw plot configs/plot/demo.gin
 bench: setup

@@ -19,7 +19,7 @@ from tw_jax.tasks.multiplication import (
     problems,
 )
 
-_STEP = re.compile(r"(\d+(?:[*+]\d+)+)(?:=(\d+(?:[*+]\d+)+))?=(\d+)")
+_STEP = re.compile(r"(\d+(?:[*+]\d+)+)=(\d+)")
 _LINE = re.compile(r"(\d+) ([*+]) (\d+): (.*) -> (\d+)")
 _PRODUCT = re.compile(r"(\d+) \* (\d+) = (\d+)")
 
@@ -31,15 +31,15 @@ def _value(expression: str) -> int:
 def _assert_true_everywhere(text: str) -> int:
     """Checks each equation of a text with Python's integers; returns how many there were."""
     count = 0
-    for left, middle, right in _STEP.findall(text):
-        assert _value(left) == _value(middle or left) == int(right), f"{left}={middle}={right}"
+    for left, right in _STEP.findall(text):
+        assert _value(left) == int(right), f"{left}={right}"
         count += 1
     for a, operator, b, steps, result in _LINE.findall(text):
         true = int(a) * int(b) if operator == "*" else int(a) + int(b)
         assert true == int(result), f"{a} {operator} {b} -> {result}"
-        values = [int(value) for *_, value in _STEP.findall(steps)]
+        values = [int(value) for left, value in _STEP.findall(steps) if "+" in left]
         digits = str(values[-1]) + "".join(str(value % 10) for value in reversed(values[:-1]))
-        assert result.rstrip("0") == digits.rstrip("0"), "the result is not what its steps say"
+        assert result.rstrip("0") == digits.strip("0"), "the result is not what its steps say"
         count += 1
     for a, b, result in _PRODUCT.findall(text):
         assert int(a) * int(b) == int(result)
@@ -169,20 +169,32 @@ def test_the_probability_of_a_fork_is_drawn_for_each_round():
 def test_zeros_are_worked_like_any_number():
     assert multiply(0, 123) == ["0 * 123", "0 * 123 = 0"]
     assert multiply(0, 0) == ["0 * 0", "0 * 0 = 0"]
-    row = "10 * 100: 0*1=0 0*1+0=0+0=0 1*1+0=1+0=1 -> 1000"
+    row = "10 * 100: 0*1=00 0+0+0=00 0*1=00 0+0+0=00 1*1=01 1+0+0=01 0+0+0=00 -> 1000"
     assert multiply(100, 10) == ["100 * 10", row, "100 * 10 = 1000"]
 
 
+@pytest.mark.parametrize("cfg", CONFIGS)
+def test_steps_of_one_kind_are_equally_long_and_so_are_the_numbers_of_a_sum(cfg):
+    for item in problems(cfg, seed=19, count=60):
+        for a, operator, b, steps, _ in _LINE.findall(gold(item, cfg)):
+            width = {"*": 6, "+": 8}
+            assert all(len(s) == width["*" if "*" in s else "+"] for s in steps.split())
+            assert operator == "*" or len(a) == len(b)
+
+
 def test_the_format_of_each_step_stays_as_it_is():
-    assert multiply_by_digit(123, 6) == "6 * 123: 3*6=18 2*6+1=12+1=13 1*6+1=6+1=7 -> 738"
-    assert multiply_by_digit(99, 9, 2) == "900 * 99: 9*9=81 9*9+8=81+8=89 -> 89100"
-    assert add(738, 6150) == "738 + 6150: 8+0+0=8 3+5+0=8 7+1+0=8 0+6+0=6 -> 6888"
-    assert add(95, 7) == "95 + 7: 5+7+0=12 9+0+1=10 -> 102"
+    row = "6 * 123: 3*6=18 8+0+0=08 2*6=12 2+1+0=03 1*6=06 6+1+0=07 0+0+0=00 -> 738"
+    assert multiply_by_digit(123, 6) == row
+    assert multiply_by_digit(99, 9, 2) == (
+        "900 * 99: 9*9=81 1+0+0=01 9*9=81 1+8+0=09 0+8+0=08 -> 89100"
+    )
+    assert add(738, 6150) == "0738 + 6150: 8+0+0=08 3+5+0=08 7+1+0=08 0+6+0=06 -> 6888"
+    assert add(95, 7) == "95 + 07: 5+7+0=12 9+0+1=10 -> 102"
     assert multiply(46, 123) == [
         "46 * 123",
-        "6 * 123: 3*6=18 2*6+1=12+1=13 1*6+1=6+1=7 -> 738",
-        "40 * 123: 3*4=12 2*4+1=8+1=9 1*4+0=4+0=4 -> 4920",
-        "738 + 4920: 8+0+0=8 3+2+0=5 7+9+0=16 0+4+1=5 -> 5658",
+        row,
+        "40 * 123: 3*4=12 2+0+0=02 2*4=08 8+1+0=09 1*4=04 4+0+0=04 0+0+0=00 -> 4920",
+        "0738 + 4920: 8+0+0=08 3+2+0=05 7+9+0=16 0+4+1=05 -> 5658",
         "46 * 123 = 5658",
     ]
 
@@ -199,23 +211,24 @@ def test_a_parallel_text_stays_as_it_is():
         "</Outlines>\n"
         "<Thread>\n"
         "1: 12 * 7\n"
-        "7 * 12: 2*7=14 1*7+1=7+1=8 -> 84\n"
+        "7 * 12: 2*7=14 4+0+0=04 1*7=07 7+1+0=08 0+0+0=00 -> 84\n"
         "12 * 7 = 84\n"
         "</Thread><Thread>\n"
         "2: 30 * 5\n"
-        "5 * 30: 0*5=0 3*5+0=15+0=15 -> 150\n"
+        "5 * 30: 0*5=00 0+0+0=00 3*5=15 5+0+0=05 0+1+0=01 -> 150\n"
         "30 * 5 = 150\n"
         "</Thread>\n"
         "</Parallel>\n"
         "Pool: 84, 150, 1.\n"
         "84 * 150\n"
-        "4 * 150: 0*4=0 5*4+0=20+0=20 1*4+2=4+2=6 -> 600\n"
-        "80 * 150: 0*8=0 5*8+0=40+0=40 1*8+4=8+4=12 -> 12000\n"
-        "600 + 12000: 0+0+0=0 0+0+0=0 6+0+0=6 0+2+0=2 0+1+0=1 -> 12600\n"
+        "4 * 150: 0*4=00 0+0+0=00 5*4=20 0+0+0=00 1*4=04 4+2+0=06 0+0+0=00 -> 600\n"
+        "80 * 150: 0*8=00 0+0+0=00 5*8=40 0+0+0=00 1*8=08 8+4+0=12 0+0+1=01 -> 12000\n"
+        "00600 + 12000: 0+0+0=00 0+0+0=00 6+0+0=06 0+2+0=02 0+1+0=01 -> 12600\n"
         "84 * 150 = 12600\n"
         "Pool: 12600, 1.\n"
         "12600 * 1\n"
-        "1 * 12600: 0*1=0 0*1+0=0+0=0 6*1+0=6+0=6 2*1+0=2+0=2 1*1+0=1+0=1 -> 12600\n"
+        "1 * 12600: 0*1=00 0+0+0=00 0*1=00 0+0+0=00 6*1=06 6+0+0=06 2*1=02 2+0+0=02 "
+        "1*1=01 1+0+0=01 0+0+0=00 -> 12600\n"
         "12600 * 1 = 12600\n"
         "Pool: 12600.\n"
         "</think>\n"
@@ -235,12 +248,12 @@ def test_a_fork_of_a_lone_pair_stays_as_it_is():
         "<Outline>2: 80 times 150.</Outline>\n"
         "</Outlines>\n"
         "<Thread>\n"
-        "1: 4 * 150: 0*4=0 5*4+0=20+0=20 1*4+2=4+2=6 -> 600\n"
+        "1: 4 * 150: 0*4=00 0+0+0=00 5*4=20 0+0+0=00 1*4=04 4+2+0=06 0+0+0=00 -> 600\n"
         "</Thread><Thread>\n"
-        "2: 80 * 150: 0*8=0 5*8+0=40+0=40 1*8+4=8+4=12 -> 12000\n"
+        "2: 80 * 150: 0*8=00 0+0+0=00 5*8=40 0+0+0=00 1*8=08 8+4+0=12 0+0+1=01 -> 12000\n"
         "</Thread>\n"
         "</Parallel>\n"
-        "600 + 12000: 0+0+0=0 0+0+0=0 6+0+0=6 0+2+0=2 0+1+0=1 -> 12600\n"
+        "00600 + 12000: 0+0+0=00 0+0+0=00 6+0+0=06 0+2+0=02 0+1+0=01 -> 12600\n"
         "84 * 150 = 12600\n"
         "Pool: 12600.\n"
         "</think>\n"

@@ -214,9 +214,9 @@ def _forward_kernel(pairs, at, enter, exit, q, k, v, out, log_sum, acc, top, tot
 
 
 def _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta):
-    """Weights and the gradients of scores, [keys, R] float32."""
+    """Weights and the gradients of scores, [keys, R] float32; d_out: [H, R]."""
     weights = jnp.exp(_scores(pair, scale, at, enter, exit, q, k) - log_sum[...])
-    d_weights = _dot(v[...], d_out[...], transposed=True)
+    d_weights = _dot(v[...], d_out[...])
     return weights, weights * (d_weights - delta[...]) * scale
 
 
@@ -253,7 +253,7 @@ def _key_kernel(
     def _():
         weights, d_scores = _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta)
         dk_acc[...] += _dot(d_scores, q[...])
-        dv_acc[...] += _dot(weights, d_out[...])
+        dv_acc[...] += _dot(weights, d_out[...], transposed=True)
 
     @pl.when((pair & _LAST) != 0)
     def _():
@@ -343,7 +343,7 @@ def _backward(how, kept, d_out):
     q, k, v, at, keys, plan, out, log_sum = kept
     (lanes, width), slots = q.shape[2:], k.shape[2]
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=2, keepdims=True)
-    arrays = (at, keys.enter, keys.exit, q, k, v, d_out.swapaxes(2, 3), log_sum, delta)
+    arrays = (at, keys.enter, keys.exit, q, k, v, d_out, log_sum, delta)
     inputs = [
         _by(_query, lanes),
         _by(_key, slots),
@@ -351,7 +351,7 @@ def _backward(how, kept, d_out):
         _by(_query, lanes, width),
         _by(_key, slots, width),
         _by(_key, slots, width),
-        _by(_query, lanes, width),
+        _by(_query, width, lanes),
         _by(_query, 1, lanes),
         _by(_query, 1, lanes),
     ]

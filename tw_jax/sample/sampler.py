@@ -137,6 +137,12 @@ class ForkJoinSampler:
                 slots = caches.bucket(max(want, state.cache.slots + 1))
             state = self.grow(state, max(slots, state.cache.slots))
 
+    def abstract(self, rows: int, slots: int) -> State:
+        """Shapes and dtypes of a state of so many rows and slots a row, without an array."""
+        state = jax.eval_shape(lambda: self._start([], rows))
+        cache = jax.eval_shape(lambda: caches.empty(self.network, rows, slots))
+        return state.replace(cache=cache)
+
     def _check(self, number: int, prompt: np.ndarray) -> None:
         cfg, ids = self.cfg, np.asarray(prompt)
         if not 0 < len(ids) <= cfg.max_prompt:

@@ -2,9 +2,11 @@ r"""The multiplication task: problems, gold trajectories with digit-level workin
 
 A pool of factors is multiplied pair by pair until one number is left. In the parallel variant a
 round with several pairs is one block: an outline and a thread per pair. In the sequential variant
-the very same working stands in prose. All working is local: each step is one digit times one digit
-plus a carry, or two digits plus a carry, least significant first, and a carry is written even
-where it is 0, so that every step of a kind looks alike and a tiny model can learn it.
+the very same working stands in prose. All working is local: each step is one digit times one digit,
+or two digits plus a carry, least significant first. Steps of a kind are equally long: a carry is
+written even where it is 0, a value of a step always has two digits, and the numbers of a sum are
+filled up with zeros to one width. So what a step needs stands at a fixed distance, and two small
+tables are all there is to know by heart (zero padding and reversal: arXiv:2307.03381).
 
 The task follows ThreadWeaver (arXiv:2512.07843, synthetic multiplication), whose generator of text
 was never released; the text here is our own, and every way of writing a step is one small function
@@ -165,37 +167,39 @@ def grade(response: str, answer: str) -> bool:
 
 
 def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
-    """One row: `60 * 123: 3*6=18 2*6+1=12+1=13 1*6+1=6+1=7 -> 7380`.
+    """One row: `60 * 12: 2*6=12 2+0+0=02 1*6=06 6+1+0=07 0+0+0=00 -> 720`.
 
     The digit comes first, for it tells the threads of a block apart: a thread begins as its outline
-    does. A product of digits is written before its carry is added, which leaves two small tables to
-    learn where one step would be a table of a thousand entries.
+    does. Behind each product of digits stands its column of the row: its ones, the tens of the
+    product before it, and a carry. So products are one table of a hundred entries, and columns are
+    added as in every sum.
 
     Args:
       number: the multiplicand.
       digit: 1 to 9.
       zeros: how many zeros follow the digit; they pass to the result.
     """
-    steps, carry = [], None
+    steps, tens, carry = [], 0, 0
     for place in reversed(str(number)):
         product = int(place) * digit
-        value = product + (carry or 0)
-        added = "" if carry is None else f"+{carry}={product}+{carry}"
-        steps.append(f"{place}*{digit}{added}={value}")
-        carry = value // 10
+        value = product % 10 + tens + carry
+        steps += [f"{place}*{digit}={product:02}", f"{product % 10}+{tens}+{carry}={value:02}"]
+        tens, carry = product // 10, value // 10
+    steps.append(f"0+{tens}+{carry}={tens + carry:02}")
     scale = 10**zeros
     return f"{digit * scale} * {number}: {' '.join(steps)} -> {number * digit * scale}"
 
 
 def add(a: int, b: int) -> str:
-    """One sum by columns: `738 + 6150: 8+0+0=8 3+5+0=8 7+1+0=8 0+6+0=6 -> 6888`."""
+    """One sum by columns: `0738 + 6150: 8+0+0=08 3+5+0=08 7+1+0=08 0+6+0=06 -> 6888`."""
     steps, carry = [], 0
     width = max(len(str(a)), len(str(b)))
-    for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True):
+    padded = f"{a:0{width}}", f"{b:0{width}}"
+    for x, y in zip(*map(reversed, padded), strict=True):
         value = int(x) + int(y) + carry
-        steps.append(f"{x}+{y}+{carry}={value}")
+        steps.append(f"{x}+{y}+{carry}={value:02}")
         carry = value // 10
-    return f"{a} + {b}: {' '.join(steps)} -> {a + b}"
+    return f"{' + '.join(padded)}: {' '.join(steps)} -> {a + b}"
 
 
 def multiply(a: int, b: int) -> list[str]:

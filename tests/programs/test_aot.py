@@ -1,0 +1,132 @@
+"""`tw aot` on tiny models: what it prints when a program fits, when not, and without libtpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tw_jax.cli import main
+from tw_jax.config import load
+from tw_jax.programs import aot
+
+needs_libtpu = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu here"),
+]
+
+MODEL = """
+include 'configs/models/tiny.gin'
+Model.vocab_size = 384
+Model.compute_dtype = 'bfloat16'
+Aot.topology = 'v5e:2x2'
+Aot.model = @Model()
+"""
+SFT = """
+Aot.program = @SftStep()
+SftStep.optim = @Optim()
+SftStep.rows = 4
+SftStep.row_tokens = 1024
+SftStep.chunk_tokens = 512
+Optim.peak_lr = 1e-5
+"""
+PGRPO = """
+Aot.program = @PgrpoStep()
+PgrpoStep.optim = @Optim()
+PgrpoStep.loss = @PolicyLoss()
+PgrpoStep.rows = 8
+PgrpoStep.part_rows = 4
+PgrpoStep.row_tokens = 1024
+PgrpoStep.chunk_tokens = 512
+Optim.peak_lr = 1e-5
+"""
+SAMPLING = """
+Aot.program = @Sampling()
+Sampling.sampler = @Sampler()
+Sampling.forkjoin = @ForkJoin()
+Sampling.slots = 1024
+Sampler.rows = 4
+Sampler.max_prompt = 64
+Sampler.prefill_chunk = 16
+ForkJoin.max_new = 256
+ForkJoin.max_thread = 64
+ForkJoin.max_threads = 2
+"""
+
+
+def printed(tmp_path, capsys, text, *words):
+    (tmp_path / "aot.gin").write_text(MODEL + text)
+    sets = [part for word in words for part in ("--set", word)]
+    assert main(["aot", str(tmp_path / "aot.gin"), *sets]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+class TestWithLibtpu:
+    pytestmark = needs_libtpu
+
+    @pytest.mark.parametrize("text", [SFT, PGRPO], ids=["sft", "pgrpo"])
+    def test_a_step_that_fits_tells_its_memory_and_its_work(self, tmp_path, capsys, text):
+        found = printed(tmp_path, capsys, text)
+        assert found["ok"] is True
+        assert found["error"] is None
+        assert found["topology"] == "v5e:2x2"
+        assert found["chips"] == 4
+        assert found["compile_seconds"] > 0
+        least = found["argument_bytes"]
+        assert 0 < least < found["peak_bytes_per_chip"] < found["hbm_bytes_per_chip"] == 16 * 2**30
+        assert found["flops"] > 6 * 1e6 * 4 * 1024 / 2
+        assert 0 < found["block_occupancy"] <= 1
+
+    def test_a_step_that_does_not_fit_ends_with_the_bytes_it_lacks(self, tmp_path, capsys):
+        rows = ["SftStep.rows=4096", "SftStep.row_tokens=8192"]
+        found = printed(tmp_path, capsys, SFT, *rows)
+        assert found["ok"] is False
+        assert "G" in found["error"]
+        assert "peak_bytes_per_chip" not in found
+
+    @pytest.mark.parametrize("part", ["decode", "prefill"])
+    def test_the_sampler_compiles_and_tells_its_memory_beside_the_cache(
+        self, tmp_path, capsys, part
+    ):
+        found = printed(tmp_path, capsys, SAMPLING, f"Sampling.part='{part}'")
+        assert found["ok"] is True
+        # Keys and values of 4 layers, 2 heads of 32 in bfloat16, for one of the four rows.
+        assert found["kv_bytes_per_chip"] == 2 * 4 * 2 * 1024 * 32 * 2
+        assert found["temp_over_kv"] > 0
+
+    def test_a_topology_that_is_none_is_refused(self, tmp_path, capsys):
+        (tmp_path / "aot.gin").write_text(MODEL + SFT)
+        words = ["--set", "Aot.topology='v5e:3x7'"]
+        assert main(["aot", str(tmp_path / "aot.gin"), *words]) == 2
+        assert "Aot.topology = 'v5e:3x7'" in capsys.readouterr().err
+
+
+def test_a_generation_that_is_not_known_is_refused(tmp_path):
+    (tmp_path / "aot.gin").write_text(MODEL + SFT)
+    with pytest.raises(ValueError, match="want one of v4, v5e, v5p, v6e, a colon"):
+        load(aot.Aot, [tmp_path / "aot.gin"], ["Aot.topology='v9:2x2'"])
+
+
+def test_without_libtpu_a_sentence_names_it(tmp_path, capsys, monkeypatch):
+    def no_topology(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(aot.topologies, "get_topology_desc", no_topology)
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    (tmp_path / "aot.gin").write_text(MODEL + SFT)
+    assert main(["aot", str(tmp_path / "aot.gin")]) == 2
+    assert "tw aot needs libtpu" in capsys.readouterr().err
+
+
+def test_the_work_of_a_row_is_that_of_its_weights_and_its_pairs(tmp_path):
+    (tmp_path / "aot.gin").write_text(MODEL + SFT)
+    cfg = load(aot.Aot, [tmp_path / "aot.gin"])
+    one, two = (aot._work(cfg.model, rows, 512)["flops"] for rows in (1, 2))
+    assert two == 2 * one
+    # 128 wide, 4 layers: q, k, v, out; three matrices of the MLP; the unembedding of 384.
+    weights = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 512) + 128 * 384
+    linear = 6 * weights * 512
+    most = linear + 12 * 128 * 4 * 512 * 513 / 2
+    assert linear < one <= most

@@ -1,0 +1,293 @@
+"""`tw aot`: compiles a step for a TPU topology that need not be there, and says what it needs.
+
+libtpu compiles without hardware, so any host can tell whether a model, a mesh and a row length fit
+a pod. The last line is one JSON object. It holds no times of execution: the compiler's own cost
+analysis counts neither loops nor kernels, so operations are counted from the sizes instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tw_jax import sharding
+from tw_jax.config import config
+from tw_jax.contracts import Network, Span
+from tw_jax.data import workloads
+from tw_jax.forkjoin import tries
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
+from tw_jax.models.transformer import Model, network
+from tw_jax.sample.draw import settings
+from tw_jax.sample.sampler import Sampler, make_sampler
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.train import sft
+from tw_jax.train.groups import PolicyBatch
+from tw_jax.train.pgrpo import PolicyLoss
+from tw_jax.train.pgrpo import make_step as make_policy_step
+from tw_jax.train.state import Optim, abstract_state, jit_step
+from tw_jax.trie.batch import TrieBatch, stack_rows
+from tw_jax.trie.mask import needed
+from tw_jax.trie.pack import truncate
+
+GIB = 2**30
+HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+"""Bytes of a chip's memory by generation, as published; a program gets a few per cent less."""
+_BLOCK = 512
+
+
+@config
+class SftStep:
+    """The supervised step.
+
+    Attributes:
+      optim: the optimiser, whose moments take memory.
+      rows: rows of a batch, over all devices.
+      row_tokens: T.
+      chunk_tokens: nodes per row that are unembedded at a time.
+      accumulation_steps: parts of a batch that are run one after another.
+    """
+
+    optim: Optim
+    rows: int
+    row_tokens: int
+    chunk_tokens: int = 2048
+    accumulation_steps: int = 1
+
+
+@config
+class PgrpoStep:
+    """The step of reinforcement, on-policy.
+
+    Attributes:
+      optim: the optimiser, whose moments take memory.
+      loss: the loss.
+      rows: rows of a batch, over all devices.
+      part_rows: rows run at a time.
+      row_tokens: T.
+      chunk_tokens: nodes per row that are unembedded at a time.
+    """
+
+    optim: Optim
+    loss: PolicyLoss
+    rows: int
+    part_rows: int
+    row_tokens: int
+    chunk_tokens: int = 2048
+
+
+@config
+class Sampling:
+    """The sampler's program.
+
+    Attributes:
+      part: "decode" is the loop that draws, forks and joins; "prefill" encodes prompts.
+      sampler: rows are those over all devices.
+      forkjoin: limits; `max_threads` is the number of lanes.
+      slots: of the cache, for each row.
+    """
+
+    part: Literal["decode", "prefill"] = "decode"
+    sampler: Sampler
+    forkjoin: ForkJoin
+    slots: int
+
+
+@config
+class Aot:
+    """A program and the devices it is compiled for.
+
+    Attributes:
+      topology: a generation and its chips, such as "v5p:2x2x4".
+      model: the model.
+      program: what to compile.
+      mesh: how the chips are laid out.
+      rules: which logical axis is split over which axis of the mesh.
+    """
+
+    topology: str
+    model: Model
+    program: SftStep | PgrpoStep | Sampling
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+
+    def check(self) -> None:
+        """Refuses generations whose memory is not known."""
+        if self.topology.partition(":")[0] not in HBM:
+            raise ValueError(
+                f"Aot.topology = {self.topology!r}: want one of {', '.join(HBM)}, a colon and the "
+                "chips, such as 'v5p:2x2x4'."
+            )
+
+
+def run(cfg: Aot) -> None:
+    """Compiles and prints one JSON object on the last line.
+
+    Raises:
+      RuntimeError: libtpu is not installed.
+    """
+    devices = _devices(cfg.topology)
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    net = network(cfg.model)
+    prepare: Callable[..., Any] = {SftStep: _sft, PgrpoStep: _pgrpo, Sampling: _sampling}[
+        type(cfg.program)
+    ]
+    program, arguments, extra = prepare(cfg, net, mesh)
+    found: dict[str, Any] = {"program": type(cfg.program).__name__, "topology": cfg.topology}
+    found |= {"chips": mesh.size, "hbm_bytes_per_chip": HBM[cfg.topology.partition(":")[0]]}
+    began = time.monotonic()
+    with sharding.use(mesh, cfg.rules):
+        lowered = program.lower(*arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found |= {"ok": False, "error": str(error).splitlines()[0]}
+        else:
+            memory = compiled.memory_analysis()
+            found |= {
+                "ok": True,
+                "error": None,
+                "peak_bytes_per_chip": memory.peak_memory_in_bytes,
+                "argument_bytes": memory.argument_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
+            }
+            if "kv_bytes_per_chip" in extra:
+                found["temp_over_kv"] = memory.temp_size_in_bytes / extra["kv_bytes_per_chip"]
+    found |= {"compile_seconds": round(time.monotonic() - began, 1), **extra}
+    print(json.dumps(found))
+
+
+def _devices(topology: str) -> list[Any]:
+    """The devices of a topology, described by libtpu."""
+    # libtpu asks the cloud for its host otherwise; the type is that of any host with TPUs.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except RuntimeError as error:
+        if "not installed" not in str(error):
+            raise ValueError(f"Aot.topology = {topology!r}: {error}") from error
+        raise RuntimeError(
+            "tw aot needs libtpu, which compiles for TPUs on any host: pip install "
+            "'libtpu==0.0.42.1'."
+        ) from error
+    return list(described.devices)
+
+
+def _sft(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
+    how = cfg.program
+    assert isinstance(how, SftStep)
+    state = abstract_state(net, how.optim, mesh=mesh, rules=cfg.rules)
+    step = sft.make_step(
+        net,
+        how.optim,
+        steps=1000,
+        chunk_tokens=how.chunk_tokens,
+        accumulation_steps=how.accumulation_steps,
+    )
+    batch = _trie_batch(how.rows, how.row_tokens, mesh, cfg.rules)
+    program = jit_step(step, state, mesh=mesh, rules=cfg.rules)
+    return program, (state, batch), _work(cfg.model, how.rows, how.row_tokens)
+
+
+def _pgrpo(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
+    how = cfg.program
+    assert isinstance(how, PgrpoStep)
+    state = abstract_state(net, how.optim, mesh=mesh, rules=cfg.rules)
+    step = make_policy_step(
+        net,
+        how.optim,
+        how.loss,
+        steps=1000,
+        chunk_tokens=how.chunk_tokens,
+        temperature=1.0,
+        part_rows=how.part_rows,
+    )
+    trie = _trie_batch(how.rows, how.row_tokens, mesh, cfg.rules)
+    batch = PolicyBatch(
+        trie=trie, advantage=trie.weight, sampler_logp=trie.weight, rollout=trie.tokens
+    )
+    program = jit_step(step, state, mesh=mesh, rules=cfg.rules)
+    return program, (state, batch), _work(cfg.model, how.rows, how.row_tokens)
+
+
+def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
+    how = cfg.program
+    assert isinstance(how, Sampling)
+    sampler = make_sampler(net, ThreadWeaver(workloads.table(), how.forkjoin), how.sampler)
+    rows, rules = how.sampler.rows, cfg.rules
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    params = _placed(shapes, sharding.shardings(net.axes(), shapes, mesh, rules))
+    by_row = NamedSharding(mesh, PartitionSpec(rules.rows))
+    by_head = NamedSharding(mesh, PartitionSpec(None, rules.rows, rules.kv_heads))
+    state = sampler.abstract(rows, how.slots)
+    kv = _placed(state.cache.kv, jax.tree.map(lambda _: by_head, state.cache.kv))
+    state = state.replace(cache=state.cache.replace(kv=None))
+    state = _placed(state, jax.tree.map(lambda _: by_row, state))
+    state = state.replace(cache=state.cache.replace(kv=kv))
+    extra = {
+        "kv_bytes_per_chip": sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(kv)
+        )
+    }
+    if how.part == "prefill":
+        return sampler.prefill, (params, 1, state), extra
+    draw = jax.eval_shape(lambda: settings(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0))
+    draw = _placed(draw, jax.tree.map(lambda _: by_row, draw))
+    return sampler.advance, (params, state, draw), extra
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
+def _trie_batch(rows: int, tokens: int, mesh: jax.sharding.Mesh, rules: Rules) -> TrieBatch:
+    """Shapes of a batch, split by rows."""
+    place = NamedSharding(mesh, PartitionSpec(rules.rows))
+    ids: Any = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=place)
+    weight: Any = jax.ShapeDtypeStruct((rows, tokens), jnp.float32, sharding=place)
+    return TrieBatch(tokens=ids, parent=ids, depth=ids, end=ids, weight=weight)
+
+
+def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
+    """Operations of a step, and the share of block pairs that it walks.
+
+    A product of an [a, b] with a [b, c] matrix counts 2 a b c; backward twice forward; what remat
+    computes anew is not counted, as in model FLOPs utilisation (arXiv:2204.02311, appendix B).
+    Attention counts the pairs of ThreadWeaver-shaped tries, see `data/workloads.py`.
+    """
+    heads = model.num_heads * model.head_width
+    kv_heads = model.num_kv_heads * model.head_width
+    attention = model.width * (2 * heads + 2 * kv_heads)
+    weights = model.num_layers * (attention + 3 * model.width * model.mlp_width)
+    weights += model.width * model.vocab_size
+    rng = itertools.count()
+    row, used = [], 0
+    while used < tokens:
+        trie = tries.of_trajectory(workloads.trajectory(workloads.Shape(), next(rng)))
+        trie = truncate(trie, min(len(trie), tokens - used))
+        row.append(trie)
+        used += len(trie)
+    batch = stack_rows([row], tokens)
+    at: Any = np.arange(tokens, dtype=np.int32)[None]
+    keys = Span(enter=at, exit=batch.end)
+    need = needed(at, keys, query_block=_BLOCK, key_block=_BLOCK)
+    pairs = int((np.asarray(batch.end) - at).sum())
+    return {
+        "flops": 3.0 * rows * (2 * weights * tokens + 4 * heads * model.num_layers * pairs),
+        "block_occupancy": float(need.mean()),
+    }
