@@ -110,6 +110,7 @@ def test_more_pairs_than_scalar_memory_holds_are_refused():
     ids=["qwen3_8b", "no groups", "float32"],
 )
 def test_it_compiles_for_rows_of_40960(topology, heads, groups, width, dtype, monkeypatch):
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")

@@ -94,7 +94,7 @@ class TestWithLibtpu:
         assert found["ok"] is True
         # Keys and values of 4 layers, 2 heads of 32 in bfloat16, for one of the four rows.
         assert found["kv_bytes_per_chip"] == 2 * 4 * 2 * 1024 * 32 * 2
-        assert found["temp_over_kv"] > 0
+        assert found["temp_over_kv"] >= 0
 
     def test_a_topology_that_is_none_is_refused(self, tmp_path, capsys):
         (tmp_path / "aot.gin").write_text(MODEL + SFT)

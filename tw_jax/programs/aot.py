@@ -135,7 +135,7 @@ def run(cfg: Aot) -> None:
     """Compiles and prints one JSON object on the last line.
 
     Raises:
-      RuntimeError: libtpu is not installed.
+      NotImplementedError: libtpu is not installed.
     """
     devices = _devices(cfg.topology)
     mesh = sharding.make_mesh(cfg.mesh, devices)
@@ -181,7 +181,9 @@ def _no_cache() -> Iterator[None]:
 
 def _devices(topology: str) -> list[Any]:
     """The devices of a topology, described by libtpu."""
-    # libtpu asks the cloud for its host otherwise; the type is that of any host with TPUs.
+    # libtpu asks the cloud for its host otherwise; the type is that of any host with TPUs. Nothing
+    # runs on a chip, so other processes may have libtpu too.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -190,7 +192,7 @@ def _devices(topology: str) -> list[Any]:
     except RuntimeError as error:
         if "not installed" not in str(error):
             raise ValueError(f"Aot.topology = {topology!r}: {error}") from error
-        raise RuntimeError(
+        raise NotImplementedError(
             "tw aot needs libtpu, which compiles for TPUs on any host: pip install "
             "'libtpu==0.0.42.1'."
         ) from error
