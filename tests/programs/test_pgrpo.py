@@ -170,10 +170,11 @@ def bad_days(runs, tmp_path_factory):
     """A run and what befell it: in each step but the last, one rollout is bad in another way.
 
     The answer of the first one keeps a worker busy beyond its deadline, so does that of the second
-    but its worker is killed, and the reward of the third is not a number.
+    but its worker is killed, and the reward of the third is not a number. Of two rollouts one is
+    called right, so that every group has signal.
     """
     folder = tmp_path_factory.mktemp("bad_days")
-    bad, killed = [], []
+    bad, killed, rewarded = [], [], []
     text, start, reward = program.Rollouts._text, grader._Worker._start, program.reward
 
     def text_of(self, trajectory):
@@ -194,9 +195,10 @@ def bad_days(runs, tmp_path_factory):
         return pipe
 
     def reward_of(trajectory, *rest, **named):
-        parts = reward(trajectory, *rest, **named)
+        rewarded.append(trajectory)
         is_bad = len(bad) > 2 and trajectory is bad[2]
-        return parts._replace(correctness=math.nan) if is_bad else parts
+        correctness = math.nan if is_bad else float(len(rewarded) % 2)
+        return reward(trajectory, *rest, **named)._replace(correctness=correctness)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program.Rollouts, "_text", text_of)
