@@ -171,7 +171,7 @@ def run(cfg: Aot) -> None:
 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
