@@ -64,16 +64,16 @@ def attend(
     groups, queries = k.shape[1], q.shape[2]
     query_block, key_block = _block_size(queries, block), _block_size(k.shape[2], block)
     # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
-    at = _pad(at, 1, query_block, mode="edge")
-    keys = jax.tree.map(lambda x: _pad(x, 1, key_block), keys)
+    at = pad(at, 1, query_block, mode="edge")
+    keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
     plan = visits(needed(at, keys, query_block=query_block, key_block=key_block))
     fold = functools.partial(_fold, groups=groups)
     stacked = at.reshape(at.shape[0], -1, query_block)
     out = _attend(
         scale,
-        fold(_pad(q, 2, query_block), query_block),
-        fold(_pad(k, 2, key_block), key_block),
-        fold(_pad(v, 2, key_block), key_block),
+        fold(pad(q, 2, query_block), query_block),
+        fold(pad(k, 2, key_block), key_block),
+        fold(pad(v, 2, key_block), key_block),
         jnp.tile(stacked, (1, 1, q.shape[1] // groups)),
         jax.tree.map(lambda x: x.reshape(x.shape[0], -1, key_block), keys),
         plan,
@@ -87,7 +87,7 @@ def _block_size(tokens: int, block: int) -> int:
     return -(-tokens // (count * _GRAIN)) * _GRAIN
 
 
-def _pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.Array:
+def pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.Array:
     """Appends to `axis` what it lacks to a multiple."""
     missing = -x.shape[axis] % multiple
     if not missing:

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tw_jax import sharding
-from tw_jax.attention.blockwise import KEPT
+from tw_jax.attention.blockwise import KEPT, pad
 from tw_jax.contracts import Span
 from tw_jax.trie.mask import HIDDEN, LOWEST, needed, sees
 
@@ -84,8 +84,8 @@ def attend(
     query_block = min(query_block, _up(queries, _LANES))
     key_block = min(key_block or _KEYS, _up(slots, _LANES))
     # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
-    at = _pad(at, 1, query_block, mode="edge")
-    keys = jax.tree.map(lambda x: _pad(x, 1, key_block), keys)
+    at = pad(at, 1, query_block, mode="edge")
+    keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
     counts = at.shape[1] // query_block, keys.enter.shape[1] // key_block
     if rows * max(counts) >= 2**_BLOCK_BITS or rows * counts[0] * counts[1] > _MOST_PAIRS:
         raise NotImplementedError(
@@ -96,7 +96,7 @@ def attend(
 
     def fold(x: jax.Array, block: int) -> jax.Array:
         """[B, G * M, T, H] to [blocks, G, M * block, H]."""
-        x = _pad(x, 2, block)
+        x = pad(x, 2, block)
         x = x.reshape(rows, groups, -1, x.shape[2] // block, block, width)
         return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, groups, x.shape[2] * block, width)
 
@@ -118,12 +118,6 @@ def attend(
 
 def _up(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
-
-
-def _pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.Array:
-    """Appends to `axis` what it lacks to a multiple."""
-    missing = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], mode=mode)
 
 
 def _plan(at: jax.Array, keys: Span, query_block: int, key_block: int):

@@ -8,7 +8,6 @@ analysis counts neither loops nor kernels, so operations are counted from the si
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -41,8 +40,7 @@ from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.mask import needed
 from tw_jax.trie.pack import truncate
 
-GIB = 2**30
-HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 """Bytes of a chip's memory by generation, as published; a program gets a few per cent less."""
 _BLOCK = 512
 
@@ -193,8 +191,8 @@ def _devices(topology: str) -> list[Any]:
         if "not installed" not in str(error):
             raise ValueError(f"Aot.topology = {topology!r}: {error}") from error
         raise NotImplementedError(
-            "tw aot needs libtpu, which compiles for TPUs on any host: pip install "
-            "'libtpu==0.0.42.1'."
+            "tw aot needs libtpu, which compiles for TPUs on any host: want the tpu extra. Install "
+            "it with pip install -e '.[tpu]'."
         ) from error
     return list(described.devices)
 
@@ -278,7 +276,7 @@ def _trie_batch(rows: int, tokens: int, mesh: jax.sharding.Mesh, rules: Rules) -
 
 
 def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
-    """Operations of a step, and the share of block pairs that it walks.
+    """Operations of a step, and the share of pairs of blocks of 512 that it needs.
 
     A product of an [a, b] with a [b, c] matrix counts 2 a b c; backward twice forward; what remat
     computes anew is not counted, as in model FLOPs utilisation (arXiv:2204.02311, appendix B).
@@ -289,10 +287,9 @@ def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
     attention = model.width * (2 * heads + 2 * kv_heads)
     weights = model.num_layers * (attention + 3 * model.width * model.mlp_width)
     weights += model.width * model.vocab_size
-    rng = itertools.count()
     row, used = [], 0
     while used < tokens:
-        trie = tries.of_trajectory(workloads.trajectory(workloads.Shape(), next(rng)))
+        trie = tries.of_trajectory(workloads.trajectory(workloads.Shape(), seed=len(row)))
         trie = truncate(trie, min(len(trie), tokens - used))
         row.append(trie)
         used += len(trie)
