@@ -91,11 +91,15 @@ def test_a_group_is_cut_where_it_is_one_token_too_long():
     assert [len(tries.of_group(made, most_tokens=n)) for n in (size, size - 1)] == [1, 2]
 
 
-def test_a_rollout_longer_than_a_row_is_refused():
-    made = rollouts(seed=3, count=2)
-    longest = max(len(tries.of_trajectory(t)) for t in made)
-    with pytest.raises(ValueError, match=rf"makes a trie of {longest} nodes: want at most"):
-        tries.of_group(made, most_tokens=longest - 1)
+def test_a_rollout_longer_than_a_row_is_left_out_and_the_others_keep_their_numbers():
+    made = rollouts(seed=3, count=4)
+    sizes = [len(tries.of_trajectory(t)) for t in made]
+    longest = int(np.argmax(sizes))
+    parts = tries.of_group(made, most_tokens=max(sizes) - 1)
+    held = {k for part in parts for k in part.rollout.tolist()} - {-1}
+    assert held == {k for k, size in enumerate(sizes) if size < max(sizes)}
+    assert longest not in held
+    assert tries.of_group(made, most_tokens=min(sizes) - 1) == []
 
 
 @pytest.mark.parametrize("logp", [None, np.zeros(1, np.float32), "nan"])

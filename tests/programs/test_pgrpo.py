@@ -13,8 +13,11 @@ from tw_jax import metrics
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
 from tw_jax.data import records
+from tw_jax.data.stored import trajectory_of
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.programs import pgrpo as program
 from tw_jax.tasks import grader
+from tw_jax.tokenizer import SentencePiece, load_tokenizer
 
 HANGS = r"3^{9999 \cdot 9999 \cdot 9}"
 """A power that math-verify would write out, which takes minutes and gigabytes."""
@@ -234,6 +237,33 @@ def test_a_reward_that_is_no_number_is_counted_and_its_group_teaches_nothing(bad
     first, second, *others = records.read(folder / "rollouts" / "000002.jsonl")
     assert [first.extra["advantage"], second.extra["advantage"]] == [0, 0]
     assert any(one.extra["advantage"] for one in others)
+
+
+def test_a_rollout_longer_than_a_row_is_rewarded_and_not_trained(trained, tmp_path, numbers):
+    first = list(records.read(trained / "pgrpo" / "rollouts" / "000000.jsonl"))
+    most = sorted(nodes(trained, one) for one in first)[len(first) // 2]
+    words = ["Pgrpo.steps=1", "Pgrpo.evaluation=None", f"Packing.row_tokens={most}"]
+    text = (trained / "pgrpo.gin").read_text().splitlines()
+    kept = [line for line in text if not line.startswith("Evaluation")]
+    (tmp_path / "pgrpo.gin").write_text("\n".join(kept))
+    assert pgrpo(tmp_path, tmp_path / "run", *words) == 0
+    found = list(records.read(tmp_path / "run" / "rollouts" / "000000.jsonl"))
+    is_long = [nodes(trained, one) > most for one in found]
+    assert 0 < sum(is_long) < len(found)
+    (line,) = numbers(tmp_path / "run")
+    assert line["untrained"] == sum(is_long)
+    for one, long in zip(found, is_long, strict=True):
+        assert one.extra["reward"] is not None
+        assert not (long and one.extra["is_trained"])
+
+
+def nodes(runs, rollout):
+    """Nodes of its trie: every beginning of a call's tokens, counted once."""
+    table = make_table(load_tokenizer(SentencePiece(path=str(runs / "data" / "tokenizer.model"))))
+    limits = ForkJoin(max_threads=3, max_new=40, max_thread=10)
+    made = trajectory_of(ThreadWeaver(table, limits), rollout)
+    texts = [made.ids, *(np.concatenate([c.context, c.sampled]) for c in made.calls)]
+    return len({text[: n + 1].tobytes() for text in texts for n in range(len(text))})
 
 
 def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, numbers):

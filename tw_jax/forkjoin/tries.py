@@ -60,15 +60,15 @@ def of_group(trajectories: Sequence[Trajectory], *, most_tokens: int | None = No
       trajectories: K rollouts; `Group.rollout` counts them in this order, whatever part they are
         in.
       most_tokens: nodes of one trie, at most those of a row. Longer groups are cut between
-        rollouts into several, and each has the prompt. Smaller parts fill rows better, larger ones
-        share more; None never cuts.
+        rollouts into several, and each has the prompt; a rollout that alone is longer is in none.
+        Smaller parts fill rows better, larger ones share more; None never cuts.
 
     Returns:
       The parts of the group, one where it fits.
 
     Raises:
-      ValueError: the prompts differ, a call has no log-probs, two calls of a rollout drew the same
-        token in the same context, or one rollout is longer than `most_tokens`.
+      ValueError: the prompts differ, a call has no log-probs, or two calls of a rollout drew the
+        same token in the same context.
     """
     rollouts = [_rollout(number, trajectory) for number, trajectory in enumerate(trajectories)]
     stem = trajectories[0].prompt_tokens
@@ -77,10 +77,7 @@ def of_group(trajectories: Sequence[Trajectory], *, most_tokens: int | None = No
     size = math.inf
     for number, (trie, _, _) in enumerate(rollouts):
         if len(trie) > most:
-            raise ValueError(
-                f"Rollout {number} makes a trie of {len(trie)} nodes: want at most {most_tokens}. "
-                "Set Packing.row_tokens higher or ForkJoin.max_new lower."
-            )
+            continue
         size += len(trie) - stem
         if size > most or not parts:
             parts.append([])

@@ -27,7 +27,7 @@ from tw_jax.data.stored import problem_of, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.forkjoin.tries import of_group
+from tw_jax.forkjoin.tries import of_group, of_trajectory
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import settings
@@ -430,6 +430,7 @@ class Rollouts:
             "groups_drawn": len(drawn),
             "groups_with_signal": len(found),
             "groups_not_finite": float((~finite).sum()),
+            "untrained": sum(not one.is_trained for group in parts for one in group),
             "timeouts": verdicts["timeout"],
             "rows_filled": fill.rows_filled,
             "token_sharing": fill.token_sharing,
@@ -508,7 +509,10 @@ class Rollouts:
         return problem_of(self._problems[int(self._order[number % size])])
 
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
-        """Grades and rewards; what was not judged in time is not correct, and counted."""
+        """Grades and rewards; what was not judged in time is not correct, and counted.
+
+        A rollout that is longer than a row is rewarded like others but not trained.
+        """
         items = [(self._text(t), g.problem.answer) for g in groups for t in g.trajectories]
         found = iter(self._pool.grade_all(items))
         judged = []
@@ -517,11 +521,16 @@ class Rollouts:
             verdicts.update(map(str, said))
             judged.append(
                 [
-                    reward(made, verdict == "correct", self._cfg.reward, tags=self._tags)
+                    self._reward(made, verdict == "correct")
                     for made, verdict in zip(group.trajectories, said, strict=True)
                 ]
             )
         return judged
+
+    def _reward(self, made: Trajectory, is_correct: bool) -> Parts:
+        parts = reward(made, is_correct, self._cfg.reward, tags=self._tags)
+        fits = len(of_trajectory(made)) <= self._cfg.packing.row_tokens
+        return parts._replace(is_trained=parts.is_trained and fits)
 
     def _scored(self, group: Drawn, advantage: np.ndarray, parts: Sequence[Parts]) -> list[Scored]:
         tries = of_group(group.trajectories, most_tokens=self._cfg.packing.row_tokens)
