@@ -1,10 +1,10 @@
 """Mesh and logical axes: one table says which array dimension is split over which devices.
 
 Parameters and activations carry logical axis names ("heads", "rows", ...); `Rules` maps a name to
-axes of the mesh ("data", "fsdp", "tensor"). The mesh is automatic: programs put shardings on the
-arguments and results of `jax.jit`, `constrain` pins a few activations, and the compiler does the
-rest. This file knows no model and no optimiser; it hands shardings to `programs/` and
-`train/state.py`.
+axes of the mesh ("data", "fsdp", "sequence", "tensor"). The mesh is automatic: programs put
+shardings on the arguments and results of `jax.jit`, `constrain` pins a few activations, and the
+compiler does the rest. This file knows no model and no optimiser; it hands shardings to `programs/`
+and `train/state.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from tw_jax.config import config
 
-MeshAxis = Literal["data", "fsdp", "tensor"]
-MESH_AXES = ("data", "fsdp", "tensor")
+MeshAxis = Literal["data", "fsdp", "sequence", "tensor"]
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 LogicalAxes = tuple[str | None, ...]
 """One logical name for each dimension of an array; None leaves the dimension to the compiler."""
@@ -35,11 +35,14 @@ class Mesh:
     Attributes:
       data: devices over which rows are split and parameters copied.
       fsdp: devices over which rows and parameters are split.
+      sequence: devices over which the tokens of a row are split, and parameters too, for rows that
+        are too long for one device.
       tensor: devices over which heads, the MLP and the vocabulary are split.
     """
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1
     tensor: int = 1
 
     def check(self) -> None:
@@ -76,7 +79,7 @@ class Rules:
     """
 
     layer: tuple[MeshAxis, ...] = ()
-    embed: tuple[MeshAxis, ...] = ("fsdp",)
+    embed: tuple[MeshAxis, ...] = ("fsdp", "sequence")
     vocab: tuple[MeshAxis, ...] = ("tensor",)
     heads: tuple[MeshAxis, ...] = ("tensor",)
     kv_heads: tuple[MeshAxis, ...] = ("tensor",)
@@ -84,9 +87,17 @@ class Rules:
     mlp: tuple[MeshAxis, ...] = ("tensor",)
     norm: tuple[MeshAxis, ...] = ()
     rows: tuple[MeshAxis, ...] = ("data", "fsdp")
-    tokens: tuple[MeshAxis, ...] = ()
+    tokens: tuple[MeshAxis, ...] = ("sequence",)
     slots: tuple[MeshAxis, ...] = ()
     width: tuple[MeshAxis, ...] = ()
+
+
+def sampling(rules: Rules) -> Rules:
+    """The rules under which rollouts are sampled: what splits tokens splits rows as well.
+
+    A row decodes a few tokens at a time, which are not worth splitting.
+    """
+    return dataclasses.replace(rules, rows=(*rules.rows, *rules.tokens), tokens=())
 
 
 # A user context is part of jit's cache key, so a function traced under other rules is traced again.
@@ -97,7 +108,7 @@ def make_mesh(
     cfg: Mesh,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> jax.sharding.Mesh:
-    """Lays devices out as the mesh ("data", "fsdp", "tensor").
+    """Lays devices out as the mesh ("data", "fsdp", "sequence", "tensor").
 
     Args:
       cfg: sizes.
@@ -207,6 +218,12 @@ def spec(
             )
         parts.append(table[axis] if split > 1 and size > 1 else None)
     return PartitionSpec(*parts)
+
+
+def mesh_axes(where: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec splits over, in its order: the manual ones of `jax.shard_map`."""
+    parts = [part for part in where if part not in (None, PartitionSpec.UNCONSTRAINED)]
+    return tuple(axis for part in parts for axis in ((part,) if isinstance(part, str) else part))
 
 
 def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh, rules: Rules) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tw_jax import sharding
-from tw_jax.attention import blockwise, pallas_tpu, reference
+from tw_jax.attention import blockwise, pallas_tpu, reference, sequence
 from tw_jax.contracts import Span
 
 Impl = Literal["auto", "reference", "blockwise", "pallas_tpu"]
@@ -112,29 +112,41 @@ def _per_device(
     keys: Span,
     scale: float,
 ) -> jax.Array:
-    """Runs a backend on each device's rows and heads; outside of `sharding.use`, just runs it.
+    """Runs a backend on each device's rows, heads and queries; outside of `use`, just runs it.
 
     Left to itself, the compiler gathers every row on every device: it cannot split a loop whose
     steps each read another row. Keys and values are split as the query heads are; where there are
-    fewer of them than devices, each is repeated until every device has its own.
+    fewer of them than devices, each is repeated until every device has its own. Where a row is
+    split over devices, each brings the keys and values of the row together for its own queries.
     """
-
-    def local(q, k, v, at, keys):
-        return backend(q, k, v, at=at, keys=keys, scale=scale)
-
     current = sharding.current()
     if current is None:
-        return local(q, k, v, at, keys)
+        return backend(q, k, v, at=at, keys=keys, scale=scale)
     mesh, rules = current
-    by_head = sharding.spec(("rows", "heads"), q.shape[:2], mesh, rules, name="queries")
+    by_head = sharding.spec(("rows", "heads", "tokens"), q.shape[:3], mesh, rules, name="queries")
+    # The keys of a cache are whole on every device; those of the queries' own tokens are split.
+    tokens = by_head[2] if k.shape[2] == q.shape[2] else None
+    by_token = sharding.mesh_axes(PartitionSpec(tokens))
+
+    def local(q, k, v, at, keys):
+        k, v = (sequence.gather(x, by_token, 2) for x in (k, v))
+        keys = jax.tree.map(lambda x: sequence.gather(x, by_token, 1), keys)
+        return backend(q, k, v, at=at, keys=keys, scale=scale)
+
     if by_head[1] is not None:
         split = math.prod(mesh.shape[axis] for axis in rules.heads)
         repeats = math.lcm(k.shape[1], split) // k.shape[1]
         k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
-    by_row = PartitionSpec(by_head[0])
+    by_key = PartitionSpec(*by_head[:2], tokens)
     return jax.shard_map(
         local,
-        in_specs=(by_head, by_head, by_head, by_row, by_row),
+        in_specs=(
+            by_head,
+            by_key,
+            by_key,
+            PartitionSpec(by_head[0], by_head[2]),
+            PartitionSpec(by_head[0], tokens),
+        ),
         out_specs=by_head,
         check_vma=False,
     )(q, k, v, at, keys)

@@ -141,12 +141,13 @@ def run(cfg: Aot) -> None:
     prepare: Callable[..., Any] = {SftStep: _sft, PgrpoStep: _pgrpo, Sampling: _sampling}[
         type(cfg.program)
     ]
-    program, arguments, extra = prepare(cfg, net, mesh)
+    rules = sharding.sampling(cfg.rules) if isinstance(cfg.program, Sampling) else cfg.rules
+    program, arguments, extra = prepare(cfg, net, mesh, rules)
     found: dict[str, Any] = {"program": type(cfg.program).__name__, "topology": cfg.topology}
     found |= {"chips": mesh.size, "hbm_bytes_per_chip": HBM[cfg.topology.partition(":")[0]]}
     began = time.monotonic()
     # A program found on disk would say nothing of how long it takes to compile.
-    with sharding.use(mesh, cfg.rules), _no_cache():
+    with sharding.use(mesh, rules), _no_cache():
         lowered = program.lower(*arguments)
         try:
             compiled = lowered.compile()
@@ -197,10 +198,10 @@ def _devices(topology: str) -> list[Any]:
     return list(described.devices)
 
 
-def _sft(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
+def _sft(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     how = cfg.program
     assert isinstance(how, SftStep)
-    state = abstract_state(net, how.optim, mesh=mesh, rules=cfg.rules)
+    state = abstract_state(net, how.optim, mesh=mesh, rules=rules)
     step = sft.make_step(
         net,
         how.optim,
@@ -208,15 +209,15 @@ def _sft(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
         chunk_tokens=how.chunk_tokens,
         accumulation_steps=how.accumulation_steps,
     )
-    batch = _trie_batch(how.rows, how.row_tokens, mesh, cfg.rules)
-    program = jit_step(step, state, mesh=mesh, rules=cfg.rules)
+    batch = _trie_batch(how.rows, how.row_tokens, mesh, rules)
+    program = jit_step(step, state, mesh=mesh, rules=rules)
     return program, (state, batch), _work(cfg.model, how.rows, how.row_tokens)
 
 
-def _pgrpo(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
+def _pgrpo(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     how = cfg.program
     assert isinstance(how, PgrpoStep)
-    state = abstract_state(net, how.optim, mesh=mesh, rules=cfg.rules)
+    state = abstract_state(net, how.optim, mesh=mesh, rules=rules)
     step = make_policy_step(
         net,
         how.optim,
@@ -226,19 +227,19 @@ def _pgrpo(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
         temperature=1.0,
         part_rows=how.part_rows,
     )
-    trie = _trie_batch(how.rows, how.row_tokens, mesh, cfg.rules)
+    trie = _trie_batch(how.rows, how.row_tokens, mesh, rules)
     batch = PolicyBatch(
         trie=trie, advantage=trie.weight, sampler_logp=trie.weight, rollout=trie.tokens
     )
-    program = jit_step(step, state, mesh=mesh, rules=cfg.rules)
+    program = jit_step(step, state, mesh=mesh, rules=rules)
     return program, (state, batch), _work(cfg.model, how.rows, how.row_tokens)
 
 
-def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh):
+def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     how = cfg.program
     assert isinstance(how, Sampling)
     sampler = make_sampler(net, ThreadWeaver(workloads.table(), how.forkjoin), how.sampler)
-    rows, rules = how.sampler.rows, cfg.rules
+    rows = how.sampler.rows
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     params = _placed(shapes, sharding.shardings(net.axes(), shapes, mesh, rules))
     by_row = NamedSharding(mesh, PartitionSpec(rules.rows))

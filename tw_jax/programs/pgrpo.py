@@ -227,7 +227,7 @@ def run(cfg: Pgrpo) -> None:
     ):
         # A step with more parts than any before is compiled for twice as many; no mistake here.
         warnings.filterwarnings("ignore", message="Step .* was compiled anew")
-        rollouts = Rollouts(cfg, pool)
+        rollouts = Rollouts(cfg, pool, mesh)
         state = resume(checkpoints, abstract, rollouts)
         rollouts.forget_later()
         if state is None:
@@ -260,17 +260,18 @@ def run(cfg: Pgrpo) -> None:
 
 
 def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
-    split = math.prod(mesh.shape[axis] for axis in cfg.rules.rows)
     samples = 1 if cfg.evaluation is None else cfg.evaluation.samples
-    for name, rows in (
-        ("Packing.rows", cfg.packing.rows),
-        ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts),
-        ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples),
+    sampling = sharding.sampling(cfg.rules)
+    for name, rows, rules in (
+        ("Packing.rows", cfg.packing.rows, cfg.rules),
+        ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts, sampling),
+        ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples, sampling),
     ):
+        split = math.prod(mesh.shape[axis] for axis in rules.rows)
         if rows % split:
             raise ValueError(
                 f"{name} = {rows}: want a multiple of {split}, the devices that rows are split "
-                "over. Change the rows, or Mesh.data and Mesh.fsdp."
+                "over. Change the rows, or Mesh."
             )
 
 
@@ -333,13 +334,13 @@ class Rollouts:
     with the rollouts that it had.
     """
 
-    def __init__(self, cfg: Pgrpo, pool: GraderPool) -> None:
+    def __init__(self, cfg: Pgrpo, pool: GraderPool, mesh: jax.sharding.Mesh) -> None:
         """Reads tokenizer and problems; samples nothing yet.
 
         Raises:
           ValueError: the model has fewer rows than the tokenizer has ids, or there is no problem.
         """
-        self._cfg, self._pool = cfg, pool
+        self._cfg, self._pool, self._mesh = cfg, pool, mesh
         self._tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer)
         check_rows(self._tokenizer, cfg.model.vocab_size)
         self._problems = records.open_records(cfg.problems)
@@ -498,7 +499,8 @@ class Rollouts:
         )
         if self._params is None:
             raise RuntimeError("Rollouts were asked for before `take` handed over parameters.")
-        return self._sampler(self._params, prompts, how, repeats=samples)
+        with sharding.use(self._mesh, sharding.sampling(self._cfg.rules)):
+            return self._sampler(self._params, prompts, how, repeats=samples)
 
     def _problem(self, number: int) -> records.Problem:
         """The problem at a place of the endless order: a new permutation for every pass."""

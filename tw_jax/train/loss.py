@@ -19,6 +19,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from tw_jax import sharding
+from tw_jax.attention import sequence
 from tw_jax.contracts import Network, Params
 from tw_jax.trie.batch import TrieBatch
 
@@ -94,22 +95,24 @@ def token_logp(
         return TokenLogp(logp=logp, is_argmax=logits.argmax(-1) == tokens, entropy=entropy)
 
     def score_rows(params: Params, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
+        hidden = sequence.gather(hidden, by_token, 1)  # a parent may stand anywhere in its row
         source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
         # The scan already keeps forward and backward apart: remat needs no barrier against CSE.
         chunk = jax.checkpoint(partial(score, params), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
         return _by_chunks(chunk, (source, batch.tokens), chunk_tokens)
 
     found = sharding.current()
-    rows = None
+    split = PartitionSpec()
     if found is not None:
-        rows = sharding.spec(("rows",), batch.tokens.shape[:1], *found, name="The batch")[0]
-    if rows is not None:
+        split = sharding.spec(("rows", "tokens"), batch.tokens.shape, *found, name="The batch")
+    by_token = sharding.mesh_axes(PartitionSpec(*split[1:]))
+    if axes := sharding.mesh_axes(split):
         # Left to itself, the compiler would sum the table's gradient over devices in every chunk.
         score_rows = jax.shard_map(
             score_rows,
-            in_specs=(PartitionSpec(), PartitionSpec(rows), PartitionSpec(rows)),
-            out_specs=PartitionSpec(rows),
-            axis_names=set(rows),
+            in_specs=(PartitionSpec(), split, split),
+            out_specs=split,
+            axis_names=set(axes),
             check_vma=False,
         )
     # Float32 copies of what `unembed` reads make float32 cotangents: a scan adds up in the dtype of
