@@ -11,7 +11,6 @@ import pytest
 from attention.test_exam import SCALE, answers, forest, normal, row_of_chains, spans
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh
 
 from tw_jax import sharding
 from tw_jax.attention import pallas_tpu
@@ -115,7 +114,7 @@ def test_it_compiles_for_rows_of_40960(topology, heads, groups, width, dtype, mo
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[:1]).reshape(1, 1, 1), sharding.MESH_AXES)
+    mesh = sharding.make_mesh(sharding.Mesh(), devices[:1])
     tokens = 40_960
 
     def pull(q, k, v, enter, exit, d_out):

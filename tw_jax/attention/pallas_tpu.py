@@ -94,20 +94,20 @@ def attend(
             "blocks"
         )
 
-    def fold(x: jax.Array, block: int) -> jax.Array:
-        """[B, G * M, T, H] to [blocks, G, M * block, H]."""
-        x = pad(x, 2, block)
-        x = x.reshape(rows, groups, -1, x.shape[2] // block, block, width)
-        return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, groups, x.shape[2] * block, width)
+    def fold(x: jax.Array) -> jax.Array:
+        """[B, G * M, T, H] to [B Q, G, M * block, H]."""
+        x = pad(x, 2, query_block)
+        x = x.reshape(rows, groups, stack, -1, query_block, width)
+        return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, groups, stack * query_block, width)
 
     plan = _plan(at, keys, query_block, key_block)
     places = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
     spans = jax.tree.map(lambda x: x.reshape(-1, 1, key_block), keys)
     out = _attend(
         (scale, interpret),
-        fold(q, query_block),
-        fold(k, key_block),
-        fold(v, key_block),
+        fold(q),
+        pad(k, 2, key_block),
+        pad(v, 2, key_block),
         places,
         spans,
         plan,
@@ -262,6 +262,16 @@ def _by(number, *block):
     return pl.BlockSpec((None, 1, *block), lambda g, p, pairs: (number(pairs[p]), 0, 0))
 
 
+def _by_key(count, *block, turned=False):
+    """Blocks of keys in [B, G, S, H], or turned in [B, G, H, S]; `count` of them make up a row."""
+
+    def place(g, p, pairs):
+        row, here = lax.div(_key(pairs[p]), count), lax.rem(_key(pairs[p]), count)
+        return (row, g, 0, here) if turned else (row, g, here, 0)
+
+    return pl.BlockSpec((None, None, *block), place)
+
+
 def _call(kernel, how, plan, inputs, outputs, scratch, arrays):
     """One kernel over all pairs of the plan, for each key head."""
     scale, interpret = how
@@ -287,8 +297,8 @@ def _folded(how, q, k, v, at, keys, plan) -> jax.Array:
     Args:
       how: (scale, interpret).
       q: [B Q, G, R, H].
-      k: [B K, G, b, H].
-      v: [B K, G, b, H].
+      k: [B, G, K b, H].
+      v: [B, G, K b, H].
       at: [B Q, 1, R] int32.
       keys: [B K, 1, b] spans.
       plan: of `_plan`.
@@ -301,14 +311,15 @@ def _folded(how, q, k, v, at, keys, plan) -> jax.Array:
 
 def _forward(how, q, k, v, at, keys, plan):
     """Returns the output and what the backward pass keeps."""
-    (blocks, groups, lanes, width), slots = q.shape, k.shape[2]
+    (blocks, groups, lanes, width), slots = q.shape, keys.enter.shape[2]
+    count = k.shape[2] // slots
     inputs = [
         _by(_query, lanes),
         _by(_key, slots),
         _by(_key, slots),
         _by(_query, lanes, width),
-        _by(_key, slots, width),
-        _by(_key, width, slots),
+        _by_key(count, slots, width),
+        _by_key(count, width, slots, turned=True),
     ]
     outputs = [
         (
@@ -335,7 +346,8 @@ def _backward(how, kept, d_out):
     ds^T q.
     """
     q, k, v, at, keys, plan, out, log_sum = kept
-    (lanes, width), slots = q.shape[2:], k.shape[2]
+    (lanes, width), slots = q.shape[2:], keys.enter.shape[2]
+    by_key = _by_key(k.shape[2] // slots, slots, width)
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=2, keepdims=True)
     arrays = (at, keys.enter, keys.exit, q, k, v, d_out, log_sum, delta)
     inputs = [
@@ -343,8 +355,8 @@ def _backward(how, kept, d_out):
         _by(_key, slots),
         _by(_key, slots),
         _by(_query, lanes, width),
-        _by(_key, slots, width),
-        _by(_key, slots, width),
+        by_key,
+        by_key,
         _by(_query, width, lanes),
         _by(_query, 1, lanes),
         _by(_query, 1, lanes),
@@ -354,7 +366,7 @@ def _backward(how, kept, d_out):
         _query_kernel,
         how,
         plan[0],
-        [*inputs, _by(_key, width, slots)],
+        [*inputs, _by_key(k.shape[2] // slots, width, slots, turned=True)],
         [(_by(_query, width, lanes), jax.ShapeDtypeStruct(shape, q.dtype))],
         [(width, lanes)],
         (*arrays, k.swapaxes(2, 3)),
@@ -364,7 +376,7 @@ def _backward(how, kept, d_out):
         how,
         plan[1],
         inputs,
-        [(_by(_key, slots, width), jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)],
+        [(by_key, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)],
         [(slots, width)] * 2,
         arrays,
     )

@@ -16,13 +16,16 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
+from tw_jax.attention import sequence
 from tw_jax.attention.blockwise import KEPT
 from tw_jax.attention.dispatch import Impl, attend
 from tw_jax.config import config
 from tw_jax.contracts import KV, Network, Params, Span
 from tw_jax.models.rope import Llama3Rope, Rope, YarnRope, rotate, rotation
-from tw_jax.sharding import LogicalAxes, constrain
+from tw_jax.sharding import LogicalAxes, constrain, current, mesh_axes, spec
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -282,8 +285,14 @@ def network(cfg: Model) -> Network:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, depth, span.enter, span.exit])
         _check_cache(cfg, tokens.shape[0], kv, keys, start)
-        seen = span if keys is None else keys
-        return decoder.apply({"params": params}, tokens, depth, span.enter, seen, kv, start)
+        if kv is not None:
+            return decoder.apply({"params": params}, tokens, depth, span.enter, keys, kv, start)
+
+        def whole(tokens: jax.Array, depth: jax.Array, span: Span) -> jax.Array:
+            given = {"params": params}, tokens, depth, span.enter, span, None, None
+            return decoder.apply(*given)[0]
+
+        return sequence.spread(whole, tokens, depth, span), None
 
     def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, hidden, method="unembed")
@@ -429,22 +438,28 @@ def _remat(block: type[Block], cfg: Model) -> Any:
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
     """Puts [B, G, T, H] into one layer of [L, B, G, S, H], row b from slot start[b] on."""
-    # One dynamic update slice a row, said as a scatter with a batch dimension: unlike a vmapped
-    # update slice it moves no axis of the cache, so it stays in place, and unlike one slice after
-    # another it needs no exchange between devices when rows are split.
-    where = jnp.stack([jnp.broadcast_to(layer, start.shape), start], axis=-1)
-    return jax.lax.scatter(
-        cache,
-        where,
-        new.astype(cache.dtype),
-        jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2, 3),
-            inserted_window_dims=(0,),
-            scatter_dims_to_operand_dims=(0, 3),
-            operand_batching_dims=(1,),
-            scatter_indices_batching_dims=(0,),
-        ),
-        indices_are_sorted=True,
-        unique_indices=True,
-        mode=jax.lax.GatherScatterMode.CLIP,
-    )
+    found = current()
+    if found is None:
+        return _write_rows(cache, new, layer, start)
+    where = spec(("rows", "kv_heads"), cache.shape[1:3], *found, name="The cache")
+    return jax.shard_map(
+        _write_rows,
+        in_specs=(P(None, *where), where, P(), P(where[0])),
+        out_specs=P(None, *where),
+        axis_names=set(mesh_axes(where)),
+        check_vma=False,
+    )(cache, new, layer, start)
+
+
+def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+    # The layout is pinned: else the compiler for TPUs lays the cache out in one way for loops that
+    # write one entry and in another for those that write many, and copies all of it in between.
+    layout = Layout(major_to_minor=tuple(range(cache.ndim)))
+
+    def write_row(row: jax.Array, cache: jax.Array) -> jax.Array:
+        entries = jax.lax.dynamic_index_in_dim(new, row)[None].astype(cache.dtype)
+        zero = jnp.zeros((), start.dtype)
+        put = jax.lax.dynamic_update_slice(cache, entries, (layer, row, zero, start[row], zero))
+        return with_layout_constraint(put, layout)
+
+    return jax.lax.fori_loop(0, len(start), write_row, cache)
