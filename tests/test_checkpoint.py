@@ -186,6 +186,19 @@ def test_parameters_go_where_their_abstract_says(saved):
     assert {x.sharding for x in jax.tree.leaves(params)} == {NamedSharding(mesh, P(None, "d"))}
 
 
+def test_a_checkpoint_of_the_core_alone_is_read_as_that_and_a_whole_one_as_a_whole(saved):
+    core = abstract(make_state().params)
+    whole = {**core, "more": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    assert_same(restore_params(saved, abstract=whole, core=core), make_state(3).params)
+    part = {"embed": core["embed"]}
+    assert_same(restore_params(saved, abstract=core, core=part), make_state(3).params)
+    with pytest.raises(ValueError, match=r"params.more is missing there and \[3\] float32 here"):
+        restore_params(saved, abstract=whole, core=part)
+    wrong = {**core, "embed": jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)}
+    with pytest.raises(ValueError, match=r"params\.embed is"):
+        restore_params(saved, abstract={**wrong, "more": whole["more"]}, core=wrong)
+
+
 def test_reading_parameters_leaves_a_save_in_progress_alone(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     (tmp_path / "run/7.orbax-checkpoint-tmp").mkdir()

@@ -19,6 +19,7 @@ from rollouts import rollouts, with_logp
 from tw_jax.contracts import Span
 from tw_jax.forkjoin import replay, threadweaver, tries
 from tw_jax.forkjoin.protocol import Result, steps
+from tw_jax.models.lora import Lora, adapters, overlay
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
@@ -42,7 +43,7 @@ def protocol_of(tokenizer, limits=LIMITS):
 
 
 @functools.cache
-def model(vocab_size, qk_norm=True, attention="blockwise"):
+def model(vocab_size, qk_norm=True, attention="blockwise", lora=None):
     cfg = Model(
         vocab_size=vocab_size,
         num_layers=2,
@@ -55,9 +56,16 @@ def model(vocab_size, qk_norm=True, attention="blockwise"):
         tie_embeddings=not qk_norm,
         rope=Rope(theta=1e4),
         attention=attention,
+        lora=lora,
     )
     net = network(cfg)
-    return net, net.init(jax.random.key(0))
+    params, rng = net.init(jax.random.key(0)), np.random.default_rng(0)
+    # Fresh adapters add nothing.
+    some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 4), adapters(params))
+    return net, overlay(params, some)
+
+
+LORA = Lora(rank=3, alpha=3.0)
 
 
 def random_trajectory(seed, protocol):
@@ -168,7 +176,9 @@ def assert_packed_equals_calls(vocab_size, trajectories, row_tokens, tolerance, 
     assert difference <= tolerance["equality_gradient"] * norm(theirs[1])
 
 
-@pytest.mark.parametrize("kind", [{}, {"qk_norm": False}, {"attention": "reference"}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"qk_norm": False}, {"attention": "reference"}, {"lora": LORA}]
+)
 def test_a_packed_random_trajectories_equal_their_calls_one_by_one(kind, tolerance):
     trajectories = [random_trajectory(seed, protocol_of(TOKENIZER)) for seed in range(6)]
     assert sum(t.rounds for t in trajectories) > 6
@@ -386,9 +396,11 @@ def sampled_log_probs(trajectory, logp, trie):
     return np.array(found)
 
 
-@pytest.mark.parametrize(("qk_norm", "temperature"), [(True, 1.0), (False, 0.6)])
-def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, tolerance):
-    net, params = model(TOKENIZER.vocab_size, qk_norm)
+@pytest.mark.parametrize(
+    ("qk_norm", "temperature", "lora"), [(True, 1.0, None), (False, 0.6, None), (True, 1.0, LORA)]
+)
+def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora, tolerance):
+    net, params = model(TOKENIZER.vocab_size, qk_norm, lora=lora)
     protocol = protocol_of(
         TOKENIZER, threadweaver.ForkJoin(max_new=300, max_thread=24, max_threads=4)
     )

@@ -52,6 +52,7 @@ _HOME = {
     "pack": "trie.pack",
     # model and training
     "attend": "attention.dispatch",
+    "Lora": "models.lora",
     "Model": "models.transformer",
     "network": "models.transformer",
     "Optim": "train.state",

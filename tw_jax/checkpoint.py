@@ -187,7 +187,11 @@ def newest(directory: str | Path) -> int:
 
 
 def restore_params(
-    directory: str | Path, *, step: int | None = None, abstract: Params | None = None
+    directory: str | Path,
+    *,
+    step: int | None = None,
+    abstract: Params | None = None,
+    core: Params | None = None,
 ) -> Params:
     """Reads the parameters of a checkpoint, for those who know nothing of the optimiser.
 
@@ -198,6 +202,8 @@ def restore_params(
       step: which checkpoint; None for the newest.
       abstract: the parameters' tree with `jax.ShapeDtypeStruct`s for leaves, whose shardings decide
         where the arrays go; None for whatever the checkpoint holds, on the first local device.
+      core: a part of `abstract` that also will do, where the checkpoint holds that much and no
+        more: what is left out is for the caller to make.
 
     Returns:
       The nested dict of arrays that was the state's `params`.
@@ -215,6 +221,8 @@ def restore_params(
         stored = _metadata(manager, step)
         if "params" not in stored:
             raise ValueError(f"{place} has no params. Its state has {', '.join(sorted(stored))}.")
+        if core is not None and _leaves(core).keys() == _leaves(stored["params"]).keys():
+            abstract = core
         if abstract is not None:
             _refuse_misfit(place, {"params": stored["params"]}, {"params": abstract})
         wanted = {"params": stored["params"] if abstract is None else abstract}

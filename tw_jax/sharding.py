@@ -72,6 +72,7 @@ class Rules:
       head: entries of one head.
       mlp: MLP width.
       norm: scales of the norms.
+      rank: rank of adapters.
       rows: rows of a batch.
       tokens: tokens of a row.
       slots: slots of a cache.
@@ -86,6 +87,7 @@ class Rules:
     head: tuple[MeshAxis, ...] = ()
     mlp: tuple[MeshAxis, ...] = ("tensor",)
     norm: tuple[MeshAxis, ...] = ()
+    rank: tuple[MeshAxis, ...] = ()
     rows: tuple[MeshAxis, ...] = ("data", "fsdp")
     tokens: tuple[MeshAxis, ...] = ("sequence",)
     slots: tuple[MeshAxis, ...] = ()

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from tw_jax.contracts import Network, Params
 from tw_jax.models.hf_config import config_fields, family_of, read_json
+from tw_jax.models.lora import SUFFIX, merged
 from tw_jax.models.transformer import Dtype, Model, network
 from tw_jax.sharding import Rules, shardings
 
@@ -247,11 +248,26 @@ def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
       model: sizes.
 
     Yields:
-      (name, tensor) in the order of Hugging Face's files, in the dtype that `params` has.
+      (name, tensor) in the order of Hugging Face's files, in the dtype that `params` has; a weight
+      that has an adapter comes with it in it, in float32.
     """
     for row, layer, name in _tensors(model):
-        array = _at(params, row.path)
-        yield name, _to_theirs(np.asarray(array if layer is None else array[layer]), row)
+        yield name, _to_theirs(_of_layer(params, row.path, layer, model), row)
+
+
+def _of_layer(params: Params, path: Sequence[str], layer: int | None, model: Model) -> np.ndarray:
+    """An array of ours, or one layer of it, with its adapter in it."""
+    *parents, name = path
+    beside = _at(params, parents)
+    adapter = beside.get(name + SUFFIX)
+
+    def read(array: jax.Array) -> np.ndarray:
+        return np.asarray(array if layer is None else array[layer])
+
+    if adapter is None:
+        return read(beside[name])
+    assert model.lora is not None, "parameters have adapters and their model has none"
+    return merged(read(beside[name]), jax.tree.map(read, adapter), model.lora)
 
 
 def write(
@@ -265,7 +281,8 @@ def write(
 ) -> None:
     """Writes a folder that `transformers` loads: safetensors and `config.json`, in that order.
 
-    A file appears whole or not at all, and the config last, so that what has a config is complete.
+    Adapters are merged into their weights. A file appears whole or not at all, and the config last,
+    so that what has a config is complete.
 
     Args:
       folder: made where it does not exist; weights in it are replaced.

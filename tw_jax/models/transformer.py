@@ -24,6 +24,7 @@ from tw_jax.attention.blockwise import KEPT
 from tw_jax.attention.dispatch import Impl, attend
 from tw_jax.config import config
 from tw_jax.contracts import KV, Network, Params, Span
+from tw_jax.models.lora import SUFFIX, Lora
 from tw_jax.models.rope import Llama3Rope, Rope, YarnRope, rotate, rotation
 from tw_jax.sharding import LogicalAxes, constrain, current, mesh_axes, spec
 
@@ -56,6 +57,7 @@ class Model:
         attention keeps; "attention", all but the input of each block and what attention keeps,
         which is as large again; "full", all but the input of each block.
       attention: backend; "auto" takes the first that accepts.
+      lora: adapters, which alone are then trained; None has none and trains all parameters.
     """
 
     vocab_size: int
@@ -73,6 +75,7 @@ class Model:
     compute_dtype: Dtype = "float32"
     remat: Literal["none", "dots", "attention", "full"] = "none"
     attention: Impl = "auto"
+    lora: Lora | None = None
 
     def check(self) -> None:
         """Raises ValueError for sizes that do not fit each other."""
@@ -127,11 +130,9 @@ class Attention(nn.Module):
         heads, kv_heads, head = cfg.num_heads, cfg.num_kv_heads, cfg.head_width
 
         def project(name: str, count: int, axis: str) -> jax.Array:
-            kernel = _kernel(
-                self, name, (cfg.width, count, head), ("embed", axis, "head"), fan_in=cfg.width
-            )
+            shape, axes = (cfg.width, count, head), ("embed", axis, "head")
             # Heads are moved afterwards: asked for at once, the weight would be transposed instead.
-            split = _product(x, kernel.reshape(cfg.width, count * head))
+            split = _times(self, name, x, shape, axes, fan_in=cfg.width)
             return split.reshape(*x.shape[:2], count, head).swapaxes(1, 2)
 
         q = project("q", heads, "heads")
@@ -146,15 +147,15 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(kv.v, layer, keepdims=False)
         mixed = attend(q, k, v, at=at, keys=keys, impl=cfg.attention, scale=head**-0.5)
-        out = _kernel(
+        y = _times(
             self,
             "out",
+            mixed.swapaxes(1, 2).reshape(*x.shape[:2], heads * head),
             (heads, head, cfg.width),
             ("heads", "head", "embed"),
             fan_in=2 * cfg.num_layers * heads * head,
+            split=2,
         )
-        joined = mixed.swapaxes(1, 2).reshape(*x.shape[:2], heads * head)
-        y = _product(joined, out.reshape(heads * head, cfg.width))
         return constrain(y, ("rows", "tokens", "width")), kv
 
 
@@ -167,12 +168,46 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         wide, deep = self.cfg.width, self.cfg.mlp_width
-        gate = _kernel(self, "gate", (wide, deep), ("embed", "mlp"), fan_in=wide)
-        up = _kernel(self, "up", (wide, deep), ("embed", "mlp"), fan_in=wide)
-        down = _kernel(
-            self, "down", (deep, wide), ("mlp", "embed"), fan_in=2 * self.cfg.num_layers * deep
+        gate = _times(self, "gate", x, (wide, deep), ("embed", "mlp"), fan_in=wide)
+        up = _times(self, "up", x, (wide, deep), ("embed", "mlp"), fan_in=wide)
+        y, back = jax.nn.silu(gate) * up, ("mlp", "embed")
+        return _times(self, "down", y, (deep, wide), back, fan_in=2 * self.cfg.num_layers * deep)
+
+
+class Adapter(nn.Module):
+    """What LoRA adds to the product with a weight: alpha / rank * (x A) B; see `Lora`.
+
+    A and B are kept in float32 whatever the weight is kept in, for they are what is trained. Each
+    takes the logical axes of the weight on its side, so both are split as the weight is.
+    """
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, shape: tuple[int, ...], axes: LogicalAxes, split: int
+    ) -> jax.Array:
+        """[B, T, K] to [B, T, M] beside a weight whose first `split` dimensions make up K."""
+        lora = self.cfg.lora
+        assert lora is not None
+        a = _declare(
+            self,
+            "a",
+            (*shape[:split], lora.rank),
+            (*axes[:split], "rank"),
+            _normal(x.shape[-1]),
+            dtype="float32",
         )
-        return _product(jax.nn.silu(_product(x, gate)) * _product(x, up), down)
+        b = _declare(
+            self,
+            "b",
+            (lora.rank, *shape[split:]),
+            ("rank", *axes[split:]),
+            nn.initializers.zeros,
+            dtype="float32",
+        )
+        few = _product(x, a.astype(x.dtype).reshape(-1, lora.rank)) * lora.scale
+        return _product(few, b.astype(x.dtype).reshape(lora.rank, -1))
 
 
 class Block(nn.Module):
@@ -376,19 +411,43 @@ def _check_cache(
 
 
 def _declare(
-    module: Any, name: str, shape: tuple[int, ...], axes: LogicalAxes, init: Any
+    module: Any,
+    name: str,
+    shape: tuple[int, ...],
+    axes: LogicalAxes,
+    init: Any,
+    *,
+    dtype: Dtype | None = None,
 ) -> jax.Array:
-    """Declares a parameter of the module with its logical axes, in the parameters' dtype."""
+    """Declares a parameter of the module with its logical axes, by default in `param_dtype`."""
     boxed_init = nn.with_logical_partitioning(init, axes)
-    return module.param(name, boxed_init, shape, jnp.dtype(module.cfg.param_dtype))
+    return module.param(name, boxed_init, shape, jnp.dtype(dtype or module.cfg.param_dtype))
 
 
-def _kernel(
-    module: Any, name: str, shape: tuple[int, ...], axes: LogicalAxes, *, fan_in: int
+def _times(
+    module: Any,
+    name: str,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    axes: LogicalAxes,
+    *,
+    fan_in: int,
+    split: int = 1,
 ) -> jax.Array:
-    """Declares a weight and casts it for use."""
-    kernel = _declare(module, name, shape, axes, _normal(fan_in))
-    return kernel.astype(module.cfg.compute_dtype)
+    """[B, T, K] times a weight that the module declares, [B, T, M], and what its adapter adds.
+
+    The first `split` dimensions of the weight make up K, the others M.
+    """
+    cfg = module.cfg
+    weight = _declare(module, name, shape, axes, _normal(fan_in)).astype(cfg.compute_dtype)
+    weight = weight.reshape(math.prod(shape[:split]), -1)
+    if cfg.lora is None:
+        return _product(x, weight)
+    # Without the gradient written out below: a frozen weight has none, and so it is never made.
+    y = x @ weight
+    if f"{module.name}.{name}" in cfg.lora.targets:
+        y += Adapter(cfg, name=name + SUFFIX)(x, shape, axes, split)
+    return y
 
 
 def _normal(fan_in: int) -> Any:

@@ -279,8 +279,9 @@ def _trie_batch(rows: int, tokens: int, mesh: jax.sharding.Mesh, rules: Rules) -
 def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
     """Operations of a step, and the share of pairs of blocks of 512 that it needs.
 
-    A product of an [a, b] with a [b, c] matrix counts 2 a b c; backward twice forward; what remat
-    computes anew is not counted, as in model FLOPs utilisation (arXiv:2204.02311, appendix B).
+    A product of an [a, b] with a [b, c] matrix counts 2 a b c; backward twice forward, or once with
+    a frozen weight; adapters and what remat computes anew are not counted, as in model FLOPs
+    utilisation (arXiv:2204.02311, appendix B).
     Attention counts the pairs of ThreadWeaver-shaped tries, see `data/workloads.py`.
     """
     heads = model.num_heads * model.head_width
@@ -299,7 +300,9 @@ def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
     keys = Span(enter=at, exit=batch.end)
     need = needed(at, keys, query_block=_BLOCK, key_block=_BLOCK)
     pairs = int((np.asarray(batch.end) - at).sum())
+    passes = 3.0 if model.lora is None else 2.0
+    products = passes * 2 * weights * tokens + 3.0 * 4 * heads * model.num_layers * pairs
     return {
-        "flops": 3.0 * rows * (2 * weights * tokens + 4 * heads * model.num_layers * pairs),
+        "flops": rows * products,
         "block_occupancy": float(need.mean()),
     }

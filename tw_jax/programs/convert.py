@@ -62,7 +62,7 @@ class Export:
 
     Attributes:
       checkpoint: folder of a run's checkpoints.
-      model: the model that was trained.
+      model: the model that was trained; adapters that it has are merged into its weights.
       dtype: of the tensors written.
       files: folder whose config.json is kept beneath the model's own fields and whose other files
         (tokenizer, chat template) go along, such as the `hf/` of an import; None for none.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tw_jax import sharding
@@ -29,6 +30,7 @@ from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import of_group, of_trajectory
 from tw_jax.metrics import Metrics
+from tw_jax.models.lora import adapters, overlay, trained, without_adapters
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import settings
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
@@ -96,7 +98,8 @@ class Pgrpo:
     Attributes:
       workdir: checkpoints, metrics, config and `rollouts/` go here.
       steps: draws of the whole run, each followed by `inner_steps` updates.
-      init: folder of checkpoints whose newest parameters the run begins with.
+      init: folder of checkpoints whose newest parameters the run begins with; adapters that it
+        lacks are fresh.
       model: the model; its vocabulary holds the tokenizer's.
       tokenizer: text to ids.
       chat: how a question becomes a prompt.
@@ -237,9 +240,9 @@ def run(cfg: Pgrpo) -> None:
                 mesh=mesh,
                 rules=cfg.rules,
                 key=jax.random.key(cfg.seed),
-                params=restore_params(cfg.init, abstract=abstract.params),
+                params=_restored(cfg, abstract.params),
             )
-        place = _placing(cfg, net, abstract.params, mesh)
+        place = _placing(cfg, net, abstract.params, mesh, rollouts)
         first = int(state.step)
         print(f"{folder}: step {first} of {cfg.steps}, {mesh.size} device(s)")
         rollouts.take(state)
@@ -275,15 +278,26 @@ def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def _placing(cfg: Pgrpo, net: Network, abstract: Params, mesh: jax.sharding.Mesh) -> Any:
+def _restored(cfg: Pgrpo, abstract: Params) -> Params:
+    """The parameters that the run begins with, without adapters where the checkpoint has none."""
+    return restore_params(cfg.init, abstract=abstract, core=without_adapters(abstract))
+
+
+def _placing(
+    cfg: Pgrpo, net: Network, abstract: Params, mesh: jax.sharding.Mesh, rollouts: Rollouts
+) -> Any:
     """What puts a batch on the devices, with the reference's log-probs where the loss reads them.
 
-    The reference of the KL term is the model that the run began with, kept beside the one in
-    training.
+    The reference of the KL term is the model that the run began with. What training moves is kept
+    of it, and the rest is read where it is.
     """
     if not cfg.loss.kl_coef:
         return lambda batch: sharding.to_global(batch, mesh, cfg.rules)
-    reference = restore_params(cfg.init, abstract=abstract)
+    # Fresh adapters add nothing, and neither do those of zeros.
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), adapters(abstract)
+    )
+    reference = trained(overlay(nothing, _restored(cfg, abstract)))
     logp = jax.jit(
         make_logp(
             net,
@@ -295,7 +309,7 @@ def _placing(cfg: Pgrpo, net: Network, abstract: Params, mesh: jax.sharding.Mesh
 
     def place(batch: PolicyBatch) -> PolicyBatch:
         placed = sharding.to_global(batch, mesh, cfg.rules)
-        return placed.replace(ref_logp=logp(reference, placed.trie))
+        return placed.replace(ref_logp=logp(overlay(rollouts.params, reference), placed.trie))
 
     return place
 
@@ -374,6 +388,13 @@ class Rollouts:
     def take(self, state: TrainState) -> None:
         """Takes the parameters to sample with; they are read until the next step donates them."""
         self._params = state.params
+
+    @property
+    def params(self) -> Params:
+        """The parameters that were taken last."""
+        if self._params is None:
+            raise RuntimeError("Parameters were asked for before `take` handed them over.")
+        return self._params
 
     def after_step(self, index: int, state: TrainState) -> dict[str, float]:
         """A hook of `fit`: takes the new parameters, hands over what the rollouts were like."""
@@ -497,10 +518,8 @@ class Rollouts:
             top_k=0,
             seed=self._cfg.sampler.seed + seed,
         )
-        if self._params is None:
-            raise RuntimeError("Rollouts were asked for before `take` handed over parameters.")
         with sharding.use(self._mesh, sharding.sampling(self._cfg.rules)):
-            return self._sampler(self._params, prompts, how, repeats=samples)
+            return self._sampler(self.params, prompts, how, repeats=samples)
 
     def _problem(self, number: int) -> records.Problem:
         """The problem at a place of the endless order: a new permutation for every pass."""

@@ -16,9 +16,11 @@ import jax
 from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
+from tw_jax.contracts import Params
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import Metrics
+from tw_jax.models.lora import trained, without_adapters
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, check_rows, load_tokenizer
@@ -49,7 +51,7 @@ class Sft:
       keep: checkpoints kept.
       seed: of the fresh parameters.
       init: folder of checkpoints whose newest parameters the run begins with, such as `tw convert`
-        writes; fresh ones by default.
+        writes; fresh ones by default. Adapters that it lacks are fresh.
     """
 
     workdir: str
@@ -79,6 +81,11 @@ class Sft:
                 f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "
                 f"Packing.rows = {self.packing.rows}."
             )
+        if self.model.lora is not None and self.init is None:
+            raise ValueError(
+                "Model.lora is set and Sft.init is None: want a checkpoint, for the weights beside "
+                "adapters are frozen. Set Model.lora = None to train from scratch."
+            )
 
 
 def run(cfg: Sft) -> None:
@@ -100,17 +107,17 @@ def run(cfg: Sft) -> None:
         state = resume(checkpoints, abstract, batches)
         first = 0 if state is None else int(state.step)
         if state is None:
-            params = (
-                None if cfg.init is None else restore_params(cfg.init, abstract=abstract.params)
-            )
+            params = None
+            if cfg.init is not None:
+                core = without_adapters(abstract.params)
+                params = restore_params(cfg.init, abstract=abstract.params, core=core)
             key = jax.random.key(cfg.seed)
             state = initial_state(
                 net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key, params=params
             )
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        print(
-            f"{folder}: {count:,} parameters on {mesh.size} device(s), step {first} of {cfg.steps}"
-        )
+        count, moving = map(_count, (state.params, trained(state.params)))
+        told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
+        print(f"{folder}: {told} on {mesh.size} device(s), step {first} of {cfg.steps}")
         with Metrics(folder, step=first) as metrics, sharding.use(mesh, cfg.rules):
             fit(
                 state,
@@ -126,6 +133,10 @@ def run(cfg: Sft) -> None:
         # A run that was killed behind its last checkpoint has not written it.
         if first < cfg.steps or not (folder / "packing.json").exists():
             write_packing(folder, batches, seconds=time.monotonic() - began)
+
+
+def _count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def open_batches(cfg: Sft) -> Batches:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from tw_jax import sharding
 from tw_jax.attention import sequence
 from tw_jax.contracts import Network, Params
+from tw_jax.models.lora import overlay, trained
 from tw_jax.trie.batch import TrieBatch
 
 Sums = dict[str, jax.Array]
@@ -116,9 +117,10 @@ def token_logp(
             check_vma=False,
         )
     # Float32 copies of what `unembed` reads make float32 cotangents: a scan adds up in the dtype of
-    # what it closes over. (And XLA for CPU aborts on a bfloat16 psum under shard_map.)
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    return score_rows(wide, hidden, batch)
+    # what it closes over. (And XLA for CPU aborts on a bfloat16 psum under shard_map.) What is
+    # frozen has no cotangent.
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), trained(params))
+    return score_rows(overlay(params, wide), hidden, batch)
 
 
 def _by_chunks(
@@ -171,7 +173,8 @@ def accumulate(
     Nothing is divided here, so the result does not depend on `accumulation_steps` but for rounding.
 
     Args:
-      objective: differentiated in `params`, once per part; see `Objective`.
+      objective: differentiated in what `lora.trained` says of `params`, once per part; see
+        `Objective`.
       params: any dtype.
       batch: a pytree of arrays [R, ...]; every part is one of [R / accumulation_steps, ...].
       accumulation_steps: number of parts that are run one after another, a divisor of R.
@@ -183,7 +186,8 @@ def accumulate(
         batches of many sizes, and what is not run costs nothing.
 
     Returns:
-      (gradients of the summed total, float32, shaped like params; the summed total; the sums).
+      (gradients of the summed total, float32, shaped like `trained(params)`; the summed total; the
+      sums).
 
     Raises:
       ValueError: `accumulation_steps` does not divide R.
@@ -192,11 +196,15 @@ def accumulate(
 
     names = jax.eval_shape(objective, params, part_of(parts, 0))[1]
     combine = {name: (jnp.add, 0.0) for name in names} | dict(extremes or {})
+    moving, axes = trained(params), trained(axes)
+
+    def of_moving(moving: Params, part: Any) -> tuple[jax.Array, Sums]:
+        return objective(overlay(params, moving), part)
 
     def add(number: jax.Array, carry: Any) -> Any:
         gradients, total, sums = carry
-        (new_total, new_sums), new = jax.value_and_grad(objective, has_aux=True)(
-            params, part_of(parts, number)
+        (new_total, new_sums), new = jax.value_and_grad(of_moving, has_aux=True)(
+            moving, part_of(parts, number)
         )
         added = jax.tree.map(lambda old, g: old + g.astype(jnp.float32), gradients, new)
         return (
@@ -205,7 +213,7 @@ def accumulate(
             {name: combine[name][0](old, new_sums[name]) for name, old in sums.items()},
         )
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), moving)
     sums = {name: jnp.full((), combine[name][1], jnp.float32) for name in names}
     empty = (zeros, jnp.zeros((), jnp.float32), sums)
     return jax.lax.fori_loop(0, accumulation_steps if count is None else count, add, empty)

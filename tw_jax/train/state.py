@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
+from tw_jax.models.lora import overlay, trained
 from tw_jax.sharding import Rules, shardings
 
 
@@ -84,7 +85,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # [] int32, steps taken; a skipped update is a step too
     params: Params
-    opt_state: Any  # counts and moments; the moments are float32 and shaped like params
+    opt_state: Any  # counts and moments; the moments are float32, one for each trained parameter
     key: jax.Array  # [] typed key; derive with fold_in(key, step), never replaced
 
 
@@ -98,9 +99,10 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Numbers]]
 def create(params: Params, optim: Optim, *, key: jax.Array) -> TrainState:
     """A state at step 0 around given parameters.
 
-    Moments are float32 whatever the dtype of `params`. Parameters themselves are updated in their
-    own dtype: bfloat16 ones lose every update below 2^-9 of their size, so keep them in float32 and
-    compute in bfloat16 unless memory forbids it.
+    Moments are float32 whatever the dtype of `params`, and there are none of what is frozen, see
+    `lora.trained`. Parameters themselves are updated in their own dtype: bfloat16 ones lose every
+    update below 2^-9 of their size, so keep them in float32 and compute in bfloat16 unless memory
+    forbids it.
 
     Args:
       params: fresh, or of a pretrained model.
@@ -110,7 +112,7 @@ def create(params: Params, optim: Optim, *, key: jax.Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=_direction(optim).init(_float32(params)),
+        opt_state=_direction(optim).init(_float32(trained(params))),
         key=key,
     )
 
@@ -138,7 +140,7 @@ def abstract_state(
         _direction(optim),
         lambda leaf, where: leaf if _is_masked(leaf) else where,
         state.opt_state,
-        params,
+        trained(params),
         transform_non_params=lambda _: everywhere,
         is_leaf=_is_masked,
     )
@@ -167,7 +169,8 @@ def initial_state(
       mesh: the mesh.
       rules: the table from logical to mesh axes.
       key: [] typed key, consumed: half of it for the parameters, half of it for the run.
-      params: pretrained parameters; they are donated.
+      params: pretrained parameters, with the network's adapters or without; without, these are
+        fresh. They are donated.
     """
     for_params, for_run = jax.random.split(key)
     where = _places(abstract_state(network, optim, mesh=mesh, rules=rules))
@@ -177,9 +180,11 @@ def initial_state(
         )
         return fresh(for_params, for_run)
     around = jax.jit(
-        lambda given, run: create(given, optim, key=run), out_shardings=where, donate_argnums=0
+        lambda given, init, run: create(overlay(network.init(init), given), optim, key=run),
+        out_shardings=where,
+        donate_argnums=0,
     )
-    return around(params, for_run)
+    return around(params, for_params, for_run)
 
 
 def jit_step(step: Step, abstract: TrainState, *, mesh: jax.sharding.Mesh, rules: Rules) -> Step:
@@ -263,31 +268,32 @@ def update(
 
     Args:
       state: before the step.
-      gradients: float32, shaped like `state.params`, of the loss as it is reported.
+      gradients: float32, shaped like `trained(state.params)`, of the loss as it is reported.
       optim: the same as in `create`.
       steps: steps of the whole run, for the schedule.
       is_empty: [] bool, the batch trains nothing; then momentum and decay move nothing either.
 
     Returns:
-      (the next state, metrics []: grad_norm before clipping, param_norm before the update, lr,
-      skipped 0 or 1).
+      (the next state, metrics []: grad_norm before clipping, param_norm before the update, both of
+      what is trained, lr, skipped 0 or 1).
     """
-    chex.assert_trees_all_equal_shapes(state.params, gradients)
+    before = trained(state.params)
+    chex.assert_trees_all_equal_shapes(before, gradients)
     norm = optax.tree_utils.tree_norm(gradients)
     applies = jnp.isfinite(norm) & ~jnp.asarray(is_empty)
     if optim.clip_norm is not None:
         scale = jnp.minimum(1.0, optim.clip_norm / jnp.where(norm > 0, norm, 1.0))
         gradients = jax.tree.map(lambda g: g * scale, gradients)
     lr = learning_rate(state.step, optim, steps=steps)
-    params = _float32(state.params)
+    params = _float32(before)
     direction, opt_state = _direction(optim).update(gradients, state.opt_state, params)
     moved = jax.tree.map(
-        lambda new, p, d: (p - lr * d).astype(new.dtype), state.params, params, direction
+        lambda new, p, d: (p - lr * d).astype(new.dtype), before, params, direction
     )
     kept = jax.tree.map(
         lambda new, old: jnp.where(applies, new, old),
         (moved, opt_state),
-        (state.params, state.opt_state),
+        (before, state.opt_state),
     )
     metrics = {
         "grad_norm": norm,
@@ -295,7 +301,8 @@ def update(
         "lr": lr,
         "skipped": 1.0 - applies.astype(jnp.float32),
     }
-    return state.replace(step=state.step + 1, params=kept[0], opt_state=kept[1]), metrics
+    params = overlay(state.params, kept[0])
+    return state.replace(step=state.step + 1, params=params, opt_state=kept[1]), metrics
 
 
 def decays(params: Params) -> Params:
@@ -315,7 +322,8 @@ def matrices(params: Any) -> Any:
     """How Muon reads parameters: which axes of a leaf are a matrix's rows and which its columns.
 
     Leaves of "blocks" are stacked by layer, [L, rows, columns]; attention's projections have heads
-    and head width as two axes, which count as one: [L, d, n, h] and, for "out", [L, n, h, d].
+    and head width as two axes, which count as one: [L, d, n, h] and, for "out", [L, n, h, d]. The
+    two sides of an adapter have the rank in the place of the other side: [L, n, h, r], [L, r, d].
 
     Returns:
       `optax.contrib.MuonDimensionNumbers`, or None for a leaf that AdamW moves.

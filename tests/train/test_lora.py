@@ -1,0 +1,306 @@
+"""Training with adapters: what moves, by which gradient, and what is never computed nor kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rollouts import TOKENIZER, rollouts
+from train.test_sft import distance
+
+from tw_jax import sharding
+from tw_jax.forkjoin.tries import of_group
+from tw_jax.models.lora import Lora, adapters, overlay, without_adapters
+from tw_jax.models.transformer import Model, Rope, network
+from tw_jax.train import pgrpo, sft
+from tw_jax.train.groups import Aggregation, Scored, pack_groups
+from tw_jax.train.loss import accumulate
+from tw_jax.train.state import (
+    Optim,
+    abstract_state,
+    create,
+    initial_state,
+    jit_step,
+    matrices,
+    update,
+)
+from tw_jax.trie.pack import Fill, Packing
+
+BASE = Model(
+    vocab_size=-(-TOKENIZER.vocab_size // 8) * 8,
+    num_layers=2,
+    width=24,
+    mlp_width=56,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=10,
+    qk_norm=True,
+    tie_embeddings=False,
+    rope=Rope(),
+    attention="reference",
+)
+RANK = 4
+MODEL = dataclasses.replace(BASE, lora=Lora(rank=RANK, alpha=2.0))
+OPTIM = Optim(peak_lr=1e-2, warmup_steps=0, schedule="constant")
+POLICY = pgrpo.PolicyLoss(entropy_coef=0.1)
+CHUNK = 64
+
+
+def objectives(net):
+    """The two losses, as functions of parameters and a `PolicyBatch`."""
+    return {
+        "sft": lambda p, batch: sft.nll_sums(net, p, batch.trie, chunk_tokens=CHUNK),
+        "pgrpo": lambda p, batch: pgrpo.loss_sums(
+            net, p, batch, POLICY, chunk_tokens=CHUNK, temperature=0.9
+        ),
+    }
+
+
+def steps(net, optim=OPTIM, rows=2):
+    """The two steps, of a `PolicyBatch` both."""
+    one = sft.make_step(net, optim, steps=9, chunk_tokens=CHUNK)
+    other = pgrpo.make_step(
+        net, optim, POLICY, steps=9, chunk_tokens=CHUNK, temperature=0.9, part_rows=rows,
+        inner_steps=2,
+    )  # fmt: skip
+    return {"sft": lambda state, batch: one(state, batch.trie), "pgrpo": other}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Groups of random rollouts in four rows, the second half of them for another inner step."""
+    rng = np.random.default_rng(0)
+    updates = [
+        [
+            Scored(
+                of_group(rollouts(seed=seed, count=2, longest=4, blocks=1))[0],
+                rng.normal(size=2).astype(np.float32),
+            )
+            for seed in seeds
+        ]
+        for seeds in ((0, 1), (2, 3))
+    ]
+    packing = Packing(row_tokens=256, rows=2)
+    made = pack_groups(updates, Aggregation(mean="token"), packing=packing, fill=Fill())
+    assert made.advantage.shape == (4, 256)
+    return made
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Parameters whose adapters have moved: neither side is zero."""
+    fresh = network(MODEL).init(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 3), adapters(fresh))
+    return overlay(fresh, some)
+
+
+def weights_with_adapters(params):
+    """(module, name, weight, adapter) of each adapted weight."""
+    for module, inside in params["blocks"].items():
+        for name, adapter in inside.items():
+            if name.endswith("_lora"):
+                plain = name.removesuffix("_lora")
+                yield module, plain, inside[plain], adapter
+
+
+def as_matrices(weight, adapter):
+    """Shapes [L, K, r] and [L, r, M] of an adapter, and [L, K, M] of its weight."""
+    layers = weight.shape[0]
+    a = np.asarray(adapter["a"], np.float64).reshape(layers, -1, RANK)
+    b = np.asarray(adapter["b"], np.float64).reshape(layers, RANK, -1)
+    return a, b, (layers, a.shape[1], b.shape[2])
+
+
+@pytest.mark.parametrize("which", ["sft", "pgrpo"])
+def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(
+    which, batch, params, tolerance
+) -> None:
+    """With dW of the model without adapters, dA = s dW B^T and dB = s A^T dW."""
+    scale, plain = MODEL.lora.scale, without_adapters(params)
+    for module, name, weight, adapter in weights_with_adapters(params):
+        a, b, _ = as_matrices(weight, adapter)
+        full = np.asarray(weight, np.float64) + scale * (a @ b).reshape(weight.shape)
+        plain = overlay(plain, {"blocks": {module: {name: np.float32(full)}}})
+    of_weights = jax.jit(jax.grad(objectives(network(BASE))[which], has_aux=True))(plain, batch)[0]
+    net = network(MODEL)
+    got = jax.jit(
+        lambda p, batch: accumulate(
+            objectives(net)[which], p, batch, accumulation_steps=2, axes=net.axes(),
+            extremes=pgrpo.EXTREMES if which == "pgrpo" else None,
+        )[0]
+    )(params, batch)  # fmt: skip
+    want = adapters(params)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for module, name, weight, adapter in weights_with_adapters(params):
+        a, b, shape = as_matrices(weight, adapter)
+        d = np.asarray(of_weights["blocks"][module][name], np.float64).reshape(shape)
+        right = {"a": scale * d @ b.swapaxes(1, 2), "b": scale * a.swapaxes(1, 2) @ d}
+        for side, oracle in right.items():
+            mine = np.asarray(got["blocks"][module][f"{name}_lora"][side]).reshape(oracle.shape)
+            off = np.linalg.norm(mine - oracle) / np.linalg.norm(oracle)
+            assert off < tolerance["gradient"], (module, name, side)
+
+
+def test_only_adapters_move_and_the_rest_stays_bit_by_bit(batch) -> None:
+    net = network(MODEL)
+    for which, step in steps(net).items():
+        first = create(net.init(jax.random.key(0)), OPTIM, key=jax.random.key(1))
+        step, state = jax.jit(step), first
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        before, after = (without_adapters(s.params) for s in (first, state))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+        for old, new in zip(
+            *(jax.tree.leaves(adapters(s.params)) for s in (first, state)), strict=True
+        ):
+            assert (np.asarray(old) != np.asarray(new)).any(), which
+        assert float(metrics["grad_norm"]) > 0
+        assert float(metrics["skipped"]) == 0
+        size = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(adapters(state.params))))
+        assert float(metrics["param_norm"]) == pytest.approx(size, rel=0.5)
+
+
+def test_there_are_moments_of_adapters_alone() -> None:
+    for algorithm in ("adamw", "muon"):
+        optim = dataclasses.replace(OPTIM, algorithm=algorithm)
+        state = jax.eval_shape(
+            lambda key, optim=optim: create(network(MODEL).init(key), optim, key=key),
+            jax.random.key(0),
+        )
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+        own = [leaf.shape for leaf in jax.tree.leaves(adapters(state.params))]
+        copies = 2 if algorithm == "adamw" else 1
+        assert sorted(leaf.shape for leaf in moments) == sorted(own * copies)
+        assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+
+
+def made_in(jaxpr):
+    """Shape and dtype of whatever an equation of a program makes, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield from ((v.aval.shape, v.aval.dtype, equation.primitive) for v in equation.outvars)
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from made_in(inner)
+
+
+def products(step, state, batch):
+    """Shapes of all matrix products in a step, and of all float32 arrays that it makes."""
+    made = list(made_in(jax.make_jaxpr(step)(state, batch).jaxpr))
+    return (
+        {shape for shape, _, primitive in made if primitive.name == "dot_general"},
+        {shape for shape, dtype, primitive in made if dtype == jnp.float32},
+    )
+
+
+@pytest.mark.parametrize("which", ["sft", "pgrpo"])
+def test_no_gradient_of_a_frozen_weight_is_computed_nor_is_one_copied_to_float32(
+    which, batch
+) -> None:
+    found = {}
+    for model in (BASE, MODEL):
+        low = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16", "remat": "full"}
+        net = network(dataclasses.replace(model, **low))
+        state = jax.eval_shape(lambda key, net=net: create(net.init(key), OPTIM, key=key),
+                               jax.random.key(0))  # fmt: skip
+        found[model] = products(steps(net)[which], state, batch)
+    heads, kv = BASE.num_heads * BASE.head_width, BASE.num_kv_heads * BASE.head_width
+    wide, deep, vocab = BASE.width, BASE.mlp_width, BASE.vocab_size
+    gradients = {(wide, heads), (wide, kv), (heads, wide), (wide, deep), (deep, wide)}
+    gradients |= {(vocab, wide)}
+    assert found[BASE][0] >= gradients
+    assert not found[MODEL][0] & gradients
+    shapes = jax.eval_shape(network(BASE).init, jax.random.key(0))
+    copies = {leaf.shape for leaf in jax.tree.leaves(shapes) if leaf.ndim > 2} | {(vocab, wide)}
+    assert found[BASE][1] >= copies
+    assert not found[MODEL][1] & copies
+
+
+def test_a_step_on_a_mesh_is_the_step_on_one_device(batch, tolerance) -> None:
+    """The frozen weights are bfloat16: they are gathered and split as they are."""
+    net = network(dataclasses.replace(MODEL, param_dtype="bfloat16", head_width=8))
+    rules = sharding.Rules()
+    rows = jax.tree.map(lambda x: np.concatenate([x, x]), batch.trie)
+    step = sft.make_step(net, OPTIM, steps=9, chunk_tokens=CHUNK, accumulation_steps=2)
+    after = []
+    for mesh in (
+        sharding.make_mesh(sharding.Mesh(), jax.devices()[:1]),
+        sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2)),
+    ):
+        abstract = abstract_state(net, OPTIM, mesh=mesh, rules=rules)
+        state = initial_state(net, OPTIM, mesh=mesh, rules=rules, key=jax.random.key(0))
+        with sharding.use(mesh, rules):
+            compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
+            for _ in range(2):
+                state, metrics = compiled(state, sharding.to_global(rows, mesh, rules))
+        after.append(jax.device_get((adapters(state.params), metrics)))
+        q = abstract.params["blocks"]["attention"]
+        assert q["q_lora"]["a"].sharding.spec[1] == q["q"].sharding.spec[1]
+        assert q["q_lora"]["b"].sharding.spec[2] == q["q"].sharding.spec[2]
+    (one, said), (many, told) = after
+    # Moments of two steps divide by what rounding decides where a gradient is nearly zero.
+    assert distance(many, one) < 10 * tolerance["sharded"]
+    assert float(told["loss"]) == pytest.approx(float(said["loss"]), rel=tolerance["sharded"])
+
+
+def test_parameters_without_adapters_get_fresh_ones_and_those_with_keep_theirs(params) -> None:
+    net, rules = network(MODEL), sharding.Rules()
+    alone = sharding.make_mesh(sharding.Mesh(), jax.devices()[:1])
+    many = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    host = jax.device_get(params)
+
+    def begun(given, mesh):
+        where = abstract_state(net, OPTIM, mesh=mesh, rules=rules).params
+        where = jax.tree.map(lambda leaf: leaf.sharding, where)
+        if given is not host:
+            where = without_adapters(where)
+        return jax.device_get(
+            initial_state(
+                net, OPTIM, mesh=mesh, rules=rules, key=jax.random.key(5),
+                params=jax.device_put(given, where),
+            ).params
+        )  # fmt: skip
+
+    jax.tree.map(np.testing.assert_array_equal, begun(host, alone), host)
+    one, other = (begun(without_adapters(host), mesh) for mesh in (alone, many))
+    jax.tree.map(np.testing.assert_array_equal, without_adapters(one), without_adapters(host))
+    assert distance(other, one) < 1e-6
+    for _, _, _, adapter in weights_with_adapters(one):
+        assert np.asarray(adapter["a"]).any()
+        assert not np.asarray(adapter["b"]).any()
+
+
+def test_muon_reads_both_sides_of_an_adapter_as_matrices(params) -> None:
+    read = matrices(adapters(params))
+    for module, name, weight, adapter in weights_with_adapters(params):
+        a, b, _ = as_matrices(weight, adapter)
+        for side, want in (("a", a.shape[1:]), ("b", b.shape[1:])):
+            shape, dims = adapter[side].shape, read["blocks"][module][f"{name}_lora"][side]
+            rows, columns = (
+                np.prod([shape[i] for i in axes])
+                for axes in (dims.reduction_axis, dims.output_axis)
+            )
+            assert (rows, columns) == want
+
+
+def test_a_side_without_gradient_stays_under_muon() -> None:
+    """The first gradient of A is zero, for B is: a matrix that has no direction."""
+    optim = dataclasses.replace(OPTIM, algorithm="muon", weight_decay=0.0, clip_norm=None)
+    rng = np.random.default_rng(0)
+    sides = {"a": rng.normal(size=(2, 8, RANK)), "b": np.zeros((2, RANK, 4, 2))}
+    slopes = {"a": np.zeros((2, 8, RANK)), "b": rng.normal(size=(2, RANK, 4, 2))}
+    params, gradients = (
+        {"blocks": {"attention": {"q_lora": jax.tree.map(jnp.float32, tree)}}}
+        for tree in (sides, slopes)
+    )
+    state = create(params, optim, key=jax.random.key(1))
+    after = update(state, gradients, optim, steps=9)[0].params["blocks"]["attention"]["q_lora"]
+    np.testing.assert_array_equal(after["a"], np.float32(sides["a"]))
+    assert np.isfinite(after["b"]).all()
+    assert np.asarray(after["b"]).all()
