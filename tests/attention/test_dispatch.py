@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tw_jax import sharding
-from tw_jax.attention import dispatch, reference
+from tw_jax.attention import blockwise, dispatch, pallas_tpu, reference
 from tw_jax.contracts import Span
+from tw_jax.trie.mask import needed
 
 
 def inputs(queries, slots, rows=1, heads=2, groups=1, width=4):
@@ -63,6 +64,22 @@ def test_auto_writes_out_few_pairs_and_walks_blocks_of_many(
 
 def test_every_impl_is_auto_or_a_backend():
     assert typing.get_args(dispatch.Impl) == ("auto", *dispatch.BACKENDS)
+    assert list(dispatch.BLOCKS) == list(dispatch.BACKENDS)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("blockwise", 600), ("pallas_tpu", 2000)])
+def test_a_backend_walks_the_blocks_that_it_tells(monkeypatch, name, tokens):
+    module, asked = {"blockwise": blockwise, "pallas_tpu": pallas_tpu}[name], []
+
+    def recorded(at, keys, *, query_block, key_block):
+        asked.append((query_block, key_block))
+        return needed(at, keys, query_block=query_block, key_block=key_block)
+
+    monkeypatch.setattr(module, "needed", recorded)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    qkv, rest = inputs(tokens, tokens, heads=4, groups=2)
+    jax.eval_shape(lambda *qkv: dispatch.BACKENDS[name](*qkv, **rest), *qkv)
+    assert asked == [dispatch.BLOCKS[name](tokens, tokens, 2)]
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "blockwise"])

@@ -24,6 +24,7 @@ def test_rows_trains_the_same_tokens_both_ways(run, monkeypatch, tolerance):
     assert found["rollouts"] == len(made) == CASE.rollouts
     assert found["row_tokens"] == call_tokens
     assert found["token_ratio"] == pytest.approx(call_tokens / found["nodes"])
+    assert found["rho"] == pytest.approx(1 - found["nodes"] / call_tokens)
     ms = {name: times["median_ms"] for name, times in found["times"].items()}
     assert found["time_ratio"] == pytest.approx(ms["rows"] / ms["trie"])
     share = found["time_ratio"] / found["token_ratio"]

@@ -34,6 +34,10 @@ def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch)
     assert found["lanes4_over_rows_64"] == pytest.approx(over_rows)
     assert found["lanes4_over_sequential"] == pytest.approx(ms["sequential_64"] / ms["lanes4_64"])
     assert found["recompiles"] == 0
+    # Four lanes of six tokens behind one prefix of 64, or behind four of them.
+    assert found["ideal_over_sequential"] == 4
+    assert found["ideal_over_rows_64"] == pytest.approx(4 * (64 + 6) / (64 + 4 * 6))
+    assert found["rho_64"] == pytest.approx(1 - (64 + 4 * 6) / (4 * (64 + 6)))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tw_jax.data import workloads
 from tw_jax.forkjoin import tries
 from tw_jax.train.sft import nll_sums
 from tw_jax.trie.batch import stack_rows
+from tw_jax.trie.tree import build
 
 
 def test_the_timed_step_has_nodes_enough_for_the_dense_comparison():
@@ -27,6 +28,7 @@ def test_step_trains_the_same_tokens_both_ways(quick_network, run, tolerance):
     call_tokens = sum(len(call.context) + len(call.sampled) for call in made.calls)
     assert found["row_tokens"] == call_tokens
     assert found["token_ratio"] == pytest.approx(call_tokens / found["nodes"])
+    assert found["rho"] == pytest.approx(1 - found["nodes"] / call_tokens)
     ms = {name: times["median_ms"] for name, times in found["times"].items()}
     assert found["time_ratio"] == pytest.approx(ms["rows"] / ms["trie"])
     assert found["blockwise_over_dense"] == pytest.approx(ms["dense"] / ms["blockwise"])
@@ -34,6 +36,22 @@ def test_step_trains_the_same_tokens_both_ways(quick_network, run, tolerance):
     assert found["blockwise_over_dense_remat"] == pytest.approx(remat)
     assert found["token_ratio_full"] > 1
     assert found["dense_nodes"] == case.dense_nodes
+
+
+def test_the_ideals_are_tokens_and_pairs_of_blocks():
+    chain = build([np.arange(512, dtype=np.int32)], [None])
+    batches = {
+        "trie": stack_rows([[chain]], 512),
+        "rows": stack_rows([[chain, chain]], 1024),
+    }
+    # Blocks of 256: one chain is two of them and needs three pairs of four, two chains six of 16.
+    assert step.sharing(batches, workloads.MINUTE) == {
+        "rho": 1 / 2,
+        "token_ratio": 2,
+        "block_ratio": 2,
+        "block_occupancy_trie": 3 / 4,
+        "block_occupancy_rows": 6 / 16,
+    }
 
 
 def test_a_gradient_of_other_weights_is_seen_as_different(quick_network):

@@ -4,6 +4,7 @@ import importlib
 import pathlib
 
 from house.figure import draw, draw_multiplication
+from house.fits import fits
 from house.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
@@ -60,6 +61,7 @@ def fields() -> str:
 MADE = {
     "configs/README.md": listing,
     "docs/configs.md": fields,
+    "docs/fits.md": fits,
     "docs/trie.svg": draw,
     "docs/images/trie.svg": draw_multiplication,
 }

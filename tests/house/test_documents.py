@@ -1,9 +1,11 @@
 """Documents made from the code are fresh, and the drawn example is what the code builds."""
 
+import json
 import re
 
 import numpy as np
 import pytest
+from house import fits
 from house.documents import MADE
 from house.example import example_trie, example_words
 from house.sources import PACKAGE, ROOT
@@ -21,6 +23,29 @@ def test_the_tree_of_the_architecture_page_is_the_package() -> None:
         told |= {f"{room}/{name.strip()}.py" for name in files.split("·")}
     files = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py")}
     assert told == {name for name in files if not name.endswith("__init__.py")}
+
+
+def test_a_page_of_what_fits_tells_sizes_and_bytes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fits, "RESULTS", tmp_path)
+    sampler = {"ok": True, "peak_bytes_per_chip": 3 * 2**29, "compile_seconds": 5.2}
+    error = "RESOURCE_EXHAUSTED: Of no use. Wants (22.92G) and has (15.75G). Exceeded by 7.17G."
+    refused = {"ok": False, "error": error, "compile_seconds": 1.7}
+    for name, found in (
+        ("qwen3_8b_decode_v5p_16", sampler | {"temp_over_kv": 0.0071}),
+        ("qwen3_8b_v5e_32", refused),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    rows = [line.split(" | ") for line in fits.fits().splitlines() if line.startswith("| `")]
+    told = {cells[0].strip("| `"): cells[1:] for cells in rows}
+    assert told["qwen3_8b_decode_v5p_16"] == [
+        *("Qwen3-8B", "decode", "v5p:2x2x4", "16", "16 x 40,960"),
+        *("yes", "1.5 of 95", "0.007", "5 |"),
+    ]
+    assert told["qwen3_8b_v5e_32"] == [
+        *("Qwen3-8B", "SFT step", "v5e:4x8", "32", "32 x 40,960"),
+        *("no: Wants (22.92G) and has (15.75G)", "", "", "2 |"),
+    ]
+    assert told["qwen3_8b_v6e_64"][5] == "not compiled yet"
 
 
 def test_the_worked_example_is_what_the_code_builds() -> None:

@@ -6,12 +6,16 @@ import importlib.util
 import json
 import sys
 
+import jax
 import pytest
+from compiled import too_large
+from house.sources import ROOT
 
 from tw_jax.cli import main
 from tw_jax.config import load
 from tw_jax.programs import aot
 
+CONFIGS = ROOT / "configs" / "aot"
 needs_libtpu = [
     pytest.mark.aot,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu here"),
@@ -101,6 +105,39 @@ class TestWithLibtpu:
         words = ["--set", "Aot.topology='v5e:3x7'"]
         assert main(["aot", str(tmp_path / "aot.gin"), *words]) == 2
         assert "Aot.topology = 'v5e:3x7'" in capsys.readouterr().err
+
+
+# Properties of a program that neither its layers nor its width change, at a row's real length.
+SMALLER = ("num_layers=2", "width=512", "mlp_width=1024")
+LONG = 40_960
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(CONFIGS.glob("*.gin")) if "= 40_960" in path.read_text("utf-8")],
+    ids=lambda path: path.stem,
+)
+class TestPrograms:
+    pytestmark = needs_libtpu
+
+    def test_no_program_holds_all_pairs_or_all_logits_of_a_row(self, path, capsys, monkeypatch):
+        cfg, texts, compile = load(aot.Aot, [path]), [], jax.stages.Lowered.compile
+
+        def kept(lowered, *args, **kwargs):
+            compiled = compile(lowered, *args, **kwargs)
+            texts.append(compiled.as_text())
+            return compiled
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", kept)
+        sets = [part for size in SMALLER for part in ("--set", f"Model.{size}")]
+        assert main(["aot", str(path), *sets]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["ok"], found["error"]
+        (text,) = texts
+        sizes = {"tokens": LONG, "vocab": cfg.model.vocab_size, "devices": found["chips"]}
+        assert too_large(text, **sizes) == []
+        assert f",{LONG}," in text or f"[{LONG}," in text, "the row is in the program"
 
 
 def test_a_generation_that_is_not_known_is_refused(tmp_path):

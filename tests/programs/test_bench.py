@@ -21,5 +21,5 @@ def test_a_missed_bar_is_said_and_is_no_error():
 def test_an_unknown_benchmark_lists_the_known_ones(capsys):
     assert cli.main(["bench", "packing"]) == 2
     assert capsys.readouterr().err == (
-        "tw: 'packing' is no benchmark. Benchmarks: trie, step, rows, sampler, parity.\n"
+        "tw: 'packing' is no benchmark. Benchmarks: trie, attention, step, rows, sampler, parity.\n"
     )

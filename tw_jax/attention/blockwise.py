@@ -62,7 +62,7 @@ def attend(
       [B, N, T, H] in the dtype of `q`.
     """
     groups, queries = k.shape[1], q.shape[2]
-    query_block, key_block = _block_size(queries, block), _block_size(k.shape[2], block)
+    query_block, key_block = blocks(queries, k.shape[2], block=block)
     # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
     at = pad(at, 1, query_block, mode="edge")
     keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
@@ -81,10 +81,14 @@ def attend(
     return _unfold(out, query_block)[:, :, :queries]
 
 
-def _block_size(tokens: int, block: int) -> int:
-    """Returns the size of the fewest equal blocks of at most `block` tokens."""
-    count = -(-tokens // block)
-    return -(-tokens // (count * _GRAIN)) * _GRAIN
+def blocks(queries: int, slots: int, stack: int = 1, *, block: int = BLOCK) -> tuple[int, int]:
+    """Queries and keys of a block, see `attend`; `stack` = N / G changes nothing here."""
+
+    def size(tokens: int) -> int:
+        count = -(-tokens // block)
+        return -(-tokens // (count * _GRAIN)) * _GRAIN
+
+    return size(queries), size(slots)
 
 
 def pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.Array:

@@ -2,8 +2,8 @@
 
 A backend is a function with the signature of `reference.attend`. It either computes exactly that
 or raises NotImplementedError with the reason; it never answers a different question. A new one (a
-TPU or GPU kernel) takes its place in `BACKENDS` and `_preferred`, adds its name to `Impl`, and sits
-the exam of `tests/attention/test_exam.py`. This file knows no kernel's inside and no model.
+GPU kernel) takes its place in `BACKENDS`, `BLOCKS` and `preferred`, adds its name to `Impl`, and
+sits the exam of `tests/attention/test_exam.py`. This file knows no kernel's inside and no model.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "blockwise": blockwise.attend,
     "pallas_tpu": pallas_tpu.attend,
 }
+
+BLOCKS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
+    "reference": lambda queries, slots, stack: (queries, slots),
+    "blockwise": blockwise.blocks,
+    "pallas_tpu": pallas_tpu.blocks,
+}
+"""Queries and keys of the blocks that a backend walks, from T, S and N / G."""
 
 _FEW_QUERIES = 32
 _FEW_PAIRS = 256 * 256
@@ -55,7 +62,7 @@ def attend(
       v: [B, G, S, H] floating, of the dtype of `q`.
       at: [B, T] int32, where the queries stand.
       keys: [B, S] int32 spans.
-      impl: a backend, or "auto": the first of `_preferred` that does not refuse.
+      impl: a backend, or "auto": the first of `preferred` that does not refuse.
       scale: factor on the scores, usually H ** -0.5.
 
     Returns:
@@ -79,7 +86,7 @@ def attend(
             raise ValueError(f"impl = {impl!r}: want auto or one of {', '.join(BACKENDS)}.")
         return _per_device(BACKENDS[impl], q, k, v, at, keys, scale)
     refusals = []
-    for name in _preferred(queries, slots):
+    for name in preferred(queries, slots):
         try:
             return _per_device(BACKENDS[name], q, k, v, at, keys, scale)
         except NotImplementedError as refusal:
@@ -87,7 +94,7 @@ def attend(
     raise NotImplementedError("Every attention backend refuses. " + " ".join(refusals))
 
 
-def _preferred(queries: int, slots: int) -> tuple[str, ...]:
+def preferred(queries: int, slots: int) -> tuple[Impl, ...]:
     """Names in the order in which "auto" tries them.
 
     Time of `reference` over time of `blockwise`, 2 CPU cores, float32 (above 1: walk blocks):

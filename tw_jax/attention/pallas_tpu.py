@@ -80,9 +80,9 @@ def attend(
         raise NotImplementedError(f"the kernels are for TPUs and the devices are {platform}")
     (rows, heads, queries, width), (groups, slots) = q.shape, k.shape[1:3]
     stack = heads // groups
-    query_block = query_block or max(_LANES, _QUERIES // stack // _LANES * _LANES)
-    query_block = min(query_block, _up(queries, _LANES))
-    key_block = min(key_block or _KEYS, _up(slots, _LANES))
+    query_block, key_block = blocks(
+        queries, slots, stack, query_block=query_block, key_block=key_block
+    )
     # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
     at = pad(at, 1, query_block, mode="edge")
     keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
@@ -114,6 +114,19 @@ def attend(
     )
     out = out.reshape(rows, -1, groups, width, stack, query_block)
     return out.transpose(0, 2, 4, 1, 5, 3).reshape(rows, heads, -1, width)[:, :, :queries]
+
+
+def blocks(
+    queries: int,
+    slots: int,
+    stack: int,
+    *,
+    query_block: int | None = None,
+    key_block: int | None = None,
+) -> tuple[int, int]:
+    """Queries and keys of a block, see `attend`; `stack` = N / G."""
+    query_block = query_block or max(_LANES, _QUERIES // stack // _LANES * _LANES)
+    return min(query_block, _up(queries, _LANES)), min(key_block or _KEYS, _up(slots, _LANES))
 
 
 def _up(tokens: int, multiple: int) -> int:

@@ -30,18 +30,20 @@ class Report:
 
     Attributes:
       times: by what was run.
-      values: numbers by name, those with a bar among them.
+      values: numbers by name, those with a bar among them; None where a device has no such number.
       bars: name of a value to the least ("least") or the most ("most") that it should be.
     """
 
     times: dict[str, Times]
-    values: dict[str, float]
+    values: Mapping[str, float | None]
     bars: dict[str, tuple[str, float]]
 
     def meets(self, name: str) -> bool:
         """Whether a value reaches its bar."""
         kind, bar = self.bars[name]
-        return self.values[name] >= bar if kind == "least" else self.values[name] <= bar
+        value = self.values[name]
+        assert value is not None
+        return value >= bar if kind == "least" else value <= bar
 
 
 def interleave(

@@ -13,7 +13,15 @@ import jax
 import numpy as np
 
 from tw_jax.benchmarks.measure import Report, interleave
-from tw_jax.benchmarks.step import CHUNK_TOKENS, OPTIM, STEPS, chains, difference, repeated
+from tw_jax.benchmarks.step import (
+    CHUNK_TOKENS,
+    OPTIM,
+    STEPS,
+    chains,
+    difference,
+    repeated,
+    sharing,
+)
 from tw_jax.data import workloads
 from tw_jax.data.workloads import RowsCase
 from tw_jax.forkjoin import tries
@@ -58,16 +66,16 @@ def run(case: RowsCase) -> Report:
     )
     ways = {name: repeated(step, params, batch) for name, batch in batches.items()}
     times = interleave(ways, case.repeats)
-    nodes, row_tokens = (batches[name].trie.tokens.size for name in ("trie", "rows"))
-    token_ratio = row_tokens / nodes
+    packed = {name: batch.trie for name, batch in batches.items()}
+    shares = sharing(packed, case.model)
     time_ratio = times["rows"].median_ms / times["trie"].median_ms
     values = {
         "rollouts": case.rollouts,
-        "nodes": nodes,
-        "row_tokens": row_tokens,
-        "token_ratio": token_ratio,
+        "nodes": packed["trie"].tokens.size,
+        "row_tokens": packed["rows"].tokens.size,
+        **shares,
         "time_ratio": time_ratio,
-        "time_ratio_over_token_ratio": time_ratio / token_ratio,
+        "time_ratio_over_token_ratio": time_ratio / shares["token_ratio"],
         "loss_rel_diff": loss_diff,
         "grad_rel_l2": gradient_diff,
     }

@@ -54,8 +54,14 @@ def run(case: SamplerCase) -> Report:
         )
     first = case.prefixes[0]
     ms = {name: found.median_ms for name, found in times.items()}
+    # The ideals: so many fewer steps, and, where the cache is what a step reads, its entries.
+    values["ideal_over_sequential"] = case.lanes
     values[f"{lanes}_over_sequential"] = ms[f"sequential_{first}"] / ms[f"{lanes}_{first}"]
     for prefix in case.prefixes:
+        stored = prefix + case.lanes * case.tokens
+        copied = case.lanes * (prefix + case.tokens)
+        values[f"rho_{prefix}"] = 1 - stored / copied
+        values[f"ideal_over_rows_{prefix}"] = copied / stored
         rows = ms[f"rows{case.lanes}_{prefix}"]
         values[f"{lanes}_over_rows_{prefix}"] = rows / ms[f"{lanes}_{prefix}"]
     values["recompiles"] = _recompiles(net, params, case)

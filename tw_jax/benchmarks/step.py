@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax.benchmarks.attention import walked_pairs
 from tw_jax.benchmarks.measure import Report, interleave
 from tw_jax.contracts import Network, Params
 from tw_jax.data import workloads
@@ -64,15 +65,15 @@ def run(case: StepCase) -> Report:
             },
             case.repeats,
         )
-    token_ratio = trie.source_tokens / len(trie)
+    shares = sharing(batches, case.model)
     time_ratio = times["rows"].median_ms / times["trie"].median_ms
     full_ratio, deviation = _full_token_ratio(case)
     values = {
         "nodes": len(trie),
         "row_tokens": trie.source_tokens,
-        "token_ratio": token_ratio,
+        **shares,
         "time_ratio": time_ratio,
-        "time_ratio_over_token_ratio": time_ratio / token_ratio,
+        "time_ratio_over_token_ratio": time_ratio / shares["token_ratio"],
         "token_ratio_full": full_ratio,
         "token_ratio_full_deviation": deviation,
         "loss_rel_diff": loss_diff,
@@ -89,6 +90,26 @@ def run(case: StepCase) -> Report:
         "blockwise_over_dense": ("least", 4.0),
     }
     return Report(times, values, bars)
+
+
+def sharing(batches: Mapping[str, TrieBatch], model: Model) -> dict[str, float]:
+    """What the rows share and what attention walks of them: the ideals of a time ratio.
+
+    A time ratio lies between `token_ratio`, the ideal of all that costs by the token, and
+    `block_ratio`, that of attention. rho = 1 - 1 / token_ratio is the share of tokens saved.
+
+    Args:
+      batches: "trie" and "rows", one row each, without padding.
+      model: see `attention.backend`.
+    """
+    tokens = {name: batch.tokens.size for name, batch in batches.items()}
+    pairs = {name: walked_pairs(batch.span, model) for name, batch in batches.items()}
+    return {
+        "rho": 1 - tokens["trie"] / tokens["rows"],
+        "token_ratio": tokens["rows"] / tokens["trie"],
+        "block_ratio": pairs["rows"][0] / pairs["trie"][0],
+        **{f"block_occupancy_{name}": share for name, (_, share) in pairs.items()},
+    }
 
 
 def _full_token_ratio(case: StepCase) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import ForkJoin, Table, ThreadWeaver, make_table
+from tw_jax.models import presets
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model
 from tw_jax.tokenizer import Bytes, load_tokenizer
@@ -142,6 +143,40 @@ class TrieCase:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """Whole tries of trajectories, side by side in one row.
+
+    Attributes:
+      shape: of each trajectory.
+      seeds: of the trajectories.
+      tokens: T; what the tries leave is padding.
+    """
+
+    shape: Shape
+    seeds: tuple[int, ...]
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """`tw bench attention`.
+
+    Attributes:
+      rows: timed one after the other, each against one causal sequence of its length.
+      model: whose heads and backend are taken.
+      full_shape: trajectories whose pairs are counted, and nothing more.
+      full_seeds: how many of them.
+      repeats: measured rounds.
+    """
+
+    rows: tuple[PackedRow, ...]
+    model: Model
+    full_shape: Shape
+    full_seeds: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCase:
     """`tw bench step`.
 
@@ -253,6 +288,16 @@ MINUTE = dataclasses.replace(SMALL, vocab_size=320, num_layers=1, width=32, mlp_
 """A decoder for tests of programs, where only shapes matter."""
 
 TRIE = TrieCase(shape=Shape().scaled(1.5), seed=2, repeats=30)
+ATTENTION = AttentionCase(
+    rows=(
+        PackedRow(shape=Shape().scaled(0.4), seeds=(20,), tokens=8192),
+        PackedRow(shape=Shape().scaled(0.4), seeds=(20, 12), tokens=16_384),
+    ),
+    model=presets.QWEN3_0_6B,
+    full_shape=Shape(),
+    full_seeds=16,
+    repeats=3,
+)
 STEP = StepCase(
     shape=Shape().scaled(0.2),
     seed=0,
@@ -291,6 +336,13 @@ PARITY = ParityCase(
 
 TINY = Shape(prompt=8, blocks=2, sequential=(8, 16), outline=6, threads=(2, 3), thread=(8, 16))
 TINY_TRIE = TrieCase(shape=TINY, seed=0, repeats=2)
+TINY_ATTENTION = AttentionCase(
+    rows=(PackedRow(shape=TINY, seeds=(0, 1, 2, 3, 4), tokens=1024),),
+    model=MINUTE,
+    full_shape=TINY,
+    full_seeds=2,
+    repeats=1,
+)
 TINY_STEP = StepCase(
     shape=TINY, seed=0, model=MINUTE, dense_nodes=96, full_shape=TINY, full_seeds=2, repeats=2
 )

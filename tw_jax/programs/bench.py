@@ -1,4 +1,4 @@
-"""`tw bench`: times tries, the train steps, the sampler, each against what it replaces.
+"""`tw bench`: times tries, attention, the train steps, the sampler, each against what it replaces.
 
 A bar is a number that this code is expected to reach on two quiet cores; a missed one is printed
 and is no error, for machines differ. The sizes are in `data/workloads.py`, the runs in
@@ -27,6 +27,7 @@ from tw_jax.data import workloads
 
 CASES = {
     "trie": workloads.TRIE,
+    "attention": workloads.ATTENTION,
     "step": workloads.STEP,
     "rows": workloads.ROWS,
     "sampler": workloads.SAMPLER,
@@ -77,7 +78,7 @@ def _table(report: Report) -> str:
         if name in report.bars:
             kind, limit = report.bars[name]
             bar = f"at {kind} {limit:g}: {'met' if report.meets(name) else 'MISSED'}"
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
         lines.append(f"  {name:30}{shown:>12}  {bar}".rstrip())
     return "\n".join(lines)
 

@@ -1,0 +1,214 @@
+"""`tw bench attention`: a packed row of tries against one causal sequence of the same length.
+
+Both run the very same program, forward and backward; only the intervals of the keys differ. So the
+time that a row of tries saves should be what its mask leaves out, counted in the pairs of blocks
+that the backend walks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tw_jax.attention import dispatch
+from tw_jax.attention.blockwise import pad
+from tw_jax.attention.dispatch import Impl
+from tw_jax.benchmarks.measure import Report, Times, interleave
+from tw_jax.contracts import Span
+from tw_jax.data import workloads
+from tw_jax.data.workloads import AttentionCase, PackedRow
+from tw_jax.forkjoin import tries
+from tw_jax.models.transformer import Model
+from tw_jax.trie.batch import TrieBatch, stack_rows
+from tw_jax.trie.mask import needed
+from tw_jax.trie.pack import Fill
+
+PEAK = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+}
+"""Dense bfloat16 TFLOP/s of a device by its kind, as published."""
+AREA_BLOCK = 256
+
+
+def run(case: AttentionCase) -> Report:
+    """Times each row of tries and a causal row of its length in turn, under the heads of a model.
+
+    The dtype is what the device trains in: bfloat16, or float32 on a CPU.
+    """
+    is_cpu = jax.default_backend() == "cpu"
+    model = dataclasses.replace(case.model, compute_dtype="float32" if is_cpu else "bfloat16")
+    times: dict[str, Times] = {}
+    values: dict[str, float | None] = {}
+    bars: dict[str, tuple[str, float]] = {}
+    for packed in case.rows:
+        found = _race(model, packed, case.repeats)
+        times |= found.times
+        values |= found.values
+        bars |= found.bars
+    values["active_over_true_pairs_256"] = _active_over_true(case)
+    bars["active_over_true_pairs_256"] = ("most", 1.08)
+    return Report(times, values, bars)
+
+
+def _race(model: Model, packed: PackedRow, repeats: int) -> Report:
+    """Times one row and its causal twin."""
+    tokens = packed.tokens
+    batch, fill = row(packed)
+    ways = spans(batch)
+    impl, _ = backend(model, tokens)
+    # One program: the intervals are arguments.
+    program = jax.jit(functools.partial(passes, impl=impl))
+    arrays = _arrays(model, tokens)
+    times = interleave(
+        {way: lambda _, keys=keys: program(arrays, keys) for way, keys in ways.items()}, repeats
+    )
+    ms = {way: found.median_ms for way, found in times.items()}
+    pairs = {way: walked_pairs(keys, model) for way, keys in ways.items()}
+    ideal, skip = pairs["causal"][0] / pairs["trie"][0], ms["causal"] / ms["trie"]
+    values: dict[str, float | None] = {
+        "nodes": fill.used_tokens,
+        "rho": fill.token_sharing,
+        **{f"block_occupancy_{way}": share for way, (_, share) in pairs.items()},
+        "ideal": ideal,
+        "skip": skip,
+        "skip_over_ideal": skip / ideal,
+    }
+    peak = PEAK.get(jax.devices()[0].device_kind)
+    for way, keys in ways.items():
+        speed = operations(keys, model) / ms[way] / 1e9
+        values[f"tflops_{way}"] = speed
+        values[f"share_of_peak_{way}"] = None if peak is None else speed / peak
+    return Report(
+        times={f"{impl}_{way}_{tokens}": found for way, found in times.items()},
+        values={f"{name}_{tokens}": value for name, value in values.items()},
+        bars={f"skip_over_ideal_{tokens}": ("least", 0.85)},
+    )
+
+
+def row(packed: PackedRow) -> tuple[TrieBatch, Fill]:
+    """One row of whole tries, padded to its length; and how much of it they fill and share."""
+    made = [tries.of_trajectory(workloads.trajectory(packed.shape, s)) for s in packed.seeds]
+    fill = Fill(
+        tries=len(made),
+        rows=1,
+        used_tokens=sum(map(len, made)),
+        row_tokens=packed.tokens,
+        source_tokens=sum(trie.source_tokens for trie in made),
+    )
+    return stack_rows([made], packed.tokens), fill
+
+
+def spans(batch: TrieBatch) -> dict[str, Span]:
+    """The intervals of the row of tries, and those of one sequence in its place, [1, T] each."""
+    trie = batch.span
+    return {"trie": trie, "causal": trie.replace(exit=jnp.full_like(trie.exit, batch.end.shape[1]))}
+
+
+def passes(arrays: tuple[jax.Array, ...], keys: Span, *, impl: Impl) -> Any:
+    """Attention forward and backward: its output, and the gradients of q, k and v.
+
+    Args:
+      arrays: q [1, N, T, H], k and v [1, G, T, H], and the gradient of the output [1, N, T, H].
+      keys: [1, T] int32 spans.
+      impl: the backend.
+    """
+    q, k, v, d_out = arrays
+    scale = q.shape[-1] ** -0.5
+    attend = functools.partial(dispatch.attend, at=keys.enter, keys=keys, impl=impl, scale=scale)
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(d_out)
+
+
+def _shapes(model: Model, tokens: int) -> list[tuple[int, ...]]:
+    """Of q, k, v and the gradient of the output."""
+    heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
+    return [(1, n, tokens, model.head_width) for n in heads]
+
+
+def _arrays(model: Model, tokens: int) -> tuple[jax.Array, ...]:
+    draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
+    shapes = _shapes(model, tokens)
+    return tuple(jnp.asarray(draw(shape), model.compute_dtype) for shape in shapes)
+
+
+def backend(model: Model, tokens: int) -> tuple[Impl, tuple[int, int]]:
+    """What a model's attention runs on rows of so many tokens here, and the blocks that it walks.
+
+    Args:
+      model: its heads, its dtype and its choice of a backend are read.
+      tokens: T.
+
+    Returns:
+      The name of the backend; queries and keys of its blocks.
+    """
+    q, k, v, _ = (jax.ShapeDtypeStruct(s, model.compute_dtype) for s in _shapes(model, tokens))
+    place: Any = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def accepts(name: Impl) -> bool:
+        ask = functools.partial(dispatch.attend, impl=name, scale=1.0)
+        try:
+            jax.eval_shape(ask, q, k, v, at=place, keys=Span(enter=place, exit=place))
+        except NotImplementedError:
+            return False
+        return True
+
+    auto = model.attention == "auto"
+    names = dispatch.preferred(tokens, tokens) if auto else (model.attention,)
+    impl = next(filter(accepts, names))
+    return impl, dispatch.BLOCKS[impl](tokens, tokens, model.num_heads // model.num_kv_heads)
+
+
+def walked_pairs(keys: Span, model: Model) -> tuple[int, float]:
+    """Pairs of tokens in the blocks that the backend walks, and their share of all.
+
+    Args:
+      keys: [1, T] int32 spans of the row.
+      model: see `backend`.
+    """
+    return _needed_pairs(keys, backend(model, keys.enter.shape[1])[1])
+
+
+def _needed_pairs(keys: Span, blocks: tuple[int, int]) -> tuple[int, float]:
+    query_block, key_block = blocks
+    # As backends pad: the last query again, and keys that nobody sees.
+    at = pad(keys.enter, 1, query_block, mode="edge")
+    keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
+    need = np.asarray(needed(at, keys, query_block=query_block, key_block=key_block))
+    return int(need.sum()) * query_block * key_block, float(need.mean())
+
+
+def operations(keys: Span, model: Model) -> float:
+    """Operations that a row's attention asks for, forward and backward.
+
+    Six products of its true pairs, two forward and four backward, 2 H each for each query head;
+    what a backend computes twice, or for pairs that the mask forbids, is not counted (model FLOPs
+    utilisation, arXiv:2204.02311, appendix B).
+    """
+    return 12.0 * model.num_heads * model.head_width * _true_pairs(keys)
+
+
+def _true_pairs(keys: Span) -> int:
+    return int((np.asarray(keys.exit, np.int64) - np.asarray(keys.enter)).sum())
+
+
+def _active_over_true(case: AttentionCase) -> float:
+    """Pairs in needed blocks of 256 by 256 over pairs that the mask allows, at full size."""
+    area = true = 0
+    for seed in range(case.full_seeds):
+        trie = tries.of_trajectory(workloads.trajectory(case.full_shape, seed))
+        keys = stack_rows([[trie]], len(trie)).span
+        area += _needed_pairs(keys, (AREA_BLOCK, AREA_BLOCK))[0]
+        true += _true_pairs(keys)
+    return area / true
