@@ -282,22 +282,6 @@ def test_another_number_of_processes_is_refused(saved, tmp_path):
         kept.restore(None, abstract(make_state()))
 
 
-def test_the_extra_of_every_process_is_gathered(monkeypatch):
-    extras = [{"position": 5}, {"position": 123456, "name": "größer"}]
-    rows = [np.frombuffer(json.dumps(e).encode(), np.uint8) for e in extras]
-
-    def gather(value):
-        if value.ndim == 0:
-            return np.array([row.size for row in rows], np.int32)
-        assert value.shape == (max(row.size for row in rows),)
-        return np.stack([np.pad(row, (0, value.size - row.size)) for row in rows])
-
-    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
-    fake = types.SimpleNamespace(process_allgather=gather)
-    monkeypatch.setattr(checkpoint, "multihost_utils", fake)
-    assert checkpoint._of_every_process(extras[0]) == extras
-
-
 # Full disks and crashes.
 
 

@@ -1,6 +1,7 @@
 """Meshes, rules and their refusals; the decoder on eight devices against the decoder on one."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tw_jax.sharding import (
     constrain,
     current,
     make_mesh,
+    row_share,
     shardings,
     spec,
     to_global,
@@ -241,3 +243,38 @@ def test_decoding_on_eight_devices_equals_one_and_never_moves_the_cache(single, 
     travels = [line for line in step.as_text().splitlines() if moving.search(line)]
     assert travels  # parameters do
     assert [line for line in travels if f",{slots},{MODEL.head_width}]" in line] == []
+
+
+def mesh_of_hosts(data, fsdp, tensor, chips):
+    """A mesh of fake devices, `chips` neighbours to a host."""
+    shape = (data, fsdp, tensor)
+    devices = [types.SimpleNamespace(process_index=i // chips) for i in range(data * fsdp * tensor)]
+    grid = np.array(devices, object).reshape(shape)
+    names = ("data", "fsdp", "tensor")
+    return types.SimpleNamespace(
+        devices=grid, axis_names=names, shape=dict(zip(names, shape, strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares"),
+    [
+        ((1, 16, 1), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 8, 1), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((1, 4, 4), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        # Two hosts hold the two halves of the same heads: they read the same rows.
+        ((1, 2, 8), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((1, 1, 16), [(0, 1)] * 4),
+    ],
+)
+def test_hosts_that_hold_the_same_rows_have_one_share(sizes, shares, monkeypatch) -> None:
+    mesh, found = mesh_of_hosts(*sizes, chips=4), []
+    for host in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        found.append(row_share(mesh, Rules()))
+    assert found == shares
+
+
+def test_hosts_that_hold_some_of_the_same_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="gives two hosts rows of which they share only some"):
+        row_share(mesh_of_hosts(1, 4, 3, chips=4), Rules())

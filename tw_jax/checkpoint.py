@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import re
@@ -21,10 +20,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from tw_jax import hosts
 from tw_jax.contracts import Params
 
 T = TypeVar("T")
@@ -71,6 +69,7 @@ class Checkpoints:
         Raises:
           OSError: this save would not find room, or the save before it failed. Complete
             checkpoints are as they were.
+          ValueError: an old step, or another one than that of another process.
         """
         self.wait()
         latest = self.latest()
@@ -79,13 +78,14 @@ class Checkpoints:
                 f"step = {step}: {self.directory} already has step {latest}. Delete what is newer "
                 "than the step to go on from, or choose another folder."
             )
+        hosts.agree(step=str(step))
         self._saving = (step, _num_bytes(state))
         # Asked before, for a save that fills the disk takes the run's other files down with it.
-        if _free_bytes(self.directory) < self._saving[1]:
+        if min(hosts.gather(_free_bytes(self.directory))) < self._saving[1]:
             raise self._disk_error(errno.ENOSPC)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            extra=ocp.args.JsonSave({"processes": _of_every_process(extra)}),
+            extra=ocp.args.JsonSave({"processes": hosts.gather(extra)}),
         )
         with self._disk_errors():
             self._manager.save(step, args=args, force=True)
@@ -157,7 +157,7 @@ class Checkpoints:
 
     def _remove_halves(self) -> None:
         # orbax would do so in the background of the first save, too late to count the free bytes.
-        if _is_local(self.directory) and jax.process_index() == 0:
+        if _is_local(self.directory) and hosts.is_first():
             for half in Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
 
@@ -305,19 +305,6 @@ def _stored(leaf: Any) -> Any:
 
 
 # Processes and disks.
-
-
-def _of_every_process(extra: Mapping[str, Any]) -> list[Any]:
-    """The JSON object of each process, in order, known to all of them."""
-    text = json.dumps(extra)
-    if jax.process_count() == 1:
-        return [json.loads(text)]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
 
 def _num_bytes(state: Any) -> int:

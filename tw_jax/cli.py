@@ -3,7 +3,8 @@
 A verb is a module of `tw_jax.programs`; nothing else lists them. A program has a root config named
 as the verb (`Sft` in `programs/sft.py`) and `run(cfg) -> int | None`; or it has `main(argv) -> int`
 and reads its arguments itself. Only the program asked for is imported. This file knows no program;
-what it leaves behind is the run's `config.gin`, from which the same run starts again.
+what it leaves behind is the run's `config.gin`, from which the same run starts again. With
+`--hosts` the same command runs on every host of a job, if the program says `MANY_HOSTS = True`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any
 import jax
 
 import tw_jax.programs
+from tw_jax import hosts
 from tw_jax.config import describe, load, operative
 
 USAGE = """\
-Usage: tw VERB CONFIG.gin [--set Class.field=value ...]
+Usage: tw VERB CONFIG.gin [--set Class.field=value ...] [--hosts]
        tw config show VERB          what a config of this verb may say
        tw config check FILE ...     builds configs/VERB/x.gin, runs nothing
        tw VERB --help
@@ -85,13 +87,41 @@ def _dispatch(words: list[str]) -> int:
     parser.add_argument(
         "--set", metavar="Class.field=value", action="append", default=[], help="bind one field"
     )
+    parser.add_argument(
+        "--hosts", action="store_true", help="one process of a job: this command runs on every host"
+    )
     args = parser.parse_args(rest)
-    cfg = load(_root(program, verb), [args.file], args.set)
+    if args.hosts:
+        _join(program, verb)
+    else:
+        hosts.require_alone()
+    _keep_programs()
+    cfg = _load(program, verb, args)
     workdir = getattr(cfg, "workdir", None)
     if workdir:
-        _write_config(Path(workdir), verb, cfg)
-    _keep_programs()
+        _write_config(workdir, verb, cfg)
     return program.run(cfg) or 0
+
+
+def _join(program: ModuleType, verb: str) -> None:
+    if not getattr(program, "MANY_HOSTS", False):
+        raise NotImplementedError(
+            f"tw {verb} runs in one process: want one host, with all devices that it has. Leave "
+            "--hosts out, and run it on one host only."
+        )
+    hosts.join()
+
+
+def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
+    """Builds the config; every process of a job stops where one of them has another."""
+    facts = {"verb": verb, "package": _origin(), "jax": jax.__version__}
+    try:
+        cfg = load(_root(program, verb), [args.file], args.set)
+    except USER_ERRORS as error:
+        hosts.agree(**facts, config=_sentence(error))
+        raise
+    hosts.agree(**facts, config=operative(cfg))
+    return cfg
 
 
 def _config(words: list[str]) -> int:
@@ -168,10 +198,17 @@ def _keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(caches / "tw_jax" / "xla"))
 
 
-def _write_config(workdir: Path, verb: str, cfg: object) -> None:
+def _write_config(workdir: str, verb: str, cfg: object) -> None:
     """Writes `workdir/config.gin`: the whole config, headed by what produced it."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = workdir / "config.gin"
+    if "://" in workdir:
+        raise ValueError(
+            f"{verb.capitalize()}.workdir = {workdir!r}: want a folder. Mount the bucket, or "
+            "a disk that all hosts share, and name the place where it is mounted."
+        )
+    hosts.require_shared(Path(workdir))
+    if not hosts.is_first():
+        return
+    file = Path(workdir, "config.gin")
     temporary = file.with_name(f"config.gin.{os.getpid()}.tmp")
     text = f"# {_origin()}\n# The same run again: tw {verb} {file}\n\n{operative(cfg)}"
     temporary.write_text(text, encoding="utf-8")

@@ -24,6 +24,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from tw_jax import hosts
+
 FILE = "metrics.jsonl"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 QUIET_SECONDS = 10.0
@@ -46,7 +48,7 @@ class Metrics:
         """
         self._step = step - 1
         self._file: TextIO | None = None
-        if not _is_writer():
+        if not hosts.is_first():
             return
         path = Path(workdir) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ def progress(
         "total": total,
         "initial": start,
         "unit": unit,
-        "disable": not _is_writer(),
+        "disable": not hosts.is_first(),
     }
     if sys.stderr.isatty():
         return tqdm.tqdm(iterable, dynamic_ncols=True, **shared)
@@ -251,11 +253,6 @@ class _Lines:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _is_writer() -> bool:
-    # Asked in this order, a run of one process does not start a backend in order to print.
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _number(name: str, value: Any) -> float:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from tw_jax import hosts
 from tw_jax.config import config
 
 MeshAxis = Literal["data", "fsdp", "sequence", "tensor"]
@@ -117,9 +118,12 @@ def make_mesh(
       devices: all devices of the job by default.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or the devices are those of
+        a job that this process has not joined.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        hosts.require_joined()
+        devices = jax.devices()
     count = len(devices)
     sizes = {axis: getattr(cfg, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
@@ -268,6 +272,40 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
         return x
     where = spec(axes, x.shape, *found, name="An activation")
     return jax.lax.with_sharding_constraint(x, where)
+
+
+def row_share(mesh: jax.sharding.Mesh, rules: Rules) -> tuple[int, int]:
+    """Which share of a batch's rows this process holds, and how many shares there are.
+
+    Processes whose devices hold the same rows (a mesh axis outside of `Rules.rows` spans them) have
+    the same share.
+
+    Args:
+      mesh: the mesh.
+      rules: the table; `Rules.rows` says how rows are split.
+
+    Returns:
+      (share, number of shares); all shares have as many rows.
+
+    Raises:
+      ValueError: the rows of two processes overlap in part.
+    """
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        at = dict(zip(mesh.axis_names, place, strict=True))
+        row = 0
+        for axis in rules.rows:
+            row = row * mesh.shape[axis] + at[axis]
+        held.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    split = math.prod(mesh.shape[axis] for axis in rules.rows)
+    if sum(map(len, shares)) != split or len(set(map(len, shares))) > 1:
+        raise ValueError(
+            f"The mesh {dict(mesh.shape)} gives two hosts rows of which they share only some: want "
+            "hosts that hold the same rows or none in common. Let Mesh.tensor divide the devices "
+            "of a host, or be a multiple of them."
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def to_global(batch: Any, mesh: jax.sharding.Mesh, rules: Rules, *, rows_axis: int = 0) -> Any:

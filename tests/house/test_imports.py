@@ -12,6 +12,7 @@ import tw_jax
 DOORS = {
     "flax.linen": {"tw_jax/models/transformer.py"},
     "flax.nnx": set(),
+    "jax.experimental.multihost_utils": {"tw_jax/hosts.py"},
     "jax.experimental.pallas": {"tw_jax/attention/pallas_tpu.py"},
     "jax.experimental.pjit": set(),
     "jax.experimental.topologies": {"tw_jax/programs/aot.py"},

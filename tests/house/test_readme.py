@@ -12,6 +12,7 @@ PAGES = [
     "docs/contributing.md",
     "docs/decisions.md",
     "docs/pgrpo.md",
+    "docs/pods.md",
     "docs/trie.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -7,6 +7,8 @@ file knows no model; it hands the train loop `TrieBatch`es of numpy arrays.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ from tw_jax.tokenizer import Chat, Tokenizer, check_ids
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.pack import Fill, Packing, fit, pack
 from tw_jax.trie.tree import Trie, flat_labels
+
+_END_BYTES = 2**20
 
 
 @config
@@ -111,6 +115,7 @@ class Batches(Iterator[TrieBatch]):
     """Packed batches without end, with a position that can be saved and restored exactly.
 
     Attributes:
+      fingerprint: of the file.
       fill: what was packed so far, for `rows_filled` and `token_sharing`.
       unusable: records left out because no call could have written them.
     """
@@ -144,7 +149,9 @@ class Batches(Iterator[TrieBatch]):
             raise ValueError(
                 f"{cfg.path}: {len(records)} records for {num_hosts} hosts; want at least one each."
             )
+        self.fingerprint = _fingerprint(cfg.path)
         self.fill, self.unusable = Fill(), 0
+        self._share = [host, num_hosts]
         self._cfg, self._packing, self._builder, self._rows = cfg, packing, builder, rows
         # Each host shuffles its own share, so no record is read twice in an epoch.
         source = grain.MapDataset.source(_Numbered(records, cfg.path))[host::num_hosts]
@@ -165,10 +172,27 @@ class Batches(Iterator[TrieBatch]):
         """The position, as JSON."""
         state = self._before
         counts = {"fill": vars(self.fill).copy(), "unusable": self.unusable}
-        return {"source": state, "taken": self._taken, **counts}
+        of = {"file": self.fingerprint, "share": self._share}
+        return {"source": state, "taken": self._taken, **of, **counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restores a position; the window that it stands in is packed again."""
+        """Restores a position; the window that it stands in is packed again.
+
+        Raises:
+          ValueError: it is a position in another file, or in another share of it.
+        """
+        if state["file"] != self.fingerprint:
+            raise ValueError(
+                f"{self._cfg.path} has changed since the position in it was saved: "
+                f"{self.fingerprint} now, {state['file']} then. Put the file back to go on, or "
+                "start a new run from these parameters."
+            )
+        if state["share"] != self._share:
+            raise ValueError(
+                "The saved position is in share {} of {} of the records, and this process reads "
+                "share {} of {}. Go on with the mesh that wrote it, or start a new run from these "
+                "parameters.".format(*state["share"], *self._share)
+            )
         self._source.set_state(state["source"])
         self._waiting, self._taken = [], 0
         if state["taken"]:
@@ -219,3 +243,13 @@ class _Numbered:
     def __getitem__(self, index: Any) -> tuple[Record, str]:
         number = int(np.asarray(index))
         return self._records[number], f"{self._path}:{number + 1}"
+
+
+def _fingerprint(path: str) -> str:
+    """What tells a file from another one of any size: its bytes, and a hash of its two ends."""
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(_END_BYTES))
+        file.seek(max(size - _END_BYTES, 0))
+        digest.update(file.read(_END_BYTES))
+    return f"{size} bytes, {digest.hexdigest()[:12]}"

@@ -203,10 +203,6 @@ class Pgrpo:
 
 def run(cfg: Pgrpo) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"tw pgrpo runs in one process, and this job has {jax.process_count()}. Use one host."
-        )
     mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
     _check_mesh(cfg, mesh)
     net = network(cfg.model)

@@ -1,7 +1,8 @@
 """`tw sft`: supervised training on packed tries, from records to checkpoints.
 
 The same program trains the sequential baseline (`Data.labels = "sequential"`) and the reference's
-flat labels. Run the same command again to go on where a run stopped.
+flat labels. Run the same command again to go on where a run stopped. With `--hosts` it is one
+process of a job: the same command on every host, each with its own share of the data.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 
-from tw_jax import sharding
+from tw_jax import hosts, sharding
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
@@ -27,7 +28,10 @@ from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, check_rows, load
 from tw_jax.train.loop import fit, resume
 from tw_jax.train.sft import make_step
 from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step
-from tw_jax.trie.pack import Packing
+from tw_jax.trie.pack import Fill, Packing
+
+MANY_HOSTS = True
+"""`tw sft --hosts` is one process of many."""
 
 
 @config
@@ -92,7 +96,7 @@ def run(cfg: Sft) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh = sharding.make_mesh(cfg.mesh)
     net = network(cfg.model)
-    batches = open_batches(cfg)
+    batches = open_batches(cfg, mesh)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
         net,
@@ -115,9 +119,11 @@ def run(cfg: Sft) -> None:
             state = initial_state(
                 net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key, params=params
             )
-        count, moving = map(_count, (state.params, trained(state.params)))
-        told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
-        print(f"{folder}: {told} on {mesh.size} device(s), step {first} of {cfg.steps}")
+        if hosts.is_first():
+            count, moving = map(_count, (state.params, trained(state.params)))
+            told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
+            where = f"{mesh.size} device(s) of {jax.process_count()} process(es)"
+            print(f"{folder}: {told} on {where}, step {first} of {cfg.steps}")
         with Metrics(folder, step=first) as metrics, sharding.use(mesh, cfg.rules):
             fit(
                 state,
@@ -130,53 +136,65 @@ def run(cfg: Sft) -> None:
                 place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
                 note={"config": operative(cfg)},
             )
+        packed = _of_all_shares(batches, mesh, cfg.rules)
         # A run that was killed behind its last checkpoint has not written it.
-        if first < cfg.steps or not (folder / "packing.json").exists():
-            write_packing(folder, batches, seconds=time.monotonic() - began)
+        is_due = first < cfg.steps or not (folder / "packing.json").exists()
+        if hosts.is_first() and is_due:
+            write_packing(folder, *packed, seconds=time.monotonic() - began)
 
 
 def _count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def open_batches(cfg: Sft) -> Batches:
-    """The packed batches of this host.
+def open_batches(cfg: Sft, mesh: jax.sharding.Mesh) -> Batches:
+    """The packed batches of this process: its share of the records and of the rows.
 
     Raises:
-      ValueError: the model has fewer rows than the tokenizer has ids, or the hosts do not divide
-        the rows of a batch.
+      ValueError: the model has fewer rows than the tokenizer has ids, the shares do not divide the
+        rows of a batch, or the processes of this job read different files.
     """
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
-    hosts = jax.process_count()
-    if cfg.packing.rows % hosts:
+    share, shares = sharding.row_share(mesh, cfg.rules)
+    if cfg.packing.rows % shares:
         raise ValueError(
-            f"Packing.rows = {cfg.packing.rows}: want a multiple of {hosts} hosts, for each packs "
-            "its own share."
+            f"Packing.rows = {cfg.packing.rows}: want a multiple of {shares}, for so many "
+            "processes pack a share of the rows each."
         )
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
-    return Batches(
+    batches = Batches(
         cfg.data,
         cfg.packing,
         Builder(cfg.data, tokenizer, protocol),
-        rows=cfg.packing.rows // hosts,
-        host=jax.process_index(),
-        num_hosts=hosts,
+        rows=cfg.packing.rows // shares,
+        host=share,
+        num_hosts=shares,
     )
+    hosts.agree(data=batches.fingerprint, tokenizer=tokenizer.fingerprint)
+    return batches
 
 
-def write_packing(folder: Path, batches: Batches, *, seconds: float) -> None:
+def _of_all_shares(batches: Batches, mesh: jax.sharding.Mesh, rules: Rules) -> tuple[Fill, int]:
+    """How all shares were packed, and the number of unusable records in them."""
+    share, _ = sharding.row_share(mesh, rules)
+    told = hosts.gather([share, vars(batches.fill), batches.unusable])
+    # Processes that hold the same rows have packed the same share.
+    of_share = {share: (Fill(**fill), unusable) for share, fill, unusable in told}
+    fills, unusable = zip(*of_share.values(), strict=True)
+    total = {name: sum(getattr(fill, name) for fill in fills) for name in vars(Fill())}
+    return Fill(**total), sum(unusable)
+
+
+def write_packing(folder: Path, fill: Fill, unusable: int, *, seconds: float) -> None:
     """Writes `packing.json` and prints how full the rows were and what sharing saved."""
-    if jax.process_index():
-        return
-    fill = batches.fill
     counts: dict[str, Any] = {
         "rows_filled": fill.rows_filled,
         "token_sharing": fill.token_sharing,
         "trajectories": fill.tries,
         "dropped": fill.dropped,
         "truncated": fill.truncated,
-        "unusable": batches.unusable,
+        "unusable": unusable,
         "train_seconds": seconds,
     }
     (folder / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")

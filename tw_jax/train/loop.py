@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 
+from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.metrics import Clock, Metrics, count_compiles, progress
 from tw_jax.train.state import Step, TrainState
@@ -57,10 +57,15 @@ def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> 
     Returns:
       The state, from which `fit` makes the very steps that it would have made without the
       interruption; None where nothing was saved.
+
+    Raises:
+      ValueError: the processes of this job find different checkpoints; or see `restore`.
     """
-    if checkpoints.latest() is None:
+    latest = checkpoints.latest()
+    hosts.agree(checkpoint=f"step {latest}")
+    if latest is None:
         return None
-    state, extra = checkpoints.restore(None, abstract)
+    state, extra = checkpoints.restore(latest, abstract)
     batches.set_state(extra["batches"])
     return state
 
@@ -117,6 +122,8 @@ def fit(
         for index in range(first, steps):
             with clock.spend("data"):
                 batch = place(_draw(batches, index, steps))
+            if index == first:
+                step = _ready(step, state, batch)
             before = compiles.count
             with jax.transfer_guard("disallow"):
                 state, values = step(state, batch)
@@ -185,6 +192,16 @@ class _Log:
         )
 
 
+def _ready(step: Any, state: TrainState, batch: Any) -> Step:
+    """The step, which no process of a job runs before all of them have compiled it."""
+    if not jax.distributed.is_initialized():
+        return step
+    program = step.lower(state, batch).compile()
+    # A collective on CPUs waits 30 seconds for the other side, and then the run is lost.
+    hosts.gather("compiled")
+    return program
+
+
 def _draw(batches: Batches, index: int, steps: int) -> Any:
     try:
         return next(batches)
@@ -229,5 +246,5 @@ def _signals() -> Iterator[list[int]]:
 def _stops(caught: list[int], index: int) -> bool:
     if jax.process_count() > 1:
         # All processes must save after the same step, whichever of them got the signal.
-        return multihost_utils.reached_preemption_sync_point(index)
+        return hosts.is_asked_to_stop(index)
     return bool(caught)
