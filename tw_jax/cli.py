@@ -109,6 +109,9 @@ def _join(program: ModuleType, verb: str) -> None:
             f"tw {verb} runs in one process: want one host, with all devices that it has. Leave "
             "--hosts out, and run it on one host only."
         )
+    # Said before, for JAX aborts a process that waits in vain.
+    wait = f"waits {hosts.JOIN_SECONDS} seconds at most for all processes of its job"
+    print(f"tw: this process {wait}.", file=sys.stderr)
     hosts.join()
 
 

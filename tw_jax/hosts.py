@@ -22,6 +22,9 @@ from jax.experimental import multihost_utils
 LOST_SECONDS = 60
 """Without a sign of life for this long, a process is given up and the others end too."""
 
+JOIN_SECONDS = 300
+"""How long a process waits for the others of its job to come."""
+
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -30,16 +33,17 @@ def join() -> None:
 
     The launcher says which process this is: by JAX_COORDINATOR_ADDRESS (host:port of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0), or, where none of the three is set, as JAX finds
-    it on Cloud TPU, GKE, SLURM and Open MPI.
+    it on Cloud TPU, GKE, SLURM and Open MPI. JAX aborts a process whose others do not come in
+    `JOIN_SECONDS`; Python does not get to say why.
 
     Raises:
       ValueError: nothing says which process this is, or what says it is wrong.
-      RuntimeError: the others did not come.
     """
     named = _named()
     try:
         jax.distributed.initialize(
             **named,
+            initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=LOST_SECONDS,
             shutdown_timeout_seconds=LOST_SECONDS,
         )

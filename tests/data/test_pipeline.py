@@ -101,6 +101,20 @@ def test_a_restored_position_yields_the_same_batches(tmp_path, drawn):
     assert vars(second.fill) == vars(first.fill)
 
 
+@pytest.mark.parametrize(
+    ("count", "host", "sentence"),
+    [
+        (13, 0, "has changed since the position in it was saved"),
+        (12, 1, "in share 0 of 2 of the records, and this process reads share 1 of 2"),
+    ],
+)
+def test_a_position_in_another_file_or_share_is_refused(tmp_path, count, host, sentence):
+    position = open_batches(write(tmp_path / "x.jsonl", examples(12)), num_hosts=2).get_state()
+    path = write(tmp_path / "x.jsonl", examples(count))
+    with pytest.raises(ValueError, match=sentence):
+        open_batches(path, host=host, num_hosts=2).set_state(position)
+
+
 def test_hosts_share_the_records_without_overlap(tmp_path):
     path = write(tmp_path / "x.jsonl", examples(12))
     seen = []
