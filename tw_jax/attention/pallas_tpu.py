@@ -94,26 +94,19 @@ def attend(
             "blocks"
         )
 
-    def fold(x: jax.Array) -> jax.Array:
-        """[B, G * M, T, H] to [B Q, G, M * block, H]."""
-        x = pad(x, 2, query_block)
-        x = x.reshape(rows, groups, stack, -1, query_block, width)
-        return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, groups, stack * query_block, width)
-
     plan = _plan(at, keys, query_block, key_block)
     places = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
     spans = jax.tree.map(lambda x: x.reshape(-1, 1, key_block), keys)
     out = _attend(
         (scale, interpret),
-        fold(q),
+        pad(q, 2, query_block).reshape(rows, groups, stack, -1, width),
         pad(k, 2, key_block),
         pad(v, 2, key_block),
         places,
         spans,
         plan,
     )
-    out = out.reshape(rows, -1, groups, width, stack, query_block)
-    return out.transpose(0, 2, 4, 1, 5, 3).reshape(rows, heads, -1, width)[:, :, :queries]
+    return out.reshape(rows, heads, -1, width)[:, :, :queries]
 
 
 def blocks(
@@ -180,8 +173,8 @@ def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
 
 
 def _scores(pair, scale, at, enter, exit, q, k) -> jax.Array:
-    """Scores of a pair of blocks, [keys, R] float32."""
-    scores = _dot(k[...], q[...], transposed=True) * scale
+    """Scores of a pair of blocks, [keys, R] float32; q: [R, H]."""
+    scores = _dot(k[...], q, transposed=True) * scale
 
     def cut(scores: jax.Array) -> jax.Array:
         # A row of lanes becomes a column: the transpose of a full tile is what the hardware has.
@@ -192,7 +185,7 @@ def _scores(pair, scale, at, enter, exit, q, k) -> jax.Array:
 
 
 def _forward_kernel(pairs, at, enter, exit, q, k, v, out, log_sum, acc, top, total, *, scale):
-    """v: [H, keys]; out, acc: [H, R]; log_sum, top, total: [1, R]."""
+    """v: [H, keys]; q, out: [M, queries, H]; acc: [H, R]; log_sum, top, total: [1, R]."""
     pair = pairs[pl.program_id(1)]
 
     @pl.when((pair & _FIRST) != 0)
@@ -203,7 +196,7 @@ def _forward_kernel(pairs, at, enter, exit, q, k, v, out, log_sum, acc, top, tot
 
     @pl.when((pair & _IDLE) == 0)
     def _():
-        scores = _scores(pair, scale, at, enter, exit, q, k)
+        scores = _scores(pair, scale, at, enter, exit, _stacked(q), k)
         new_top = jnp.maximum(top[...], scores.max(axis=0, keepdims=True))
         weights = jnp.exp(scores - new_top)
         shrink = jnp.exp(top[...] - new_top)
@@ -215,20 +208,25 @@ def _forward_kernel(pairs, at, enter, exit, q, k, v, out, log_sum, acc, top, tot
     def _():
         is_seeing = total[...] > 0
         safe = jnp.where(is_seeing, total[...], 1.0)
-        out[...] = (acc[...] / safe).astype(out.dtype)
+        out[...] = (acc[...] / safe).T.reshape(out.shape).astype(out.dtype)
         # A query that sees nothing gets 0: exp(HIDDEN - 0) is 0, so its gradients vanish.
         log_sum[...] = jnp.where(is_seeing, top[...] + jnp.log(safe), 0.0)
 
 
+def _stacked(x) -> jax.Array:
+    """The query heads of a key head one behind the other: [M, queries, H] to [R, H]."""
+    return x[...].reshape(-1, x.shape[-1])
+
+
 def _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta):
-    """Weights and the gradients of scores, [keys, R] float32; d_out: [H, R]."""
+    """Weights and the gradients of scores, [keys, R] float32; q, d_out: [R, H]."""
     weights = jnp.exp(_scores(pair, scale, at, enter, exit, q, k) - log_sum[...])
-    d_weights = _dot(v[...], d_out[...])
+    d_weights = _dot(v[...], d_out, transposed=True)
     return weights, weights * (d_weights - delta[...]) * scale
 
 
 def _query_kernel(pairs, at, enter, exit, q, k, v, d_out, log_sum, delta, k_t, dq, acc, *, scale):
-    """k_t: [H, keys]; dq, acc: [H, R]."""
+    """k_t: [H, keys]; q, d_out, dq: [M, queries, H]; acc: [H, R]."""
     pair = pairs[pl.program_id(1)]
 
     @pl.when((pair & _FIRST) != 0)
@@ -237,18 +235,19 @@ def _query_kernel(pairs, at, enter, exit, q, k, v, d_out, log_sum, delta, k_t, d
 
     @pl.when((pair & _IDLE) == 0)
     def _():
-        _, d_scores = _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta)
+        heads = _stacked(q), k, v, _stacked(d_out)
+        _, d_scores = _pull(pair, scale, at, enter, exit, *heads, log_sum, delta)
         acc[...] += _dot(k_t[...], d_scores.astype(k_t.dtype))
 
     @pl.when((pair & _LAST) != 0)
     def _():
-        dq[...] = acc[...].astype(dq.dtype)
+        dq[...] = acc[...].T.reshape(dq.shape).astype(dq.dtype)
 
 
 def _key_kernel(
     pairs, at, enter, exit, q, k, v, d_out, log_sum, delta, dk, dv, dk_acc, dv_acc, *, scale
 ):
-    """dk, dv: [keys, H]."""
+    """q, d_out: [M, queries, H]; dk, dv: [keys, H]."""
     pair = pairs[pl.program_id(1)]
 
     @pl.when((pair & _FIRST) != 0)
@@ -258,9 +257,10 @@ def _key_kernel(
 
     @pl.when((pair & _IDLE) == 0)
     def _():
-        weights, d_scores = _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta)
-        dk_acc[...] += _dot(d_scores, q[...])
-        dv_acc[...] += _dot(weights, d_out[...], transposed=True)
+        heads = _stacked(q), k, v, _stacked(d_out)
+        weights, d_scores = _pull(pair, scale, at, enter, exit, *heads, log_sum, delta)
+        dk_acc[...] += _dot(d_scores, heads[0])
+        dv_acc[...] += _dot(weights, heads[3])
 
     @pl.when((pair & _LAST) != 0)
     def _():
@@ -273,6 +273,16 @@ def _by(number, *block):
     if len(block) == 2:
         return pl.BlockSpec((None, None, *block), lambda g, p, pairs: (number(pairs[p]), g, 0, 0))
     return pl.BlockSpec((None, 1, *block), lambda g, p, pairs: (number(pairs[p]), 0, 0))
+
+
+def _by_query(count, *block):
+    """Blocks of queries in [B, G, M, T, H]; `count` of them make up a row."""
+
+    def place(g, p, pairs):
+        number = _query(pairs[p])
+        return (lax.div(number, count), g, 0, lax.rem(number, count), 0)
+
+    return pl.BlockSpec((None, None, *block), place)
 
 
 def _by_key(count, *block, turned=False):
@@ -309,36 +319,35 @@ def _folded(how, q, k, v, at, keys, plan) -> jax.Array:
 
     Args:
       how: (scale, interpret).
-      q: [B Q, G, R, H].
+      q: [B, G, M, Q queries, H].
       k: [B, G, K b, H].
       v: [B, G, K b, H].
-      at: [B Q, 1, R] int32.
+      at: [B Q, 1, R] int32, R = M queries.
       keys: [B K, 1, b] spans.
       plan: of `_plan`.
 
     Returns:
-      [B Q, G, H, R] in the dtype of `q`.
+      [B, G, M, Q queries, H] in the dtype of `q`.
     """
     return _forward(how, q, k, v, at, keys, plan)[0]
 
 
 def _forward(how, q, k, v, at, keys, plan):
     """Returns the output and what the backward pass keeps."""
-    (blocks, groups, lanes, width), slots = q.shape, keys.enter.shape[2]
+    (_, groups, stack, queries, width), (blocks, _, lanes) = q.shape, at.shape
+    slots = keys.enter.shape[2]
     count = k.shape[2] // slots
+    by_query = _by_query(queries * stack // lanes, stack, lanes // stack, width)
     inputs = [
         _by(_query, lanes),
         _by(_key, slots),
         _by(_key, slots),
-        _by(_query, lanes, width),
+        by_query,
         _by_key(count, slots, width),
         _by_key(count, width, slots, turned=True),
     ]
     outputs = [
-        (
-            _by(_query, width, lanes),
-            jax.ShapeDtypeStruct((blocks, groups, width, lanes), q.dtype),
-        ),
+        (by_query, jax.ShapeDtypeStruct(q.shape, q.dtype)),
         (
             _by(_query, 1, lanes),
             jax.ShapeDtypeStruct((blocks, groups, 1, lanes), jnp.float32),
@@ -359,28 +368,31 @@ def _backward(how, kept, d_out):
     ds^T q.
     """
     q, k, v, at, keys, plan, out, log_sum = kept
-    (lanes, width), slots = q.shape[2:], keys.enter.shape[2]
+    (rows, groups, stack, queries, width), (blocks, _, lanes) = q.shape, at.shape
+    slots, block = keys.enter.shape[2], lanes // stack
+    by_query = _by_query(queries // block, stack, block, width)
     by_key = _by_key(k.shape[2] // slots, slots, width)
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=2, keepdims=True)
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
+    delta = delta.reshape(rows, groups, stack, -1, block).transpose(0, 3, 1, 2, 4)
+    delta = delta.reshape(blocks, groups, 1, lanes)
     arrays = (at, keys.enter, keys.exit, q, k, v, d_out, log_sum, delta)
     inputs = [
         _by(_query, lanes),
         _by(_key, slots),
         _by(_key, slots),
-        _by(_query, lanes, width),
+        by_query,
         by_key,
         by_key,
-        _by(_query, width, lanes),
+        by_query,
         _by(_query, 1, lanes),
         _by(_query, 1, lanes),
     ]
-    shape = (*q.shape[:2], width, lanes)
     [dq] = _call(
         _query_kernel,
         how,
         plan[0],
         [*inputs, _by_key(k.shape[2] // slots, width, slots, turned=True)],
-        [(_by(_query, width, lanes), jax.ShapeDtypeStruct(shape, q.dtype))],
+        [(by_query, jax.ShapeDtypeStruct(q.shape, q.dtype))],
         [(width, lanes)],
         (*arrays, k.swapaxes(2, 3)),
     )
@@ -393,7 +405,7 @@ def _backward(how, kept, d_out):
         [(slots, width)] * 2,
         arrays,
     )
-    return dq.swapaxes(2, 3), dk, dv, None, None, None
+    return dq, dk, dv, None, None, None
 
 
 _attend = jax.custom_vjp(_folded, nondiff_argnums=(0,))
