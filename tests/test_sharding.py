@@ -46,8 +46,9 @@ ROWS, TOKENS = 8, 12
 
 def test_minus_one_takes_the_rest_of_the_devices() -> None:
     mesh = make_mesh(Mesh(data=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(Mesh(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    alone = make_mesh(Mesh(), jax.devices()[:1])
+    assert dict(alone.shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,14 @@ def test_minus_one_takes_the_rest_of_the_devices() -> None:
             {"data": 3},
             "Mesh.data = 3: want a divisor of 8 devices. Set Mesh.data to 1, 2, 4 or 8.",
         ),
-        ({"data": 2, "fsdp": 2}, "data 2 x fsdp 2 x tensor 1: want 8 devices together"),
-        ({"data": 4, "tensor": 4}, "data 4 x fsdp -1 x tensor 4: want 8 devices together"),
+        (
+            {"data": 2, "fsdp": 2},
+            "data 2 x fsdp 2 x sequence 1 x tensor 1: want 8 devices together",
+        ),
+        (
+            {"data": 4, "tensor": 4},
+            "data 4 x fsdp -1 x sequence 1 x tensor 4: want 8 devices together",
+        ),
         ({"data": -1}, "Mesh.data = -1 and Mesh.fsdp = -1: want at most one -1"),
         ({"tensor": 0}, "Mesh.tensor = 0: want at least 1, or -1 for the rest"),
     ],
@@ -71,7 +78,7 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, message) -> None:
 def test_a_dimension_goes_where_its_rule_says_and_size_one_stays_whole() -> None:
     mesh = make_mesh(CUBE)
     assert spec(("layer", "embed", "heads"), (3, 4, 8), mesh, Rules()) == P(
-        None, ("fsdp",), ("tensor",)
+        None, ("fsdp", "sequence"), ("tensor",)
     )
     assert spec(("rows", None, "heads"), (8, 5, 1), mesh, Rules()) == P(
         ("data", "fsdp"), P.UNCONSTRAINED, None
