@@ -408,6 +408,7 @@ class Rollouts:
         folder = Path(cfg.workdir) / "rollouts"
         unfinished = folder / f".{self._step:06}.jsonl"
         drawn, parts, verdicts = self._draw(unfinished)
+        self._refuse_short_rows(drawn)
         values = totals(parts, cfg.reward)
         finite = are_finite(values)
         found = np.flatnonzero(finite & has_signal(values) & trains(parts))
@@ -548,6 +549,15 @@ class Rollouts:
         parts = reward(made, is_correct, self._cfg.reward, tags=self._tags)
         fits = len(of_trajectory(made)) <= self._cfg.packing.row_tokens
         return parts._replace(is_trained=parts.is_trained and fits)
+
+    def _refuse_short_rows(self, drawn: Sequence[Drawn]) -> None:
+        shortest = min(len(of_trajectory(made)) for group in drawn for made in group.trajectories)
+        if shortest > (most := self._cfg.packing.row_tokens):
+            raise ValueError(
+                f"Step {self._step}: every rollout is longer than a row, the shortest has "
+                f"{shortest} nodes; want at most {most}. Set Packing.row_tokens higher or "
+                "ForkJoin.max_new lower."
+            )
 
     def _scored(self, group: Drawn, advantage: np.ndarray, parts: Sequence[Parts]) -> list[Scored]:
         tries = of_group(group.trajectories, most_tokens=self._cfg.packing.row_tokens)
