@@ -232,7 +232,7 @@ def mesh():
 def test_moments_lie_where_their_parameters_lie(network, mesh):
     state = abstract_state(network, Optim(peak_lr=1.0), mesh=mesh, rules=sharding.Rules())
     places = [(leaf.shape, leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)]
-    assert ((stub.VOCAB, stub.WIDTH), PartitionSpec(("tensor",), ("fsdp",))) in places
+    assert ((stub.VOCAB, stub.WIDTH), PartitionSpec(("tensor",), ("fsdp", "sequence"))) in places
     moments = [
         (leaf.shape, leaf.sharding.spec) for leaf in jax.tree.leaves(state.opt_state) if leaf.shape
     ]
