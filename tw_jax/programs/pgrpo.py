@@ -56,7 +56,7 @@ from tw_jax.train.groups import (
     pack_groups,
 )
 from tw_jax.train.loop import fit, resume
-from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step
+from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step, refuse_mismatch
 from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
 from tw_jax.trie.pack import Fill, Packing
 
@@ -308,25 +308,6 @@ def _placing(
         return placed.replace(ref_logp=logp(overlay(rollouts.params, reference), placed.trie))
 
     return place
-
-
-def refuse_mismatch(most: float, index: int, numbers: Mapping[str, float]) -> None:
-    """Stops a run whose trainer and sampler disagree.
-
-    The mean decides, not the extremes: in bfloat16 one token of a million may be off by a factor of
-    two where nothing is wrong.
-
-    Raises:
-      ValueError: the KL is above `most`, or is no number.
-    """
-    if not numbers["mismatch_kl"] <= most:
-        raise ValueError(
-            f"Step {index}: sampler and trainer are {numbers['mismatch_kl']:.3g} nats of KL apart, "
-            f"want at most {most:g}; the trainer's probability of a token is "
-            f"{numbers['ratio_min']:.4g} to {numbers['ratio_max']:.4g} times the sampler's. They "
-            "compute the same function, so look at Model.compute_dtype and at the sampler's "
-            "settings; Pgrpo.most_mismatch allows more."
-        )
 
 
 class Drawn(NamedTuple):

@@ -7,7 +7,7 @@ that the sampler recorded; it hands on a pure step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -382,3 +382,22 @@ def _trained_parts(batch: TrieBatch, part_rows: int) -> jax.Array:
     """How many parts to run: none behind the last one that trains anything."""
     trains = split_rows((batch.weight > 0).any(axis=1), _parts(batch, part_rows)).any(axis=1)
     return jnp.max(jnp.arange(1, len(trains) + 1) * trains)
+
+
+def refuse_mismatch(most: float, index: int, numbers: Mapping[str, float]) -> None:
+    """Stops a run whose trainer and sampler disagree.
+
+    The mean decides, not the extremes: in bfloat16 one token of a million may be off by a factor of
+    two where nothing is wrong.
+
+    Raises:
+      ValueError: the KL is above `most`, or is no number.
+    """
+    if not numbers["mismatch_kl"] <= most:
+        raise ValueError(
+            f"Step {index}: sampler and trainer are {numbers['mismatch_kl']:.3g} nats of KL apart, "
+            f"want at most {most:g}; the trainer's probability of a token is "
+            f"{numbers['ratio_min']:.4g} to {numbers['ratio_max']:.4g} times the sampler's. They "
+            "compute the same function, so look at Model.compute_dtype and at the sampler's "
+            "settings; Pgrpo.most_mismatch allows more."
+        )
