@@ -50,6 +50,18 @@ def path_network(vocab_size: int, width: int = 32, sharpness: float = 3.0) -> Ne
     )
 
 
+def scripted(logits, how, call, position):
+    """Draws the script's token and reports the model's own log-prob of it.
+
+    `how` [rows, calls, tokens] is the script; behind its ends the last call and token are repeated.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    last_call, last_token = how.shape[1] - 1, how.shape[2] - 1
+    tokens = how[rows, jnp.minimum(call, last_call), jnp.minimum(position, last_token)]
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+
+
 class Characters:
     """A tokenizer of single characters, control tokens, and two ends of sequence."""
 

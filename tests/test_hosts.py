@@ -55,7 +55,7 @@ def test_alone_what_is_gathered_is_ones_own_as_json_holds_it():
 
 def test_processes_that_agree_go_on(job):
     job({"verb": "sft", "config": "a = 1\n"}, {"verb": "sft", "config": "a = 1\n"})
-    hosts.agree(verb="sft", config="a = 1\n")
+    assert hosts.agree(verb="sft", config="a = 1\n") is None
 
 
 def test_the_first_fact_and_line_that_differ_are_named(job):

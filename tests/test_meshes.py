@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_sharding
+from fakes import scripted
 from rollouts import PROTOCOL, TOKENIZER, rollouts
 
 from tw_jax import sharding
@@ -15,8 +18,7 @@ from tw_jax.attention import sequence
 from tw_jax.contracts import Span
 from tw_jax.data import workloads
 from tw_jax.forkjoin.tries import of_group, of_trajectory
-from tw_jax.models.rope import Rope
-from tw_jax.models.transformer import Model, network
+from tw_jax.models.transformer import network
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.train import sft
@@ -28,19 +30,7 @@ from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.mask import dense
 from tw_jax.trie.pack import Fill, Packing, truncate
 
-MODEL = Model(
-    vocab_size=64,
-    num_layers=2,
-    width=32,
-    mlp_width=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_width=8,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
-    attention="blockwise",
-)
+MODEL = dataclasses.replace(test_sharding.MODEL, attention="blockwise")
 NETWORK = network(MODEL)
 OPTIM = Optim(peak_lr=1e-2, warmup_steps=0)
 ROWS, TOKENS = 8, 512
@@ -142,14 +132,6 @@ def test_a_policy_step_is_that_of_one_device(cfg, tolerance):
 
 
 CALLS, LONGEST = 8, 24
-
-
-def scripted(logits, how, call, position):
-    """Draws the script's token and reports the model's own log-prob of it."""
-    rows = jnp.arange(logits.shape[0])[:, None]
-    tokens = how[rows, jnp.minimum(call, CALLS - 1), jnp.minimum(position, LONGEST - 1)]
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return tokens, jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
 
 
 def script(seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fakes import scripted
 
 from tw_jax.forkjoin import threadweaver, tries
 from tw_jax.forkjoin.calls import Hit
@@ -22,14 +23,6 @@ TABLE = threadweaver.make_table(TOKENIZER)
 NETWORK = fakes.path_network(TOKENIZER.vocab_size)
 PARAMS = NETWORK.init(jax.random.key(1))
 CALLS, LONGEST = 24, 48
-
-
-def scripted(logits, how, call, position):
-    """Draws the script's token and reports the model's own log-prob of it."""
-    rows = jnp.arange(logits.shape[0])[:, None]
-    tokens = how[rows, jnp.minimum(call, CALLS - 1), jnp.minimum(position, LONGEST - 1)]
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return tokens, jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
 
 
 @functools.cache

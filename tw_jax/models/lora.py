@@ -8,7 +8,7 @@ these and nothing else. This file knows trees and paths; it hands their parts to
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -46,15 +46,7 @@ class Lora:
 
     rank: int
     alpha: float
-    targets: tuple[Target, ...] = (
-        "attention.q",
-        "attention.k",
-        "attention.v",
-        "attention.out",
-        "mlp.gate",
-        "mlp.up",
-        "mlp.down",
-    )
+    targets: tuple[Target, ...] = get_args(Target)
 
     @property
     def scale(self) -> float:

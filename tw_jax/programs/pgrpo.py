@@ -389,7 +389,6 @@ class Rollouts:
         folder = Path(cfg.workdir) / "rollouts"
         unfinished = folder / f".{self._step:06}.jsonl"
         drawn, parts, verdicts = self._draw(unfinished)
-        self._refuse_short_rows(drawn)
         values = totals(parts, cfg.reward)
         finite = are_finite(values)
         found = np.flatnonzero(finite & has_signal(values) & trains(parts))
@@ -453,10 +452,13 @@ class Rollouts:
                 count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
                 some = self._sample(count, have, add)
                 judged = self._judge(some, verdicts)
+                self._leave_out_long(some, judged)
                 values = totals(judged, cfg.reward)
                 good += int((are_finite(values) & has_signal(values) & trains(judged)).sum())
                 drawn += some
                 parts += judged
+        if not any(one.is_trained for group in parts for one in group):
+            self._refuse_short_rows(drawn)
         return drawn, parts, verdicts
 
     def _sample(self, count: int, have: Mapping[str, Any], add: Any) -> list[Drawn]:
@@ -508,10 +510,7 @@ class Rollouts:
         return problem_of(self._problems[int(self._order[number % size])])
 
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
-        """Grades and rewards; what was not judged in time is not correct, and counted.
-
-        A rollout that is longer than a row is rewarded like others but not trained.
-        """
+        """Grades and rewards; what was not judged in time is not correct, and counted."""
         items = [(self._text(t), g.problem.answer) for g in groups for t in g.trajectories]
         found = iter(self._pool.grade_all(items))
         judged = []
@@ -520,16 +519,18 @@ class Rollouts:
             verdicts.update(map(str, said))
             judged.append(
                 [
-                    self._reward(made, verdict == "correct")
+                    reward(made, verdict == "correct", self._cfg.reward, tags=self._tags)
                     for made, verdict in zip(group.trajectories, said, strict=True)
                 ]
             )
         return judged
 
-    def _reward(self, made: Trajectory, is_correct: bool) -> Parts:
-        parts = reward(made, is_correct, self._cfg.reward, tags=self._tags)
-        fits = len(of_trajectory(made)) <= self._cfg.packing.row_tokens
-        return parts._replace(is_trained=parts.is_trained and fits)
+    def _leave_out_long(self, groups: Sequence[Drawn], judged: list[list[Parts]]) -> None:
+        """Keeps the rewards of rollouts that are longer than a row, and does not train them."""
+        for group, parts in zip(groups, judged, strict=True):
+            for k, made in enumerate(group.trajectories):
+                if len(of_trajectory(made)) > self._cfg.packing.row_tokens:
+                    parts[k] = parts[k]._replace(is_trained=False)
 
     def _refuse_short_rows(self, drawn: Sequence[Drawn]) -> None:
         shortest = min(len(of_trajectory(made)) for group in drawn for made in group.trajectories)

@@ -32,8 +32,8 @@ class Optim:
 
     Attributes:
       algorithm: "adamw", or "muon": the momentum of each layer's matrices is orthogonalised, and
-        all else (embeddings, unembedding, norms, biases) moves by AdamW. It is for
-        training from scratch; models that AdamW pretrained are usually finetuned by AdamW.
+        all else (embeddings, unembedding, norms, biases) moves by AdamW. It is for training from
+        scratch; models that AdamW pretrained are usually finetuned by AdamW.
       peak_lr: learning rate at the end of the warm-up.
       schedule: what follows the warm-up until the last step: "cosine" or "linear" down to end_lr,
         or "constant".
