@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tw_jax import sharding
 from tw_jax.sample import draw
 
 ROWS, LANES, VOCABULARY = 3, 2, 7
@@ -98,3 +99,17 @@ def test_calls_and_positions_draw_independently():
 def test_settings_out_of_range_are_refused(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         draw.settings(1, **({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0} | wrong))
+
+
+def test_a_vocabulary_that_is_split_over_devices_is_not_gathered():
+    size = 1024
+    values = jax.random.normal(jax.random.key(3), (2, 2, size)) * 2
+    how = draw.settings(2, temperature=0.7, top_p=0.9, top_k=300, seed=5)
+    mesh, rules = sharding.make_mesh(sharding.Mesh(fsdp=1, tensor=8)), sharding.Rules()
+    with sharding.use(mesh, rules):
+        place = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))
+        cut = jax.jit(draw._truncate).lower(jax.device_put(values, place), how).compile()
+    assert f",{size}]" not in cut.as_text()
+    assert f",{size // 8}]" in cut.as_text()
+    want = jax.jit(draw._truncate)(values, how)
+    np.testing.assert_array_equal(cut(jax.device_put(values, place), how), want)

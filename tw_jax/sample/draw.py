@@ -81,15 +81,45 @@ def draw(
 
 def _truncate(scaled: jax.Array, how: Draw) -> jax.Array:
     """Logits with everything outside top-k and top-p at a floor that no draw reaches."""
-    vocabulary = scaled.shape[-1]
-    ordered = jnp.sort(scaled, axis=-1)[..., ::-1]
-    rank = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, vocabulary), vocabulary) - 1
-    k_border = jnp.take_along_axis(ordered, rank[:, None, None], axis=-1)
-    within = ordered >= k_border
-    mass = jax.nn.softmax(jnp.where(within, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass
+    order = _order(scaled)
+    count = jnp.where(how.top_k > 0, how.top_k, scaled.shape[-1])[:, None, None]
+    border = _lowest(order, jnp.ones_like(scaled), count.astype(scaled.dtype))
+    mass = jnp.where(order >= border, jax.nn.softmax(scaled, axis=-1), 0.0)
     # Rounding can carry the sum past 1, and top_p = 1 drops nothing.
-    limit = jnp.where(how.top_p < 1, how.top_p, jnp.inf)
-    inside = within & (before < limit[:, None, None])
-    border = jnp.where(inside, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(scaled >= border, scaled, jnp.finfo(scaled.dtype).min)
+    share = jnp.where(how.top_p < 1, how.top_p, jnp.inf)[:, None, None]
+    share *= mass.sum(axis=-1, keepdims=True)
+    border = jnp.maximum(border, _lowest(order, mass, share))
+    return jnp.where(order >= border, scaled, jnp.finfo(scaled.dtype).min)
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """Integers that compare as the float32 numbers do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def _lowest(order: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
+    """The lowest border above which less weight lies than the limit.
+
+    Found bit by bit, for a vocabulary that is split over devices would be gathered to be sorted.
+
+    Args:
+      order: [B, C, V] int32.
+      weight: [B, C, V] float32, at least 0.
+      limit: [B, 1, 1] or [B, C, 1] float32, above 0.
+
+    Returns:
+      [B, C, 1] int32.
+    """
+    extremes = jnp.iinfo(jnp.int32)
+
+    def halve(_, bounds):
+        fails, holds = bounds
+        middle = (fails >> 1) + (holds >> 1) + (fails & holds & 1)
+        above = jnp.where(order > middle, weight, 0.0).sum(axis=-1, keepdims=True)
+        is_enough = above < limit
+        return jnp.where(is_enough, fails, middle), jnp.where(is_enough, middle, holds)
+
+    shape = (*order.shape[:-1], 1)
+    start = (jnp.full(shape, extremes.min), jnp.full(shape, extremes.max))
+    return jax.lax.fori_loop(0, 32, halve, start)[1]
