@@ -46,6 +46,7 @@ def path_network(vocab_size: int, width: int = 32, sharpness: float = 3.0) -> Ne
         empty_kv=lambda rows, slots: KV(
             k=jnp.zeros((1, rows, 1, slots, width)), v=jnp.zeros((1, rows, 1, slots, 1))
         ),
+        table="out",
         vocab_size=vocab_size,
     )
 

@@ -1,5 +1,6 @@
 """Meshes, rules and their refusals; the decoder on eight devices against the decoder on one."""
 
+import dataclasses
 import re
 import types
 
@@ -103,11 +104,19 @@ def test_an_array_that_does_not_fit_is_refused_by_name(axes, shape, message) -> 
 
 
 def test_a_parameter_that_does_not_divide_is_named_by_its_path() -> None:
-    net = network(MODEL)
+    net = network(dataclasses.replace(MODEL, mlp_width=60))
     shapes = jax.eval_shape(net.init, jax.random.key(0))
-    message = "blocks.attention.k has kv_heads = 4: want a multiple of 8"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"blocks\.mlp\.down has mlp = 60: want a multiple of 8"):
         shardings(net.axes(), shapes, make_mesh(Mesh(fsdp=1, tensor=8)), Rules())
+
+
+def test_a_head_is_not_cut_in_two_though_its_entries_would_divide() -> None:
+    net, mesh = network(MODEL), make_mesh(Mesh(fsdp=1, tensor=8))
+    one = jnp.zeros((1, 16), jnp.int32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    message = "has kv_heads = 4: want a multiple of 8 .* Rules.kv_heads = \\(\\)"
+    with use(mesh, Rules()), pytest.raises(ValueError, match=message):
+        jax.eval_shape(net.apply, shapes, one, one, Span(enter=one, exit=one))
 
 
 def test_constrain_acts_inside_use_alone_and_follows_its_rules() -> None:

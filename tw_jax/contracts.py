@@ -59,7 +59,8 @@ class Network(NamedTuple):
       all S slots through `keys` ([B, S] spans, which already describe the new slots).
     - hidden: [B, T, D] in the compute dtype, after the final norm.
 
-    `unembed(params, hidden [..., D]) -> logits [..., V] float32`
+    `unembed(params, hidden [..., D]) -> logits [..., V] float32`, of all parameters reads `table`
+    alone, a name of their outermost level.
     `init(key) -> Params`, unboxed. `axes() -> Params`-shaped tree of tuples of logical axis names.
     `empty_kv(rows, slots) -> KV` of zeros.
     """
@@ -69,4 +70,5 @@ class Network(NamedTuple):
     init: Callable[[jax.Array], Params]
     axes: Callable[[], Params]
     empty_kv: Callable[[int, int], KV]
+    table: str
     vocab_size: int

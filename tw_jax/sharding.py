@@ -70,13 +70,13 @@ class Rules:
       vocab: vocabulary, of the tables and of logits.
       heads: query heads.
       kv_heads: key/value heads.
-      head: entries of one head.
       mlp: MLP width.
       norm: scales of the norms.
       rank: rank of adapters.
       rows: rows of a batch.
       tokens: tokens of a row.
       slots: slots of a cache.
+      head: entries of one head in a cache.
       width: model width of activations.
     """
 
@@ -85,13 +85,13 @@ class Rules:
     vocab: tuple[MeshAxis, ...] = ("tensor",)
     heads: tuple[MeshAxis, ...] = ("tensor",)
     kv_heads: tuple[MeshAxis, ...] = ("tensor",)
-    head: tuple[MeshAxis, ...] = ()
     mlp: tuple[MeshAxis, ...] = ("tensor",)
     norm: tuple[MeshAxis, ...] = ()
     rank: tuple[MeshAxis, ...] = ()
     rows: tuple[MeshAxis, ...] = ("data", "fsdp")
     tokens: tuple[MeshAxis, ...] = ("sequence",)
     slots: tuple[MeshAxis, ...] = ()
+    head: tuple[MeshAxis, ...] = ()
     width: tuple[MeshAxis, ...] = ()
 
 
@@ -230,6 +230,14 @@ def mesh_axes(where: PartitionSpec) -> tuple[str, ...]:
     """The mesh axes that a spec splits over, in its order: the manual ones of `jax.shard_map`."""
     parts = [part for part in where if part not in (None, PartitionSpec.UNCONSTRAINED)]
     return tuple(axis for part in parts for axis in ((part,) if isinstance(part, str) else part))
+
+
+def only(where: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    """A spec without mesh axes other than `axes`, as `jax.shard_map` over just these wants it."""
+    kept = (
+        tuple(axis for axis in mesh_axes(PartitionSpec(part)) if axis in axes) for part in where
+    )
+    return PartitionSpec(*(part or None for part in kept))
 
 
 def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh, rules: Rules) -> Any:

@@ -183,7 +183,7 @@ def test_config_json_says_the_model_and_keeps_what_it_does_not_know(case, tmp_pa
     [
         (Mesh(fsdp=8), Rules()),
         (Mesh(data=2, fsdp=2, tensor=2), Rules()),
-        (Mesh(fsdp=2, tensor=2, data=2), Rules(head=("data",), layer=())),
+        (Mesh(fsdp=2, tensor=2, data=2), Rules(embed=("fsdp", "data"))),
     ],
 )
 def test_on_a_mesh_each_device_gets_its_piece_and_the_whole_is_the_same(
@@ -202,14 +202,14 @@ def test_on_a_mesh_each_device_gets_its_piece_and_the_whole_is_the_same(
 def test_no_more_than_a_devices_piece_of_a_tensor_is_read_at_a_time(tmp_path, monkeypatch) -> None:
     model = CASES["qwen3"]
     save(tmp_path, model, random_tensors(model))
-    sizes, read = [], hf._from_theirs
+    sizes, read = [], hf._read
 
     def recorded(*args):
         piece = read(*args)
         sizes.append(piece.size)
         return piece
 
-    monkeypatch.setattr(hf, "_from_theirs", recorded)
+    monkeypatch.setattr(hf, "_read", recorded)
     params = hf.read_params(tmp_path, model, mesh=make_mesh(Mesh(fsdp=8)), rules=Rules())
     tensors = hf.tensor_shapes(model).values()
     assert max(sizes) == max(map(np.prod, tensors)) // 8

@@ -219,7 +219,7 @@ def test_axes_name_every_dimension_of_every_parameter() -> None:
     ):
         assert len(shape.shape) == len(names)
         assert (names[0] == "layer") == (shape.shape[0] == QWEN3_8B.num_layers)
-    assert axes["blocks"]["attention"]["q"] == ("layer", "embed", "heads", "head")
+    assert axes["blocks"]["attention"]["q"] == ("layer", "embed", "heads")
     assert axes["unembed"] == ("vocab", "embed")
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers
 from rollouts import TOKENIZER, rollouts
 from train.test_sft import distance
 
@@ -107,12 +108,9 @@ def weights_with_adapters(params):
                 yield module, plain, inside[plain], adapter
 
 
-def as_matrices(weight, adapter):
-    """Shapes [L, K, r] and [L, r, M] of an adapter, and [L, K, M] of its weight."""
-    layers = weight.shape[0]
-    a = np.asarray(adapter["a"], np.float64).reshape(layers, -1, RANK)
-    b = np.asarray(adapter["b"], np.float64).reshape(layers, RANK, -1)
-    return a, b, (layers, a.shape[1], b.shape[2])
+def sides(adapter):
+    """[L, K, r] and [L, r, M], float64."""
+    return (np.asarray(adapter[side], np.float64) for side in "ab")
 
 
 @pytest.mark.parametrize("which", ["sft", "pgrpo"])
@@ -122,8 +120,8 @@ def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(
     """With dW of the model without adapters, dA = s dW B^T and dB = s A^T dW."""
     scale, plain = MODEL.lora.scale, without_adapters(params)
     for module, name, weight, adapter in weights_with_adapters(params):
-        a, b, _ = as_matrices(weight, adapter)
-        full = np.asarray(weight, np.float64) + scale * (a @ b).reshape(weight.shape)
+        a, b = sides(adapter)
+        full = np.asarray(weight, np.float64) + scale * a @ b
         plain = overlay(plain, {"blocks": {module: {name: np.float32(full)}}})
     of_weights = jax.jit(jax.grad(objectives(network(BASE))[which], has_aux=True))(plain, batch)[0]
     net = network(MODEL)
@@ -135,12 +133,12 @@ def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(
     )(params, batch)  # fmt: skip
     want = adapters(params)
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for module, name, weight, adapter in weights_with_adapters(params):
-        a, b, shape = as_matrices(weight, adapter)
-        d = np.asarray(of_weights["blocks"][module][name], np.float64).reshape(shape)
+    for module, name, _, adapter in weights_with_adapters(params):
+        a, b = sides(adapter)
+        d = np.asarray(of_weights["blocks"][module][name], np.float64)
         right = {"a": scale * d @ b.swapaxes(1, 2), "b": scale * a.swapaxes(1, 2) @ d}
         for side, oracle in right.items():
-            mine = np.asarray(got["blocks"][module][f"{name}_lora"][side]).reshape(oracle.shape)
+            mine = np.asarray(got["blocks"][module][f"{name}_lora"][side])
             off = np.linalg.norm(mine - oracle) / np.linalg.norm(oracle)
             assert off < tolerance["gradient"], (module, name, side)
 
@@ -278,15 +276,9 @@ def test_parameters_without_adapters_get_fresh_ones_and_those_with_keep_theirs(p
 
 def test_muon_reads_both_sides_of_an_adapter_as_matrices(params) -> None:
     read = matrices(adapters(params))
-    for module, name, weight, adapter in weights_with_adapters(params):
-        a, b, _ = as_matrices(weight, adapter)
-        for side, want in (("a", a.shape[1:]), ("b", b.shape[1:])):
-            shape, dims = adapter[side].shape, read["blocks"][module][f"{name}_lora"][side]
-            rows, columns = (
-                np.prod([shape[i] for i in axes])
-                for axes in (dims.reduction_axis, dims.output_axis)
-            )
-            assert (rows, columns) == want
+    for module, name, _, _ in weights_with_adapters(params):
+        for side in read["blocks"][module][f"{name}_lora"].values():
+            assert side == MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
 
 def test_a_side_without_gradient_stays_under_muon() -> None:

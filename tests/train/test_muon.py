@@ -69,8 +69,8 @@ def test_a_matrix_moves_along_the_singular_vectors_of_its_nesterov_momentum(two_
     momentum = (beta * (1 - beta) * first + (1 - beta) * second) / (1 - beta**3)
     ahead = beta * momentum + (1 - beta) * second / (1 - beta**2)
     for layer in range(MODEL.num_layers):
-        u, _, v = np.linalg.svd(ahead[layer].reshape(shape), full_matrices=False)
-        inside = u.T @ moved[layer].reshape(shape) @ v.T / (0.2 * np.sqrt(max(shape)))
+        u, _, v = np.linalg.svd(ahead[layer], full_matrices=False)
+        inside = u.T @ moved[layer] @ v.T / (0.2 * np.sqrt(max(shape)))
         values = np.diag(inside)
         assert np.abs(inside - np.diag(values)).max() < 1e-3
         # Newton-Schulz with the usual coefficients ends between 0.68 and 1.14; small values lower.

@@ -140,6 +140,37 @@ def _scores(q: jax.Array, k: jax.Array, at: jax.Array, keys: Span, scale: float)
     return jnp.where(sees(at[:, None], keys), scores, HIDDEN)
 
 
+def nothing(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The online softmax of queries [..., H] that have met no keys; see `fold_in`."""
+    lowest = jnp.full(q.shape[:-1], LOWEST, jnp.float32)
+    return jnp.zeros(q.shape, jnp.float32), lowest, jnp.zeros_like(lowest)
+
+
+def fold_in(carry, q, k, v, at, keys, scale) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lets a block of queries meet one more block of keys (arXiv:2205.14135, algorithm 1).
+
+    Args:
+      carry: sum of values [G, R, H], largest score and sum of weights [G, R], all float32; weights
+        are relative to the largest score.
+      q: [G, R, H].
+      k: [G, b, H].
+      v: [G, b, H].
+      at: [R] int32.
+      keys: [b] spans.
+      scale: factor on the scores.
+
+    Returns:
+      The carry with these keys in it.
+    """
+    out, top, total = carry
+    scores = _scores(q, k, at, keys, scale)
+    new_top = jnp.maximum(top, scores.max(axis=-1))
+    weights = jnp.exp(scores - new_top[..., None])
+    shrink = jnp.exp(top - new_top)
+    out = out * shrink[..., None] + _dot("grb,gbh->grh", weights, v)
+    return out, new_top, total * shrink + weights.sum(axis=-1)
+
+
 def _folded(scale, q, k, v, at, keys, plan) -> jax.Array:
     """Attention on folded arrays.
 
@@ -168,24 +199,11 @@ def _forward(scale, q, k, v, at, keys, plan):
             q, at, (index, count) = x
 
             def visit(step, carry):
-                out, top, total = carry
                 j = index[step]
                 key = jax.tree.map(lambda x: x[j], keys)
-                scores = _scores(q, k[j], at, key, scale)
-                new_top = jnp.maximum(top, scores.max(axis=-1))
-                weights = jnp.exp(scores - new_top[..., None])
-                shrink = jnp.exp(top - new_top)
-                add = _dot("grb,gbh->grh", weights, v[j])
-                out = out * shrink[..., None] + add
-                return out, new_top, total * shrink + weights.sum(axis=-1)
+                return fold_in(carry, q, k[j], v[j], at, key, scale)
 
-            rows = q.shape[:-1]
-            start = (
-                jnp.zeros(q.shape, jnp.float32),
-                jnp.full(rows, LOWEST, jnp.float32),
-                jnp.zeros(rows, jnp.float32),
-            )
-            out, top, total = lax.fori_loop(0, count, visit, start)
+            out, top, total = lax.fori_loop(0, count, visit, nothing(q))
             is_seeing = total > 0
             total = jnp.where(is_seeing, total, 1.0)
             # A query that sees nothing gets 0: exp(HIDDEN - 0) is 0, so its gradients vanish.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tw_jax import sharding
-from tw_jax.attention import blockwise, pallas_tpu, reference, sequence
+from tw_jax.attention import blockwise, cached, pallas_tpu, reference, sequence
 from tw_jax.contracts import Span
 
 Impl = Literal["auto", "reference", "blockwise", "pallas_tpu"]
@@ -36,7 +36,6 @@ BLOCKS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
 }
 """Queries and keys of the blocks that a backend walks, from T, S and N / G."""
 
-_FEW_QUERIES = 32
 _FEW_PAIRS = 256 * 256
 
 
@@ -47,6 +46,7 @@ def attend(
     *,
     at: jax.Array,
     keys: Span,
+    layer: jax.Array | None = None,
     impl: Impl = "auto",
     scale: float,
 ) -> jax.Array:
@@ -58,10 +58,12 @@ def attend(
 
     Args:
       q: [B, N, T, H] floating, N a multiple of G.
-      k: [B, G, S, H] floating, of the dtype of `q`.
-      v: [B, G, S, H] floating, of the dtype of `q`.
+      k: [B, G, S, H] floating, of the dtype of `q`; with `layer`, [L, B, G, S, H].
+      v: as `k`.
       at: [B, T] int32, where the queries stand.
       keys: [B, S] int32 spans.
+      layer: [] int32, which layer of a cache is read; "auto" then is `cached.attend`, which has no
+        gradient.
       impl: a backend, or "auto": the first of `preferred` that does not refuse.
       scale: factor on the scores, usually H ** -0.5.
 
@@ -73,17 +75,22 @@ def attend(
       NotImplementedError: the backend refuses, or under "auto" all do; with every reason.
     """
     rows, heads, queries, width = q.shape
-    groups, slots = k.shape[1:3]
-    chex.assert_shape([k, v], (rows, groups, slots, width))
+    groups, slots = k.shape[-3:-1]
+    leading = () if layer is None else k.shape[:1]
+    chex.assert_shape([k, v], (*leading, rows, groups, slots, width))
     chex.assert_shape(at, (rows, queries))
     chex.assert_shape([keys.enter, keys.exit], (rows, slots))
     chex.assert_is_divisible(heads, groups)
     chex.assert_equal(k.dtype, q.dtype)
     chex.assert_equal(v.dtype, q.dtype)
 
+    if impl != "auto" and impl not in BACKENDS:
+        raise ValueError(f"impl = {impl!r}: want auto or one of {', '.join(BACKENDS)}.")
+    if layer is not None:
+        if impl == "auto":
+            return _per_device(cached.attend, q, k, v, at, keys, scale, layer)
+        k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     if impl != "auto":
-        if impl not in BACKENDS:
-            raise ValueError(f"impl = {impl!r}: want auto or one of {', '.join(BACKENDS)}.")
         return _per_device(BACKENDS[impl], q, k, v, at, keys, scale)
     refusals = []
     for name in preferred(queries, slots):
@@ -95,17 +102,13 @@ def attend(
 
 
 def preferred(queries: int, slots: int) -> tuple[Impl, ...]:
-    """Names in the order in which "auto" tries them.
+    """Names in the order in which "auto" tries them where there is no cache.
 
-    Time of `reference` over time of `blockwise`, 2 CPU cores, float32 (above 1: walk blocks):
-
-        forward and gradients, T = S (8 rows, 4 heads of 32)     128: 1.05   256: 2.4   512: 3.4
-        forward, T queries of S slots (1 row, 8 heads of 64)     1 of 512: 0.12   4 of 2048: 0.3
-            32 of 4096: 0.8   64 of 2048: 0.9   128 of 2048: 1.0   256 of 2048: 1.9
-
+    Time of `reference` over time of `blockwise`, forward and gradients, 8 rows of T tokens, 4 heads
+    of 32, 2 CPU cores, float32 (above 1: walk blocks): 1.05 at T = 128, 2.4 at 256, 3.4 at 512.
     Many pairs written out would also make memory quadratic, so "auto" never falls back to that.
     """
-    if queries <= _FEW_QUERIES or queries * slots <= _FEW_PAIRS:
+    if queries * slots <= _FEW_PAIRS:
         return ("reference", "blockwise")
     return ("pallas_tpu", "blockwise")
 
@@ -118,6 +121,7 @@ def _per_device(
     at: jax.Array,
     keys: Span,
     scale: float,
+    *layer: jax.Array,
 ) -> jax.Array:
     """Runs a backend on each device's rows, heads and queries; outside of `use`, just runs it.
 
@@ -128,23 +132,26 @@ def _per_device(
     """
     current = sharding.current()
     if current is None:
-        return backend(q, k, v, at=at, keys=keys, scale=scale)
+        return backend(q, k, v, *layer, at=at, keys=keys, scale=scale)
     mesh, rules = current
     by_head = sharding.spec(("rows", "heads", "tokens"), q.shape[:3], mesh, rules, name="queries")
     # The keys of a cache are whole on every device; those of the queries' own tokens are split.
-    tokens = by_head[2] if k.shape[2] == q.shape[2] else None
+    tokens = by_head[2] if k.shape[-2] == q.shape[2] else None
     by_token = sharding.mesh_axes(PartitionSpec(tokens))
 
-    def local(q, k, v, at, keys):
+    def local(q, k, v, at, keys, *layer):
         k, v = (sequence.gather(x, by_token, 2) for x in (k, v))
         keys = jax.tree.map(lambda x: sequence.gather(x, by_token, 1), keys)
-        return backend(q, k, v, at=at, keys=keys, scale=scale)
+        return backend(q, k, v, *layer, at=at, keys=keys, scale=scale)
 
     if by_head[1] is not None:
         split = math.prod(mesh.shape[axis] for axis in rules.heads)
-        repeats = math.lcm(k.shape[1], split) // k.shape[1]
-        k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
-    by_key = PartitionSpec(*by_head[:2], tokens)
+        repeats = math.lcm(k.shape[-3], split) // k.shape[-3]
+        if layer and repeats > 1:  # One layer is repeated, not the whole cache.
+            k, v = (jax.lax.dynamic_index_in_dim(x, *layer) for x in (k, v))
+            layer = (jnp.zeros_like(*layer),)
+        k, v = jnp.repeat(k, repeats, axis=-3), jnp.repeat(v, repeats, axis=-3)
+    by_key = PartitionSpec(*(None for _ in layer), *by_head[:2], tokens)
     return jax.shard_map(
         local,
         in_specs=(
@@ -153,7 +160,8 @@ def _per_device(
             by_key,
             PartitionSpec(by_head[0], by_head[2]),
             PartitionSpec(by_head[0], tokens),
+            *(PartitionSpec() for _ in layer),
         ),
         out_specs=by_head,
         check_vma=False,
-    )(q, k, v, at, keys)
+    )(q, k, v, at, keys, *layer)

@@ -1,8 +1,7 @@
 """Dense attention in a dozen lines: the truth that every other backend is examined against.
 
-It writes out all T x S scores, so its memory is quadratic in a row; for the few queries of a
-decoding step against a cache that is also the fastest thing to do, and the sampler uses it. It
-knows the interval mask and nothing of models, tries or devices.
+It writes out all T x S scores, so its memory is quadratic in a row; for short rows that is also the
+fastest thing to do. It knows the interval mask and nothing of models, tries or devices.
 """
 
 from __future__ import annotations

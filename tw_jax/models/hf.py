@@ -38,34 +38,34 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 class _Row(NamedTuple):
-    """One array of ours. A letter is a dimension; theirs has groups of them, ours one each."""
+    """One array of ours, and the tensor of theirs that holds it or, of a block, one layer of it."""
 
     path: tuple[str, ...]
     name: str  # {} is the layer
-    theirs: tuple[str, ...]
-    ours: str
+    theirs: str  # A letter is a dimension, see `_sizes`.
+    is_turned: bool  # Ours is [in, out], theirs [out, in].
 
 
-_BLOCK = "model.layers.{}."
+def _block(path: str, name: str, theirs: str) -> _Row:
+    is_turned = len(theirs) > 1
+    return _Row(("blocks", *path.split(".")), f"model.layers.{{}}.{name}.weight", theirs, is_turned)
+
+
 _TABLE = (
-    _Row(("embed",), "model.embed_tokens.weight", ("v", "d"), "vd"),
-    _Row(("blocks", "attention_norm", "scale"), _BLOCK + "input_layernorm.weight", ("d",), "d"),
-    _Row(("blocks", "attention", "q"), _BLOCK + "self_attn.q_proj.weight", ("nh", "d"), "dnh"),
-    _Row(("blocks", "attention", "k"), _BLOCK + "self_attn.k_proj.weight", ("gh", "d"), "dgh"),
-    _Row(("blocks", "attention", "v"), _BLOCK + "self_attn.v_proj.weight", ("gh", "d"), "dgh"),
-    _Row(("blocks", "attention", "out"), _BLOCK + "self_attn.o_proj.weight", ("d", "nh"), "nhd"),
-    _Row(
-        ("blocks", "attention", "q_norm", "scale"), _BLOCK + "self_attn.q_norm.weight", ("h",), "h"
-    ),
-    _Row(
-        ("blocks", "attention", "k_norm", "scale"), _BLOCK + "self_attn.k_norm.weight", ("h",), "h"
-    ),
-    _Row(("blocks", "mlp_norm", "scale"), _BLOCK + "post_attention_layernorm.weight", ("d",), "d"),
-    _Row(("blocks", "mlp", "gate"), _BLOCK + "mlp.gate_proj.weight", ("f", "d"), "df"),
-    _Row(("blocks", "mlp", "up"), _BLOCK + "mlp.up_proj.weight", ("f", "d"), "df"),
-    _Row(("blocks", "mlp", "down"), _BLOCK + "mlp.down_proj.weight", ("d", "f"), "fd"),
-    _Row(("norm", "scale"), "model.norm.weight", ("d",), "d"),
-    _Row(("unembed",), "lm_head.weight", ("v", "d"), "vd"),
+    _Row(("embed",), "model.embed_tokens.weight", "vd", is_turned=False),
+    _block("attention_norm.scale", "input_layernorm", "d"),
+    _block("attention.q", "self_attn.q_proj", "qd"),
+    _block("attention.k", "self_attn.k_proj", "kd"),
+    _block("attention.v", "self_attn.v_proj", "kd"),
+    _block("attention.out", "self_attn.o_proj", "dq"),
+    _block("attention.q_norm.scale", "self_attn.q_norm", "h"),
+    _block("attention.k_norm.scale", "self_attn.k_norm", "h"),
+    _block("mlp_norm.scale", "post_attention_layernorm", "d"),
+    _block("mlp.gate", "mlp.gate_proj", "fd"),
+    _block("mlp.up", "mlp.up_proj", "fd"),
+    _block("mlp.down", "mlp.down_proj", "df"),
+    _Row(("norm", "scale"), "model.norm.weight", "d", is_turned=False),
+    _Row(("unembed",), "lm_head.weight", "vd", is_turned=False),
 )
 
 _BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -85,8 +85,8 @@ def _sizes(model: Model) -> dict[str, int]:
         "v": model.vocab_size,
         "d": model.width,
         "f": model.mlp_width,
-        "n": model.num_heads,
-        "g": model.num_kv_heads,
+        "q": model.num_heads * model.head_width,
+        "k": model.num_kv_heads * model.head_width,
         "h": model.head_width,
     }
 
@@ -111,40 +111,7 @@ def _tensors(model: Model) -> Iterator[tuple[_Row, int | None, str]]:
 
 def _shape(row: _Row, model: Model) -> tuple[int, ...]:
     sizes = _sizes(model)
-    return tuple(math.prod(sizes[letter] for letter in group) for group in row.theirs)
-
-
-def _to_theirs(array: np.ndarray, row: _Row) -> np.ndarray:
-    """One layer's array of ours as their tensor, contiguous."""
-    order = [row.ours.index(letter) for group in row.theirs for letter in group]
-    turned = array.transpose(order)
-    sizes = dict(zip(row.ours, array.shape, strict=True))
-    shape = [math.prod(sizes[letter] for letter in group) for group in row.theirs]
-    return np.ascontiguousarray(turned.reshape(shape))
-
-
-def _from_theirs(stored: Any, row: _Row, model: Model, index: Sequence[slice]) -> np.ndarray:
-    """A piece of one layer's array of ours, of which only the rows and columns needed are read.
-
-    Args:
-      stored: their tensor; slices of it are read from disk.
-      row: of the table.
-      model: sizes.
-      index: a slice with bounds for each dimension of ours.
-    """
-    sizes = _sizes(model)
-    wanted = dict(zip(row.ours, index, strict=True))
-    read, shape, rest = [], [], []
-    for group in row.theirs:
-        # Of a group, its first letter is cut on disk; the letters behind it are read whole.
-        inner = math.prod(sizes[letter] for letter in group[1:])
-        first = wanted[group[0]]
-        read.append(slice(first.start * inner, first.stop * inner))
-        shape += [first.stop - first.start, *(sizes[letter] for letter in group[1:])]
-        rest += [slice(None), *(wanted[letter] for letter in group[1:])]
-    letters = "".join(row.theirs)
-    piece = stored[tuple(read)].reshape(shape)[tuple(rest)]
-    return piece.transpose([letters.index(letter) for letter in row.ours])
+    return tuple(sizes[letter] for letter in row.theirs)
 
 
 # Parameters.
@@ -232,12 +199,17 @@ def _tensor(
         devices.setdefault(piece, []).append(device)
     arrays = []
     for piece, holders in devices.items():
-        read = _from_theirs(stored, row, model, [slice(*bounds) for bounds in piece])
+        read = _read(stored, row, [slice(*bounds) for bounds in piece])
         read = np.ascontiguousarray(read, shape.dtype)
         # Waited for, or the pieces of all devices would stand in host memory together.
         arrays += jax.block_until_ready([jax.device_put(read, device) for device in holders])
         del read
     return jax.make_array_from_single_device_arrays(shape.shape, place, arrays)
+
+
+def _read(stored: Any, row: _Row, piece: Sequence[slice]) -> np.ndarray:
+    """A piece of one layer's array of ours, of which nothing else is read from disk."""
+    return stored[tuple(piece[::-1])].T if row.is_turned else stored[tuple(piece)]
 
 
 def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
@@ -252,7 +224,8 @@ def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
       that has an adapter comes with it in it, in float32.
     """
     for row, layer, name in _tensors(model):
-        yield name, _to_theirs(_of_layer(params, row.path, layer, model), row)
+        array = _of_layer(params, row.path, layer, model)
+        yield name, np.ascontiguousarray(array.T if row.is_turned else array)
 
 
 def _of_layer(params: Params, path: Sequence[str], layer: int | None, model: Model) -> np.ndarray:

@@ -107,13 +107,13 @@ def merged(weight: np.ndarray, adapter: Params, lora: Lora) -> np.ndarray:
     """One layer's weight with its adapter in it: W + alpha / rank * A B.
 
     Args:
-      weight: [*in, *out], any dtype.
-      adapter: `a` [*in, rank] and `b` [rank, *out], float32.
+      weight: [K, M], any dtype.
+      adapter: `a` [K, rank] and `b` [rank, M], float32.
       lora: its scale is read.
 
     Returns:
-      [*in, *out] float32, whatever the dtype of the weight: in bfloat16 most of what was learnt
+      [K, M] float32, whatever the dtype of the weight: in bfloat16 most of what was learnt
       would be rounded away.
     """
-    added = np.tensordot(np.asarray(adapter["a"]), np.asarray(adapter["b"]), axes=1)
+    added = np.asarray(adapter["a"]) @ np.asarray(adapter["b"])
     return weight.astype(np.float32) + np.float32(lora.scale) * added

@@ -130,10 +130,13 @@ class Attention(nn.Module):
         heads, kv_heads, head = cfg.num_heads, cfg.num_kv_heads, cfg.head_width
 
         def project(name: str, count: int, axis: str) -> jax.Array:
-            shape, axes = (cfg.width, count, head), ("embed", axis, "head")
-            # Heads are moved afterwards: asked for at once, the weight would be transposed instead.
-            split = _times(self, name, x, shape, axes, fan_in=cfg.width)
-            return split.reshape(*x.shape[:2], count, head).swapaxes(1, 2)
+            # Weights are matrices, for an array of heads lies otherwise in the memory of a TPU and
+            # would be copied before it is multiplied with.
+            y = _times(self, name, x, (cfg.width, count * head), ("embed", axis), fan_in=cfg.width)
+            if kv is not None:
+                y = _pinned(y, ("rows", "tokens", axis))
+            y = constrain(y.reshape(*x.shape[:2], count, head), ("rows", "tokens", axis, None))
+            return y.swapaxes(1, 2)
 
         q = project("q", heads, "heads")
         k = project("k", kv_heads, "kv_heads")
@@ -144,17 +147,23 @@ class Attention(nn.Module):
         q, k = rotate(q, turned), rotate(k, turned)
         if kv is not None and start is not None:
             kv = KV(k=_write(kv.k, k, layer, start), v=_write(kv.v, v, layer, start))
-            k = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(kv.v, layer, keepdims=False)
-        mixed = attend(q, k, v, at=at, keys=keys, impl=cfg.attention, scale=head**-0.5)
+        mixed = attend(
+            q,
+            k if kv is None else kv.k,
+            v if kv is None else kv.v,
+            at=at,
+            keys=keys,
+            layer=None if kv is None else layer,
+            impl=cfg.attention,
+            scale=head**-0.5,
+        )
         y = _times(
             self,
             "out",
             mixed.swapaxes(1, 2).reshape(*x.shape[:2], heads * head),
-            (heads, head, cfg.width),
-            ("heads", "head", "embed"),
+            (heads * head, cfg.width),
+            ("heads", "embed"),
             fan_in=2 * cfg.num_layers * heads * head,
-            split=2,
         )
         return constrain(y, ("rows", "tokens", "width")), kv
 
@@ -184,30 +193,28 @@ class Adapter(nn.Module):
     cfg: Model
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, shape: tuple[int, ...], axes: LogicalAxes, split: int
-    ) -> jax.Array:
-        """[B, T, K] to [B, T, M] beside a weight whose first `split` dimensions make up K."""
+    def __call__(self, x: jax.Array, shape: tuple[int, int], axes: LogicalAxes) -> jax.Array:
+        """[B, T, K] to [B, T, M], beside a weight [K, M] with these axes."""
         lora = self.cfg.lora
         assert lora is not None
         a = _declare(
             self,
             "a",
-            (*shape[:split], lora.rank),
-            (*axes[:split], "rank"),
-            _normal(x.shape[-1]),
+            (shape[0], lora.rank),
+            (axes[0], "rank"),
+            _normal(shape[0]),
             dtype="float32",
         )
         b = _declare(
             self,
             "b",
-            (lora.rank, *shape[split:]),
-            ("rank", *axes[split:]),
+            (lora.rank, shape[1]),
+            ("rank", axes[1]),
             nn.initializers.zeros,
             dtype="float32",
         )
-        few = _product(x, a.astype(x.dtype).reshape(-1, lora.rank)) * lora.scale
-        return _product(few, b.astype(x.dtype).reshape(lora.rank, -1))
+        few = _product(x, a.astype(x.dtype)) * lora.scale
+        return _product(few, b.astype(x.dtype))
 
 
 class Block(nn.Module):
@@ -355,6 +362,7 @@ def network(cfg: Model) -> Network:
         init=jax.jit(lambda key: nn.unbox(boxed(key))),
         axes=axes,
         empty_kv=empty_kv,
+        table="embed" if cfg.tie_embeddings else "unembed",
         vocab_size=cfg.vocab_size,
     )
 
@@ -428,25 +436,20 @@ def _times(
     module: Any,
     name: str,
     x: jax.Array,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     axes: LogicalAxes,
     *,
     fan_in: int,
-    split: int = 1,
 ) -> jax.Array:
-    """[B, T, K] times a weight that the module declares, [B, T, M], and what its adapter adds.
-
-    The first `split` dimensions of the weight make up K, the others M.
-    """
+    """[B, T, K] times a weight [K, M] that the module declares, and what its adapter adds."""
     cfg = module.cfg
     weight = _declare(module, name, shape, axes, _normal(fan_in)).astype(cfg.compute_dtype)
-    weight = weight.reshape(math.prod(shape[:split]), -1)
     if cfg.lora is None:
         return _product(x, weight)
     # Without the gradient written out below: a frozen weight has none, and so it is never made.
     y = x @ weight
     if f"{module.name}.{name}" in cfg.lora.targets:
-        y += Adapter(cfg, name=name + SUFFIX)(x, shape, axes, split)
+        y += Adapter(cfg, name=name + SUFFIX)(x, shape, axes)
     return y
 
 
@@ -493,6 +496,22 @@ def _remat(block: type[Block], cfg: Model) -> Any:
     }
     # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
     return nn.remat(block, prevent_cse=False, policy=policies[cfg.remat])
+
+
+def _pinned(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Keeps an array in the layout that it has in our words, the last dimension innermost."""
+    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    found = current()
+    if found is None:
+        return with_layout_constraint(x, layout)
+    where = spec(axes, x.shape, *found, name="An activation")
+    return jax.shard_map(
+        lambda x: with_layout_constraint(x, layout),
+        in_specs=where,
+        out_specs=where,
+        axis_names=set(mesh_axes(where)),
+        check_vma=False,
+    )(x)
 
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:

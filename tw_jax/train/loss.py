@@ -81,9 +81,12 @@ def token_logp(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: want at least 1, for example 1024.")
 
-    def score(params: Params, piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
+    def score(table: jax.Array, piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
         source, tokens = piece  # [n, D], [n]
-        logits = network.unembed(params, source).astype(jnp.float32) / temperature
+        logits = (
+            network.unembed(params | {network.table: table}, source).astype(jnp.float32)
+            / temperature
+        )
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum, not a gather: it stays elementwise over a sharded vocabulary, and its
         # transpose is a select where a gather's would be a scatter into [n, V].
@@ -95,32 +98,42 @@ def token_logp(
             entropy = -(jnp.exp(logs) * logs).sum(-1)
         return TokenLogp(logp=logp, is_argmax=logits.argmax(-1) == tokens, entropy=entropy)
 
-    def score_rows(params: Params, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
+    def score_rows(table: jax.Array, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
+        for dimension, part in enumerate(place):
+            by_part = sharding.mesh_axes(PartitionSpec(part))
+            table = sequence.gather(table, by_part, dimension)
         hidden = sequence.gather(hidden, by_token, 1)  # a parent may stand anywhere in its row
         source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
         # The scan already keeps forward and backward apart: remat needs no barrier against CSE.
-        chunk = jax.checkpoint(partial(score, params), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
+        chunk = jax.checkpoint(partial(score, table), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
         return _by_chunks(chunk, (source, batch.tokens), chunk_tokens)
 
-    found = sharding.current()
-    split = PartitionSpec()
+    table, is_trained = params[network.table], network.table in trained(params)
+    if is_trained:
+        # A float32 copy has a float32 cotangent: a scan adds up in the dtype of what it closes
+        # over. (And XLA for CPU aborts on bfloat16 collectives under shard_map.)
+        table = table.astype(jnp.float32)
+    found, split, place = sharding.current(), PartitionSpec(), PartitionSpec()
     if found is not None:
         split = sharding.spec(("rows", "tokens"), batch.tokens.shape, *found, name="The batch")
     by_token = sharding.mesh_axes(PartitionSpec(*split[1:]))
-    if axes := sharding.mesh_axes(split):
-        # Left to itself, the compiler would sum the table's gradient over devices in every chunk.
+    if found is not None and (axes := sharding.mesh_axes(split)):
+        if is_trained:
+            # Brought together inside, the table has a gradient that is summed and split in one go,
+            # before the layers' backward pass: the whole of it would lie beside that.
+            names = network.axes()[network.table]
+            where = sharding.spec(names, table.shape, *found, name=network.table)
+            place = sharding.only(where, axes)
+            table, hidden = jax.lax.optimization_barrier((table, hidden))
+        # Left to itself, the compiler would sum that gradient over devices in every chunk.
         score_rows = jax.shard_map(
             score_rows,
-            in_specs=(PartitionSpec(), split, split),
+            in_specs=(place, split, split),
             out_specs=split,
             axis_names=set(axes),
             check_vma=False,
         )
-    # Float32 copies of what `unembed` reads make float32 cotangents: a scan adds up in the dtype of
-    # what it closes over. (And XLA for CPU aborts on a bfloat16 psum under shard_map.) What is
-    # frozen has no cotangent.
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), trained(params))
-    return score_rows(overlay(params, wide), hidden, batch)
+    return score_rows(table, hidden, batch)
 
 
 def _by_chunks(

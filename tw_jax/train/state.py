@@ -321,22 +321,16 @@ def decays(params: Params) -> Params:
 def matrices(params: Any) -> Any:
     """How Muon reads parameters: which axes of a leaf are a matrix's rows and which its columns.
 
-    Leaves of "blocks" are stacked by layer, [L, rows, columns]; attention's projections have heads
-    and head width as two axes, which count as one: [L, d, n, h] and, for "out", [L, n, h, d]. The
-    two sides of an adapter have the rank in the place of the other side: [L, n, h, r], [L, r, d].
+    Leaves of "blocks" are stacked by layer, [L, rows, columns].
 
     Returns:
       `optax.contrib.MuonDimensionNumbers`, or None for a leaf that AdamW moves.
     """
 
-    def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    def dimensions(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
-        if "blocks" not in name or "norm" in name or "bias" in name:
-            return None
-        split = leaf.ndim - 1 if "out" in name else 2
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(1, split)), tuple(range(split, leaf.ndim))
-        )
+        is_matrix = "blocks" in name and "norm" not in name and "bias" not in name
+        return optax.contrib.MuonDimensionNumbers(1, 2) if is_matrix else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
@@ -355,12 +349,7 @@ def _direction(optim: Optim) -> optax.GradientTransformation:
 
 def _like_adam(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
     """Orthogonal matrices, at the root mean square that AdamW's directions usually have."""
-
-    def scaled(update: jax.Array, dims: Any) -> jax.Array:
-        sides = (dims.reduction_axis, dims.output_axis)
-        return 0.2 * math.sqrt(max(math.prod(update.shape[i] for i in s) for s in sides)) * update
-
-    return jax.tree.map(scaled, updates, matrices(updates))
+    return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape[1:])) * x, updates)
 
 
 def _labels(params: Params) -> Params:
