@@ -96,9 +96,14 @@ class TestWithLibtpu:
     ):
         found = printed(tmp_path, capsys, SAMPLING, f"Sampling.part='{part}'")
         assert found["ok"] is True
+        weights = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 512) + 128 * 384
         # Keys and values of 4 layers, 2 heads of 32 in bfloat16, for one of the four rows.
         assert found["kv_bytes_per_chip"] == 2 * 4 * 2 * 1024 * 32 * 2
         assert found["temp_over_kv"] >= 0
+        assert found["param_bytes_per_chip"] > 4 * weights / 4
+        # Two lanes decode, prompts come by 16; a key is met by 4 heads of 32 in 4 layers, twice.
+        tokens = 4 * (2 if part == "decode" else 16)
+        assert found["flops"] == tokens * (2 * weights + 1024 * 4 * 128 * 4)
 
     def test_a_topology_that_is_none_is_refused(self, tmp_path, capsys):
         (tmp_path / "aot.gin").write_text(MODEL + SFT)

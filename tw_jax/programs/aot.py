@@ -249,17 +249,26 @@ def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     state = state.replace(cache=state.cache.replace(kv=None))
     state = _placed(state, jax.tree.map(lambda _: by_row, state))
     state = state.replace(cache=state.cache.replace(kv=kv))
+    lanes = how.forkjoin.max_threads
+    queries = max(how.sampler.prefill_chunk, lanes) if how.part == "prefill" else lanes
     extra = {
-        "kv_bytes_per_chip": sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(kv)
-        )
+        "kv_bytes_per_chip": _bytes_per_chip(kv),
+        "param_bytes_per_chip": _bytes_per_chip(params),
+        "flops": _turn(cfg.model, rows, queries, how.slots),
+        "block_occupancy": None,
     }
     if how.part == "prefill":
         return sampler.prefill, (params, 1, state), extra
     draw = jax.eval_shape(lambda: settings(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0))
     draw = _placed(draw, jax.tree.map(lambda _: by_row, draw))
     return sampler.advance, (params, state, draw), extra
+
+
+def _bytes_per_chip(arrays: Any) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(arrays)
+    )
 
 
 def _placed(shapes: Any, places: Any) -> Any:
@@ -284,11 +293,6 @@ def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
     utilisation (arXiv:2204.02311, appendix B).
     Attention counts the pairs of ThreadWeaver-shaped tries, see `data/workloads.py`.
     """
-    heads = model.num_heads * model.head_width
-    kv_heads = model.num_kv_heads * model.head_width
-    attention = model.width * (2 * heads + 2 * kv_heads)
-    weights = model.num_layers * (attention + 3 * model.width * model.mlp_width)
-    weights += model.width * model.vocab_size
     row, used = [], 0
     while used < tokens:
         trie = tries.of_trajectory(workloads.trajectory(workloads.Shape(), seed=len(row)))
@@ -301,8 +305,29 @@ def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
     need = needed(at, keys, query_block=_BLOCK, key_block=_BLOCK)
     pairs = int((np.asarray(batch.end) - at).sum())
     passes = 3.0 if model.lora is None else 2.0
-    products = passes * 2 * weights * tokens + 3.0 * 4 * heads * model.num_layers * pairs
+    products = passes * 2 * _weights(model) * tokens + 3.0 * _scores(model) * pairs
     return {
         "flops": rows * products,
         "block_occupancy": float(need.mean()),
     }
+
+
+def _turn(model: Model, rows: int, queries: int, slots: int) -> float:
+    """Operations of one turn of the sampler's loop: as many tokens a row, and a cache that is full.
+
+    All are counted as unembedded, which of a prompt only the last is.
+    """
+    return float(rows * queries * (2 * _weights(model) + _scores(model) * slots))
+
+
+def _weights(model: Model) -> int:
+    """Entries of the matrices that a token meets."""
+    heads, kv_heads = (n * model.head_width for n in (model.num_heads, model.num_kv_heads))
+    attention = model.width * (2 * heads + 2 * kv_heads)
+    weights = model.num_layers * (attention + 3 * model.width * model.mlp_width)
+    return weights + model.width * model.vocab_size
+
+
+def _scores(model: Model) -> int:
+    """Operations of one pair of a query and a key, forward."""
+    return 4 * model.num_heads * model.head_width * model.num_layers
