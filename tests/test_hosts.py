@@ -53,6 +53,26 @@ def test_alone_what_is_gathered_is_ones_own_as_json_holds_it():
     hosts.agree(anything="at all")
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_is_divided_comes_together_in_order(job, monkeypatch, index):
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shares, seen = [["a", "c", "e"], ["b", "d"]], []
+
+    def work(items):
+        seen.extend(items)
+        return [item.lower() for item in items]
+
+    job(*shares)
+    assert hosts.divide(work, list("ABCDE")) == list("abcde")
+    assert seen == [item.upper() for item in shares[index]]
+
+
+def test_alone_one_does_all_of_what_is_divided():
+    assert hosts.divide(lambda items: [2 * item for item in items], [1, 2, 3]) == [2, 4, 6]
+    assert hosts.divide(list, []) == []
+
+
 def test_processes_that_agree_go_on(job):
     job({"verb": "sft", "config": "a = 1\n"}, {"verb": "sft", "config": "a = 1\n"})
     assert hosts.agree(verb="sft", config="a = 1\n") is None

@@ -20,6 +20,7 @@ from tw_jax.sharding import (
     constrain,
     current,
     make_mesh,
+    put_rows,
     row_share,
     shardings,
     spec,
@@ -159,6 +160,23 @@ def test_a_host_batch_becomes_a_global_one_split_by_rows() -> None:
     assert {shard.data.shape for shard in accumulated.addressable_shards} == {(2, 1, 3)}
     with pytest.raises(ValueError, match="tokens has 6 rows on this host: want a multiple of 4"):
         to_global({"tokens": np.ones((6, 3))}, mesh, Rules())
+
+
+def test_rows_that_every_host_has_are_split_over_the_mesh_in_use() -> None:
+    batch = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3), "length": np.arange(8)}
+    batch["same"] = batch["length"]
+    alone = put_rows(batch)
+    with use(make_mesh(CUBE), Rules()):
+        made = put_rows(batch)
+        with pytest.raises(ValueError, match="tokens has rows = 6: want a multiple of 4"):
+            put_rows({"tokens": np.ones((6, 3))})
+    for name, array in batch.items():
+        np.testing.assert_array_equal(made[name], array)
+        np.testing.assert_array_equal(alone[name], array)
+        assert made[name].sharding.spec == P(("data", "fsdp"))
+        assert len(alone[name].sharding.device_set) == 1
+    batch["tokens"][:] = 0
+    assert made["tokens"][0, 1] == 1, "it is a copy"
 
 
 def arguments() -> tuple[jax.Array, jax.Array, Span]:

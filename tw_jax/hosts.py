@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,28 @@ def gather(value: Any) -> list[Any]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def divide(work: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]) -> list[Any]:
+    """Lets each process do its share of a list; all then know what came of all, in order.
+
+    Args:
+      work: as many results as it is handed items; what JSON can hold.
+      items: the same in every process.
+    """
+    is_alone = not jax.distributed.is_initialized()
+    first, count = (0, 1) if is_alone else (jax.process_index(), jax.process_count())
+    done: list[Any] = [None] * len(items)
+    for index, share in enumerate(gather(list(work(items[first::count])))):
+        done[index::count] = share
+    return done
+
+
+def known(tree: Any) -> Any:
+    """A tree of global arrays, whole and on the host in every process."""
+    if not jax.distributed.is_initialized():
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def agree(**facts: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -280,6 +281,30 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
         return x
     where = spec(axes, x.shape, *found, name="An activation")
     return jax.lax.with_sharding_constraint(x, where)
+
+
+def put_rows(tree: Any) -> Any:
+    """Puts host arrays on the devices of the enclosing `use`, split by rows; outside, on one.
+
+    No two arrays of the result share memory, so all may be donated.
+
+    Args:
+      tree: host arrays [R, ...], whole and the same on every host.
+
+    Raises:
+      ValueError: R does not divide over the devices.
+    """
+    found = current()
+    if found is None:
+        return jax.tree.map(jnp.array, tree)
+    mesh, rules = jax.sharding.get_mesh(), found[1]
+
+    def one(path: Any, array: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "The batch"
+        place = NamedSharding(mesh, spec(("rows",), array.shape[:1], mesh, rules, name=name))
+        return jax.make_array_from_callback(array.shape, place, lambda at: np.array(array[at]))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def row_share(mesh: jax.sharding.Mesh, rules: Rules) -> tuple[int, int]:

@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from programs.jobs import PROCESSES, Job
 
 from tw_jax import hosts, sharding
 from tw_jax.checkpoint import Checkpoints
@@ -23,84 +21,12 @@ from tw_jax.programs import sft
 from tw_jax.train.state import abstract_state
 from tw_jax.trie.pack import Fill
 
-PROCESSES = 2
 STEPS = 12
 SETS = [f"Sft.steps={STEPS}", "Sft.save_every=3", "Model.attention='reference'"]
-# tensorboardX imports PyTorch where there is one, which takes seconds, and does without it too.
-MAIN = """
-import sys
-sys.modules["torch"] = None
-from tw_jax.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
-class Job:
-    """The processes of one job, started as a launcher would."""
-
-    def __init__(self, config, folder, sets=(), *, odd=()):
-        """`odd`: settings of process 1 alone."""
-        folder.mkdir(exist_ok=True)
-        self.logs = [folder.parent / f"{folder.name}.{index}.log" for index in range(PROCESSES)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.processes = []
-        for index, log in enumerate(self.logs):
-            words = ["sft", str(config), "--hosts", "--set", f"Sft.workdir='{folder}'"]
-            for word in (*SETS, *sets, *(odd if index else ())):
-                words += ["--set", word]
-            here = {
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": "4",
-                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                "JAX_COMPILATION_CACHE_DIR": "",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(PROCESSES),
-                "JAX_PROCESS_ID": str(index),
-            }
-            environment = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"} | here
-            with log.open("wb") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", MAIN, *words],
-                        env=environment,
-                        stdout=out,
-                        stderr=out,
-                    )
-                )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def told(self, index):
-        return self.logs[index].read_text()[-3000:]
-
-    def wait_for(self, has_come):
-        until = time.monotonic() + 900
-        while not has_come():
-            assert all(p.poll() is None for p in self.processes), self.told(0) + self.told(1)
-            assert time.monotonic() < until
-            time.sleep(0.01)
-
-    def wait(self, seconds=900):
-        """The exit statuses."""
-        until = time.monotonic() + seconds
-        return [p.wait(timeout=max(until - time.monotonic(), 0)) for p in self.processes]
-
-    def finish(self):
-        assert self.wait() == [0] * PROCESSES, self.told(0) + self.told(1)
-
-
-def run(config, folder, sets=()):
-    with Job(config, folder, sets) as job:
+def run(config, folder):
+    with Job(config, folder, SETS) as job:
         job.finish()
     return job
 
@@ -164,7 +90,7 @@ def whole(made, tmp_path_factory):
 
 
 def test_processes_with_another_config_stop_all_of_them_with_a_sentence(made, tmp_path):
-    with Job(made / "sft.gin", tmp_path / "run", odd=["Optim.beta2=0.5"]) as job:
+    with Job(made / "sft.gin", tmp_path / "run", SETS, odd=["Optim.beta2=0.5"]) as job:
         assert job.wait() == [2, 2]
     for index in range(PROCESSES):
         assert (
@@ -195,7 +121,7 @@ def test_a_launch_script_starts_its_words_on_every_host(script, command, tmp_pat
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(made, whole, tmp_path, numbers):
     config, killed = made / "sft.gin", tmp_path / "killed"
-    with Job(config, killed) as job:
+    with Job(config, killed, SETS) as job:
         job.wait_for(lambda: lines(killed) >= 1)
         job.processes[1].terminate()
         assert job.wait() == [130, 130], job.told(0) + job.told(1)
@@ -204,7 +130,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(made, whole,
     for index in range(PROCESSES):
         assert f"tw: Stopped after step {stopped} of {STEPS}, which is saved" in job.told(index)
 
-    with Job(config, killed) as job:
+    with Job(config, killed, SETS) as job:
         job.wait_for(lambda: lines(killed) > stopped)
         job.processes[1].kill()
         statuses = job.wait(seconds=3 * hosts.LOST_SECONDS)
@@ -212,7 +138,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(made, whole,
     assert statuses[0] not in (0, None)
     assert stopped < lines(killed) < STEPS, "it was killed too late to lose anything"
 
-    with Job(config, killed) as job:
+    with Job(config, killed, SETS) as job:
         job.finish()
     assert [line["step"] for line in numbers(killed)] == list(range(STEPS))
     assert numbers(killed) == numbers(whole)
@@ -260,7 +186,9 @@ def test_what_fails_in_one_process_ends_the_others(made, tmp_path):
     source = (made / "data" / "train.jsonl").read_text().splitlines()
     source[1::2] = [line.replace("</Thread>", "") for line in source[1::2]]
     (tmp_path / "bad.jsonl").write_text("\n".join(source) + "\n")
-    with Job(made / "sft.gin", tmp_path / "run", [f"Data.path='{tmp_path}/bad.jsonl'"]) as job:
+    with Job(
+        made / "sft.gin", tmp_path / "run", [*SETS, f"Data.path='{tmp_path}/bad.jsonl'"]
+    ) as job:
         statuses = job.wait(seconds=300 + 2 * hosts.LOST_SECONDS)
     assert 0 not in statuses
     assert f"tw: {tmp_path}/bad.jsonl:" in job.told(1)

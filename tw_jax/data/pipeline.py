@@ -7,8 +7,6 @@ file knows no model; it hands the train loop `TrieBatch`es of numpy arrays.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from tw_jax.config import config
 from tw_jax.data.records import Example, Record, Rollout, open_records
-from tw_jax.data.stored import trajectory_of
+from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.grammar import GrammarError, parse
 from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
@@ -27,8 +25,6 @@ from tw_jax.tokenizer import Chat, Tokenizer, check_ids
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.pack import Fill, Packing, fit, pack
 from tw_jax.trie.tree import Trie, flat_labels
-
-_END_BYTES = 2**20
 
 
 @config
@@ -149,7 +145,7 @@ class Batches(Iterator[TrieBatch]):
             raise ValueError(
                 f"{cfg.path}: {len(records)} records for {num_hosts} hosts; want at least one each."
             )
-        self.fingerprint = _fingerprint(cfg.path)
+        self.fingerprint = fingerprint(cfg.path)
         self.fill, self.unusable = Fill(), 0
         self._share = [host, num_hosts]
         self._cfg, self._packing, self._builder, self._rows = cfg, packing, builder, rows
@@ -243,13 +239,3 @@ class _Numbered:
     def __getitem__(self, index: Any) -> tuple[Record, str]:
         number = int(np.asarray(index))
         return self._records[number], f"{self._path}:{number + 1}"
-
-
-def _fingerprint(path: str) -> str:
-    """What tells a file from another one of any size: its bytes, and a hash of its two ends."""
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(_END_BYTES))
-        file.seek(max(size - _END_BYTES, 0))
-        digest.update(file.read(_END_BYTES))
-    return f"{size} bytes, {digest.hexdigest()[:12]}"

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax import sharding
+from tw_jax import hosts, sharding
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
-from tw_jax.data.stored import problem_of, trajectory_of
+from tw_jax.data.stored import fingerprint, problem_of, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -59,6 +59,8 @@ from tw_jax.train.loop import fit, resume
 from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step, refuse_mismatch
 from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
 from tw_jax.trie.pack import Fill, Packing
+
+MANY_HOSTS = True
 
 
 @config
@@ -238,9 +240,11 @@ def run(cfg: Pgrpo) -> None:
                 key=jax.random.key(cfg.seed),
                 params=_restored(cfg, abstract.params),
             )
-        place = _placing(cfg, net, abstract.params, mesh, rollouts)
+        place = _placing(cfg, net, abstract.params, rollouts)
         first = int(state.step)
-        print(f"{folder}: step {first} of {cfg.steps}, {mesh.size} device(s)")
+        if hosts.is_first():
+            where = f"{mesh.size} device(s) of {jax.process_count()} process(es)"
+            print(f"{folder}: step {first} of {cfg.steps}, {where}")
         rollouts.take(state)
         with Metrics(folder, step=first) as metrics:
             fit(
@@ -279,16 +283,14 @@ def _restored(cfg: Pgrpo, abstract: Params) -> Params:
     return restore_params(cfg.init, abstract=abstract, core=without_adapters(abstract))
 
 
-def _placing(
-    cfg: Pgrpo, net: Network, abstract: Params, mesh: jax.sharding.Mesh, rollouts: Rollouts
-) -> Any:
+def _placing(cfg: Pgrpo, net: Network, abstract: Params, rollouts: Rollouts) -> Any:
     """What puts a batch on the devices, with the reference's log-probs where the loss reads them.
 
     The reference of the KL term is the model that the run began with. What training moves is kept
     of it, and the rest is read where it is.
     """
     if not cfg.loss.kl_coef:
-        return lambda batch: sharding.to_global(batch, mesh, cfg.rules)
+        return sharding.put_rows
     # Fresh adapters add nothing, and neither do those of zeros.
     nothing = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), adapters(abstract)
@@ -304,7 +306,7 @@ def _placing(
     )
 
     def place(batch: PolicyBatch) -> PolicyBatch:
-        placed = sharding.to_global(batch, mesh, cfg.rules)
+        placed = sharding.put_rows(batch)
         return placed.replace(ref_logp=logp(overlay(rollouts.params, reference), placed.trie))
 
     return place
@@ -337,6 +339,10 @@ class Rollouts:
         self._problems = records.open_records(cfg.problems)
         if not len(self._problems):
             raise ValueError(f"{cfg.problems} has no problem: want at least one.")
+        # Each process of a job does all that is drawn.
+        files = [cfg.problems, *([] if cfg.evaluation is None else [cfg.evaluation.problems])]
+        told = ", ".join(map(fingerprint, files))
+        hosts.agree(problems=told, tokenizer=self._tokenizer.fingerprint)
         self._sampler: ForkJoinSampler = make_sampler(
             network(cfg.model), ThreadWeaver(make_table(self._tokenizer), cfg.forkjoin), cfg.sampler
         )
@@ -357,6 +363,8 @@ class Rollouts:
 
     def forget_later(self) -> None:
         """Deletes what a crash left of later steps, whose parameters are made anew."""
+        if not hosts.is_first():
+            return
         folder = Path(self._cfg.workdir) / "rollouts"
         for file in folder.glob(".[0-9]*.jsonl"):
             if file.name != f".{self._step:06}.jsonl":
@@ -387,8 +395,8 @@ class Rollouts:
         """Samples until enough groups have signal; packs them."""
         cfg, began = self._cfg, time.monotonic()
         folder = Path(cfg.workdir) / "rollouts"
-        unfinished = folder / f".{self._step:06}.jsonl"
-        drawn, parts, verdicts = self._draw(unfinished)
+        begun = folder / f".{self._step:06}.jsonl"
+        drawn, parts, verdicts = self._draw(begun)
         values = totals(parts, cfg.reward)
         finite = are_finite(values)
         found = np.flatnonzero(finite & has_signal(values) & trains(parts))
@@ -415,11 +423,12 @@ class Rollouts:
             for n in range(len(drawn))
             for k in range(cfg.rollouts)
         }
-        records.write(
-            folder / f"{self._step:06}.jsonl",
-            [self._record(drawn[n], k, extra) for (n, k), extra in told.items()],
-        )
-        unfinished.unlink()
+        if hosts.is_first():
+            records.write(
+                folder / f"{self._step:06}.jsonl",
+                [self._record(drawn[n], k, extra) for (n, k), extra in told.items()],
+            )
+            begun.unlink()
         self._numbers = {
             **summary(parts, values),
             "cut": float(
@@ -438,15 +447,14 @@ class Rollouts:
         self._step += 1
         return batch
 
-    def _draw(self, unfinished: Path) -> tuple[list[Drawn], list[list[Parts]], Counter[str]]:
+    def _draw(self, file: Path) -> tuple[list[Drawn], list[list[Parts]], Counter[str]]:
         """Draws prompts until enough groups have signal; keeps the rollouts as they come."""
         cfg = self._cfg
         drawn: list[Drawn] = []
         parts: list[list[Parts]] = []
         verdicts: Counter[str] = Counter()
         good = 0
-        with records.append(unfinished) as add:
-            have = {record.id: record for record in records.read(unfinished)}
+        with unfinished(file) as (have, add):
             while good < cfg.prompts and len(drawn) < cfg.most_prompts:
                 # Rows that stand empty take as long as others, so all are filled.
                 count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
@@ -512,7 +520,8 @@ class Rollouts:
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
         items = [(self._text(t), g.problem.answer) for g in groups for t in g.trajectories]
-        found = iter(self._pool.grade_all(items))
+        # A host's deadline is its own, so each item is judged by one of them.
+        found = iter(hosts.divide(self._pool.grade_all, items))
         judged = []
         for group in groups:
             said = [next(found) for _ in group.trajectories]

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax import hosts, sharding
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
@@ -113,7 +114,7 @@ class ForkJoinSampler:
         for first in range(0, count, cfg.rows):
             some = prompts[first // repeats : (first + cfg.rows) // repeats]
             index = np.minimum(np.arange(first, first + cfg.rows), count - 1)
-            given = jax.tree.map(lambda a, i=index: a[i], how)
+            given = sharding.put_rows(jax.tree.map(lambda a, i=index: np.asarray(a)[i], how))
             state = self.decode(params, some, given, repeats=repeats)
             made += self._collect(state, [prompt for prompt in some for _ in range(repeats)])
         return made
@@ -127,10 +128,11 @@ class ForkJoinSampler:
             state = self.prefill(params, repeats, state)
         while True:
             state = self.advance(params, state, how)
-            if bool((state.phase == DONE).all()):
+            phase, span = hosts.known((state.phase, state.cache.span))
+            if (phase == DONE).all():
                 return state
-            live = np.asarray(state.cache.span.exit > state.cache.span.enter).sum(axis=1)
-            want = int(live[np.asarray(state.phase) != DONE].max()) + self.sizes.chunk
+            live = (span.exit > span.enter).sum(axis=1)
+            want = int(live[phase != DONE].max()) + self.sizes.chunk
             slots = caches.bucket(want)
             # Dropping dead entries alone must free a quarter, or the next stop comes too soon.
             if want > 3 * state.cache.slots // 4:
@@ -226,13 +228,12 @@ class ForkJoinSampler:
             number=length,
         )
         slots = caches.bucket(int(length.max(initial=1)) + 2 * sizes.chunk)
-        # jnp.array copies, so no two leaves share a buffer when the state is donated.
-        state = jax.tree.map(jnp.array, state)
-        return state.replace(cache=caches.empty(self.network, rows, slots))
+        state = sharding.put_rows(state)
+        return state.replace(cache=_empty(self.network, rows, slots))
 
     def _collect(self, state: State, prompts: Sequence[np.ndarray]) -> list[Trajectory]:
         """The drawn ids, run through the host protocol: calls, joins, provenance, counts."""
-        log = jax.device_get(state.log)
+        log = hosts.known(state.log)
         made = []
         for b, prompt in enumerate(prompts):
             length = int(log.length[b])
@@ -246,6 +247,10 @@ class ForkJoinSampler:
             ]
             made.append(rebuild(self.protocol, prompt, drawn))
         return made
+
+
+# Made by the devices that hold it, for no host could hand on what another's devices hold.
+_empty = jax.jit(caches.empty, static_argnums=(0, 1, 2))
 
 
 def make_sampler(
