@@ -141,7 +141,7 @@ def test_devices_of_hosts_that_were_not_joined_are_refused(monkeypatch):
         make_mesh(None)
 
 
-@pytest.mark.parametrize("verb", ["pgrpo", "sample", "evaluate", "convert"])
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "convert"])
 def test_a_program_of_one_process_refuses_hosts(verb, capsys):
     assert main([verb, "any.gin", "--hosts"]) == 2
     assert f"tw: tw {verb} runs in one process: want one host" in capsys.readouterr().err
