@@ -136,7 +136,7 @@ def _per_device(
     mesh, rules = current
     by_head = sharding.spec(("rows", "heads", "tokens"), q.shape[:3], mesh, rules, name="queries")
     # The keys of a cache are whole on every device; those of the queries' own tokens are split.
-    tokens = by_head[2] if k.shape[-2] == q.shape[2] else None
+    tokens = by_head[2] if not layer and k.shape[2] == q.shape[2] else None
     by_token = sharding.mesh_axes(PartitionSpec(tokens))
 
     def local(q, k, v, at, keys, *layer):

@@ -134,6 +134,8 @@ class Attention(nn.Module):
             # would be copied before it is multiplied with.
             y = _times(self, name, x, (cfg.width, count * head), ("embed", axis), fan_in=cfg.width)
             if kv is not None:
+                # Else heads come first in memory here too, by a copy of all layers' weights that a
+                # loop of decoding begins with, transposed.
                 y = _pinned(y, ("rows", "tokens", axis))
             y = constrain(y.reshape(*x.shape[:2], count, head), ("rows", "tokens", axis, None))
             return y.swapaxes(1, 2)
