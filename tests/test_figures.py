@@ -126,7 +126,8 @@ def test_latency_of_one_kind_has_one_panel(right: int) -> None:
 
 
 def test_latency_of_rollouts_without_tokens_is_drawn() -> None:
-    figures.latency_figure([{"verdict": "timeout", "total": 0, "longest": 0}])
+    drawn = figures.latency_figure([{"verdict": "timeout", "total": 0, "longest": 0}])
+    assert len(drawn.axes) == 1
 
 
 def test_blocks_say_who_wrote_what() -> None:

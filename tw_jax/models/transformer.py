@@ -501,19 +501,24 @@ def _remat(block: type[Block], cfg: Model) -> Any:
 
 
 def _pinned(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Keeps an array in the layout that it has in our words, the last dimension innermost."""
-    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    """`_row_major` of each device's part of an activation."""
     found = current()
     if found is None:
-        return with_layout_constraint(x, layout)
+        return _row_major(x)
     where = spec(axes, x.shape, *found, name="An activation")
+    # Outside of it, the constraint would gather the whole array on every device.
     return jax.shard_map(
-        lambda x: with_layout_constraint(x, layout),
+        _row_major,
         in_specs=where,
         out_specs=where,
         axis_names=set(mesh_axes(where)),
         check_vma=False,
     )(x)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """Keeps an array in the layout with the last dimension innermost."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
@@ -534,12 +539,10 @@ def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array)
 def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
     # The layout is pinned: else the compiler for TPUs lays the cache out in one way for loops that
     # write one entry and in another for those that write many, and copies all of it in between.
-    layout = Layout(major_to_minor=tuple(range(cache.ndim)))
-
     def write_row(row: jax.Array, cache: jax.Array) -> jax.Array:
         entries = jax.lax.dynamic_index_in_dim(new, row)[None].astype(cache.dtype)
         zero = jnp.zeros((), start.dtype)
         put = jax.lax.dynamic_update_slice(cache, entries, (layer, row, zero, start[row], zero))
-        return with_layout_constraint(put, layout)
+        return _row_major(put)
 
     return jax.lax.fori_loop(0, len(start), write_row, cache)
