@@ -1,6 +1,9 @@
-"""One process, eight virtual CPU devices, one table of tolerances; set before any JAX call."""
+"""Eight virtual CPU devices, one table of tolerances; set before any JAX call."""
 
+import gc
+import json
 import os
+import pathlib
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,10 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import jax
 import pytest
+from closeness import Close
 
-# Tests run the same programs again and again; each is compiled once for all of them.
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="tw_jax_programs_")
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+# Tests run the same programs again and again; each is compiled once for all of them. The process
+# that starts the workers owns the folder; they and the processes of their tests inherit its name.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="tw_jax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -32,9 +39,42 @@ TOLERANCE = {
     "bf16_most": 2e-2,  # 99 % of the entries in bfloat16
     "bf16_all": 6e-2,  # every entry in bfloat16
 }
+_CLOSE = Close(TOLERANCE)
+
+
+@pytest.fixture(scope="session")
+def close() -> Close:
+    """Compares numbers by a row of the table: `close("module", got, want)`."""
+    return _CLOSE
 
 
 @pytest.fixture(scope="session")
 def tolerance() -> dict[str, float]:
-    """The one table; a test names the row it uses and never relaxes it."""
+    """The bounds of the table, where something must differ by more; `close` compares."""
     return TOLERANCE
+
+
+def pytest_addoption(parser):
+    parser.addoption("--worst", help="run what compares numbers; write the worst errors here")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--worst"):
+        others = [item for item in items if "close" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+
+
+def pytest_sessionfinish(session):
+    folder = session.config.getoption("--worst")
+    if folder and _CLOSE.worst:
+        name = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        pathlib.Path(folder, f"{name}.json").write_text(json.dumps(_CLOSE.worst), encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A program stays in memory as long as its function does; few are of use to another file."""
+    yield
+    jax.clear_caches()
+    gc.collect()
