@@ -203,12 +203,6 @@ def single():
     return network(MODEL).init(jax.random.key(0))
 
 
-def assert_close(got, want, bound: float) -> None:
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        worst = bound * max(float(np.abs(other).max()), 1e-6)
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=worst)
-
-
 def place(cfg: Mesh) -> tuple[jax.sharding.Mesh, dict]:
     """A mesh, and where parameters go on it."""
     net, mesh = network(MODEL), make_mesh(cfg)
@@ -218,39 +212,39 @@ def place(cfg: Mesh) -> tuple[jax.sharding.Mesh, dict]:
 # Results are awaited before the next program starts: virtual devices share one host's threads, and
 # the eight that meet in a collective should not have to wait for another program's work.
 @pytest.mark.parametrize("cfg", MESHES, ids=str)
-def test_eight_devices_compute_what_one_does(single, cfg, tolerance, capfd) -> None:
+def test_eight_devices_compute_what_one_does(single, cfg, close, capfd) -> None:
     want = jax.block_until_ready(FORWARD(single, *arguments()))
     mesh, where = place(cfg)
     with use(mesh, Rules()):
         batch = to_global(jax.tree.map(np.asarray, arguments()), mesh, Rules())
         logits = jax.block_until_ready(FORWARD(jax.device_put(single, where), *batch))
-    assert_close(logits, want, tolerance["sharded"])
+    close("sharded", logits, want)
     split = spec(("rows", "tokens", "vocab"), logits.shape, mesh, Rules())
     assert logits.sharding.is_equivalent_to(NamedSharding(mesh, split), 3)
     assert "full rematerialization" not in capfd.readouterr().err
 
 
-def test_gradients_on_eight_devices_are_those_on_one(single, tolerance, capfd) -> None:
+def test_gradients_on_eight_devices_are_those_on_one(single, close, capfd) -> None:
     want = jax.block_until_ready(GRADIENT(single, *arguments()))
     mesh, where = place(CUBE)
     with use(mesh, Rules()):
         batch = to_global(jax.tree.map(np.asarray, arguments()), mesh, Rules())
         gradient = jax.block_until_ready(GRADIENT(jax.device_put(single, where), *batch))
-    assert_close(gradient, want, tolerance["sharded"])
+    close("sharded", gradient, want)
     # What the compiler says when it copies a whole array to every device to split it otherwise.
     assert "full rematerialization" not in capfd.readouterr().err
 
 
-def test_parameters_born_in_their_places_are_the_same_numbers(single, tolerance) -> None:
+def test_parameters_born_in_their_places_are_the_same_numbers(single, close) -> None:
     mesh, where = place(CUBE)
     with use(mesh, Rules()):
         born = jax.jit(network(MODEL).init, out_shardings=where)(jax.random.key(0))
-    assert_close(born, single, tolerance["rounding"])
+    close("rounding", born, single)
     for leaf, there in zip(jax.tree.leaves(born), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim)
 
 
-def test_decoding_on_eight_devices_equals_one_and_never_moves_the_cache(single, tolerance) -> None:
+def test_decoding_on_eight_devices_equals_one_and_never_moves_the_cache(single, close) -> None:
     net = network(MODEL)
     tokens, depth, span = arguments()
     slots = 16
@@ -270,7 +264,7 @@ def test_decoding_on_eight_devices_equals_one_and_never_moves_the_cache(single, 
         assert kv.k.sharding.spec == P(None, ("data", "fsdp"), "tensor")
         step = jax.jit(net.apply, donate_argnums=4).lower(placed, *batch, kv, *rest).compile()
         hidden, kv = step(placed, *batch, kv, *rest)
-    assert_close((hidden, kv), (want, filled), tolerance["sharded"])
+    close("sharded", (hidden, kv), (want, filled))
     assert isinstance(kv, KV)
     # One device's share of a layer is [2 rows, 2 heads, 16 slots, 8]; none of it may travel.
     moving = re.compile(r"(all-gather|all-to-all|collective-permute|all-reduce)\(")

@@ -87,7 +87,7 @@ def test_active_area_is_counted_over_true_pairs_at_full_size():
     assert attention._active_over_true(CASE) == pytest.approx(256**2 * len(made) / pairs)
 
 
-def test_what_is_timed_is_attention_and_its_gradients(tolerance):
+def test_what_is_timed_is_attention_and_its_gradients(close):
     model = dataclasses.replace(CASE.model, num_heads=4, num_kv_heads=2, head_width=8)
     keys = attention.spans(attention.row(PACKED)[0])["trie"]
     q, k, v, d_out = arrays = attention._arrays(model, TOKENS)
@@ -97,9 +97,8 @@ def test_what_is_timed_is_attention_and_its_gradients(tolerance):
     want, pull = jax.vjp(
         lambda q, k, v: reference.attend(q, k, v, at=keys.enter, keys=keys, scale=8**-0.5), q, k, v
     )
-    np.testing.assert_allclose(out, want, atol=tolerance["module"])
-    for one, other in zip(gradients, pull(d_out), strict=True):
-        np.testing.assert_allclose(one, other, atol=tolerance["module"] * np.abs(other).max())
+    close("module", out, want)
+    close("module", gradients, pull(d_out))
 
 
 def test_timed_rows_are_full_of_whole_tries():

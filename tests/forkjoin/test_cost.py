@@ -18,7 +18,7 @@ def golden_tags() -> cost.Tags:
 
 
 @pytest.mark.parametrize("number", range(len(GOLDEN["cases"])))
-def test_statistics_of_ids_equal_the_released_ones(number, tolerance):
+def test_statistics_of_ids_equal_the_released_ones(number, close):
     case = GOLDEN["cases"][number]
     got = cost.of_ids(np.array(case["ids"], np.int32), golden_tags())
     assert got.total == case["total_num_tokens"] == len(case["ids"])
@@ -32,7 +32,7 @@ def test_statistics_of_ids_equal_the_released_ones(number, tolerance):
         "thread_counts_per_block": got.threads_per_block,
     }
     for name, value in ratios.items():
-        assert value == pytest.approx(case[name], rel=tolerance["rounding"]), name
+        close("rounding", value, case[name], what=name)
 
 
 def call(path, sampled):

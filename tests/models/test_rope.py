@@ -13,18 +13,18 @@ def turned(rng: np.random.Generator, rope, shape: tuple[int, ...], depth: np.nda
     return x, np.asarray(rotate(jnp.asarray(x), rotation(rope, shape[-1], jnp.asarray(depth))))
 
 
-def test_a_pair_turns_by_its_frequency_times_its_depth(tolerance) -> None:
+def test_a_pair_turns_by_its_frequency_times_its_depth(close) -> None:
     rng = np.random.default_rng(0)
     depth = rng.integers(0, 100, (2, 5)).astype(np.int32)
     x, got = turned(rng, Rope(theta=10_000.0), (2, 3, 5, 8), depth)
     pairs = x[..., :4] + 1j * x[..., 4:]
     angle = depth[:, None, :, None] * 10_000.0 ** (-np.arange(4) / 4)
     want = pairs * np.exp(1j * angle)
-    np.testing.assert_allclose(got[..., :4], want.real, atol=tolerance["module"])
-    np.testing.assert_allclose(got[..., 4:], want.imag, atol=tolerance["module"])
+    close("rope", got[..., :4], want.real)
+    close("rope", got[..., 4:], want.imag)
 
 
-def test_scores_depend_on_the_distance_of_depths_alone(tolerance) -> None:
+def test_scores_depend_on_the_distance_of_depths_alone(close) -> None:
     rng = np.random.default_rng(1)
     q, k = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
@@ -35,7 +35,7 @@ def test_scores_depend_on_the_distance_of_depths_alone(tolerance) -> None:
         )
         return float(jnp.vdot(left, right))
 
-    assert score(40, 33) == pytest.approx(score(7, 0), abs=tolerance["module"] * 10)
+    close("rope", score(40, 33), score(7, 0), of=np.linalg.norm(q) * np.linalg.norm(k))
     assert score(40, 33) != pytest.approx(score(8, 0), abs=1e-2)
 
 
@@ -50,13 +50,13 @@ def test_angles_are_float32_whatever_the_heads_are() -> None:
     assert not jnp.array_equal(got[:, :, 0], got[:, :, 1])
 
 
-def test_the_defaults_are_those_of_the_papers_models() -> None:
+def test_the_defaults_are_those_of_the_papers_models(close) -> None:
     assert frequencies(Rope(theta=4.0), 4)[0].tolist() == [1.0, 0.5]
     yarn, sharpen = frequencies(YarnRope(factor=4.0), 128)
     plain, _ = frequencies(Rope(theta=1_000_000.0), 128)
     assert sharpen == pytest.approx(0.1 * np.log(4) + 1)
     np.testing.assert_array_equal(yarn[:20], plain[:20])
-    np.testing.assert_allclose(yarn[-10:], plain[-10:] / 4, rtol=1e-6)
+    close("rounding", yarn[-10:], plain[-10:] / 4, of=plain[-10:] / 4)
 
 
 @pytest.mark.torch
@@ -106,7 +106,7 @@ def test_the_defaults_are_those_of_the_papers_models() -> None:
     ],
     ids=["llama3", "yarn", "yarn_all_fields"],
 )
-def test_frequencies_are_those_of_transformers(rope, parameters, head_width, tolerance) -> None:
+def test_frequencies_are_those_of_transformers(rope, parameters, head_width, close) -> None:
     modeling = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
     original = parameters["original_max_position_embeddings"]
@@ -120,7 +120,7 @@ def test_frequencies_are_those_of_transformers(rope, parameters, head_width, tol
     want, sharpen = modeling.ROPE_INIT_FUNCTIONS[parameters["rope_type"]](cfg)
     got, got_sharpen = frequencies(rope, head_width)
     assert got.dtype == np.float32
-    np.testing.assert_allclose(got, want.numpy(), rtol=tolerance["rounding"])
+    close("rounding", got, want.numpy(), of=want.numpy())
     assert got_sharpen == pytest.approx(sharpen)
 
 

@@ -66,7 +66,7 @@ def small():
     return net, net.init(jax.random.key(0))
 
 
-def test_every_node_of_a_packed_trie_sees_what_its_path_alone_shows(small, tolerance) -> None:
+def test_every_node_of_a_packed_trie_sees_what_its_path_alone_shows(small, close) -> None:
     net, params = small
     batch = forest(0)
     packed, _ = net.apply(params, batch.tokens, batch.depth, batch.span)
@@ -80,9 +80,7 @@ def test_every_node_of_a_packed_trie_sees_what_its_path_alone_shows(small, toler
             line[: len(path)] = np.asarray(batch.tokens)[row, path]
         hidden, _ = net.apply(params, *causal(alone))
         for line, path in zip(hidden, paths, strict=True):
-            np.testing.assert_allclose(
-                packed[row, path], line[: len(path)], atol=tolerance["model"]
-            )
+            close("model", packed[row, path], line[: len(path)])
 
 
 def test_sibling_threads_do_not_see_each_other(small) -> None:
@@ -99,7 +97,7 @@ def test_sibling_threads_do_not_see_each_other(small) -> None:
     assert np.abs(before[0, 5:7] - after[0, 5:7]).min(axis=-1).max() > 0
 
 
-def test_scanned_layers_are_the_blocks_one_after_another(small, tolerance) -> None:
+def test_scanned_layers_are_the_blocks_one_after_another(small, close) -> None:
     net, params = small
     tokens, depth, span = causal(np.arange(12, dtype=np.int32).reshape(2, 6))
     x, turned = params["embed"][tokens], rotation(SMALL.rope, SMALL.head_width, depth)
@@ -109,7 +107,7 @@ def test_scanned_layers_are_the_blocks_one_after_another(small, tolerance) -> No
         (x, _), _ = block(one, (x, None), jnp.int32(layer), turned, span.enter, span, None)
     x = RmsNorm(SMALL).apply({"params": params["norm"]}, x)
     hidden, _ = net.apply(params, tokens, depth, span)
-    np.testing.assert_allclose(hidden, x, atol=tolerance["module"])
+    close("module", hidden, x)
 
 
 def loss_of(cfg: Model):
@@ -134,15 +132,10 @@ def plain(small):
 @pytest.mark.parametrize(
     ("remat", "attention"), [("full", "reference"), ("attention", "blockwise")]
 )
-def test_rematerialised_gradients_are_the_plain_ones(
-    small, plain, tolerance, remat, attention
-) -> None:
+def test_rematerialised_gradients_are_the_plain_ones(small, plain, close, remat, attention) -> None:
     cfg = dataclasses.replace(SMALL, remat=remat, attention=attention)
     got = jax.jit(jax.grad(loss_of(cfg)[1]))(small[1])
-    want, where = jax.tree_util.tree_flatten_with_path(plain[1])
-    for (path, leaf), other in zip(want, where.flatten_up_to(got), strict=True):
-        worst = tolerance["gradient"] * float(jnp.abs(leaf).max())
-        np.testing.assert_allclose(other, leaf, atol=worst, err_msg=jax.tree_util.keystr(path))
+    close("gradient", got, plain[1])
 
 
 def kept(remat, *, layers: int, attention: str = "reference") -> int:
@@ -169,10 +162,10 @@ def test_attention_remat_keeps_outputs_and_log_sums_too() -> None:
     assert more[0] - more[1] == outputs
 
 
-def test_bfloat16_compute_stays_finite_and_near_float32(small, plain, tolerance) -> None:
+def test_bfloat16_compute_stays_finite_and_near_float32(small, plain, close) -> None:
     _, loss = loss_of(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
     value, gradient = jax.jit(jax.value_and_grad(loss))(small[1])
-    assert float(value) == pytest.approx(float(plain[0]), rel=tolerance["bf16_most"])
+    close("bf16_most", value, plain[0])
     for leaf in jax.tree.leaves(gradient):
         assert leaf.dtype == jnp.float32
         assert jnp.isfinite(leaf).all()
@@ -243,12 +236,12 @@ def test_a_fresh_model_is_nearly_undecided() -> None:
     assert float(blocks["mlp"]["down"].std()) == pytest.approx((8 * 48) ** -0.5, rel=0.05)
 
 
-def test_logits_may_be_read_from_any_number_of_hidden_states(small, tolerance) -> None:
+def test_logits_may_be_read_from_any_number_of_hidden_states(small, close) -> None:
     net, params = small
     hidden = jax.random.normal(jax.random.key(0), (2, 3, SMALL.width))
     want = np.einsum("btd,vd->btv", np.asarray(hidden), np.asarray(params["embed"]))
     for part, oracle in ((hidden, want), (hidden[0], want[0]), (hidden[0, 0], want[0, 0])):
-        np.testing.assert_allclose(net.unembed(params, part), oracle, atol=tolerance["module"])
+        close("module", net.unembed(params, part), oracle)
 
 
 def test_half_of_a_cache_is_refused(small) -> None:
@@ -282,7 +275,7 @@ def test_sizes_that_do_not_fit_are_refused(changes, message) -> None:
 # ---- the cache ----
 
 
-def test_decoding_step_by_step_equals_one_pass(small, tolerance) -> None:
+def test_decoding_step_by_step_equals_one_pass(small, close) -> None:
     net, params = small
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, SMALL.vocab_size, (2, 12)).astype(np.int32)
@@ -304,16 +297,16 @@ def test_decoding_step_by_step_equals_one_pass(small, tolerance) -> None:
 
     # A prompt of six for both rows; row 1 forgets two tokens, as a shorter prompt's padding would.
     hidden, kv = step(kv, np.array([0, 0]), 6)
-    np.testing.assert_allclose(hidden, full[:, :6], atol=tolerance["model"])
+    close("model", hidden, full[:, :6])
     for count in (1, 2, 1):
         hidden, kv = step(kv, lengths, count)
         for row, start in enumerate(lengths):
             want = full[row, start : start + count]
-            np.testing.assert_allclose(hidden[row], want, atol=tolerance["model"])
+            close("model", hidden[row], want)
         lengths = lengths + count
 
 
-def test_lanes_that_share_a_cache_equal_the_flattened_trie(small, tolerance) -> None:
+def test_lanes_that_share_a_cache_equal_the_flattened_trie(small, close) -> None:
     net, params = small
     rng = np.random.default_rng(6)
     prompt, left, right = (rng.integers(0, SMALL.vocab_size, n).astype(np.int32) for n in (5, 4, 4))
@@ -345,7 +338,7 @@ def test_lanes_that_share_a_cache_equal_the_flattened_trie(small, tolerance) -> 
         return np.asarray(hidden[0])
 
     got = step(prompt, np.arange(5), np.arange(5), np.full(5, 1000), 0)
-    np.testing.assert_allclose(got, full[0, :5], atol=tolerance["model"])
+    close("model", got, full[0, :5])
     for turn in range(4):
         got = step(
             [left[turn], right[turn]],
@@ -354,7 +347,7 @@ def test_lanes_that_share_a_cache_equal_the_flattened_trie(small, tolerance) -> 
             [200, 300],
             5 + 2 * turn,
         )
-        np.testing.assert_allclose(got, full[0, [5 + turn, 9 + turn]], atol=tolerance["model"])
+        close("model", got, full[0, [5 + turn, 9 + turn]])
 
 
 def decode(net, steps: int, slots: int):

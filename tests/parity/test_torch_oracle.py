@@ -71,7 +71,7 @@ def test_random_weights_leave_no_scale_at_one(oracle):
         assert weight.std() > 0.05, name
 
 
-def test_a_branch_of_a_trie_reads_as_its_path_alone(oracle, tolerance):
+def test_a_branch_of_a_trie_reads_as_its_path_alone(oracle, close):
     rng = np.random.default_rng(1)
     stem, left, right = (rng.integers(0, 23, n) for n in (4, 3, 5))
     tokens = np.concatenate([stem, left, right])[None]
@@ -82,12 +82,10 @@ def test_a_branch_of_a_trie_reads_as_its_path_alone(oracle, tolerance):
     rows = torch_oracle.Rows(tokens, parent[None], depth, nothing, nothing)
     packed = dict(oracle.walk(rows))["logits"][0, 7:]
     alone = as_rows([(stem, right)], [1])
-    np.testing.assert_allclose(
-        packed, dict(oracle.walk(alone))["logits"][0, 4:], atol=tolerance["model"]
-    )
+    close("model", packed, dict(oracle.walk(alone))["logits"][0, 4:])
 
 
-def test_the_stages_come_in_order_and_the_last_hidden_state_is_normed_once(oracle, calls):
+def test_the_stages_come_in_order_and_the_last_hidden_state_is_normed_once(oracle, calls, close):
     made = dict(oracle.walk(as_rows(calls, [1, 1, 1])))
     assert list(made) == ["embed", "block.0", "block.1", "norm", "logits"]
     weights = oracle.weights()
@@ -96,19 +94,19 @@ def test_the_stages_come_in_order_and_the_last_hidden_state_is_normed_once(oracl
     )
     x = made["block.1"]
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weights["model.norm.weight"]
-    np.testing.assert_allclose(made["norm"], normed, atol=1e-5)
+    close("module", made["norm"], normed)
 
 
-def test_on_chains_the_call_loss_is_the_stock_loss(oracle, calls):
+def test_on_chains_the_call_loss_is_the_stock_loss(oracle, calls, close):
     rows = as_rows(calls, [1, 1, 1])
-    assert oracle.call_loss(rows) == pytest.approx(oracle.flat_loss(rows), rel=1e-6)
+    close("rounding", oracle.call_loss(rows), oracle.flat_loss(rows))
 
 
-def test_a_call_loss_weighs_by_tokens_not_by_rows(oracle, calls):
+def test_a_call_loss_weighs_by_tokens_not_by_rows(oracle, calls, close):
     rows = as_rows(calls, [1, 2, 3])
     logp = oracle.logp(rows)
     want = -(rows.weight * logp).sum() / rows.weight.sum()
-    assert oracle.call_loss(rows) == pytest.approx(want, rel=1e-6)
+    close("rounding", oracle.call_loss(rows), want)
 
 
 def test_policy_loss_by_hand():
@@ -129,7 +127,7 @@ def test_policy_loss_is_a_mean_over_tokens_not_over_rows():
     assert torch_oracle.policy_loss(said, said, [1.0, 5.0]).item() == pytest.approx(-8 / 4)
 
 
-def test_on_policy_pgrpo_is_reinforce(oracle, calls):
+def test_on_policy_pgrpo_is_reinforce(oracle, calls, close):
     # At ratio 1 the gradient is that of -sum A logp / tokens: the call loss with weights A.
     advantages = [1.0, 0.5, 2.0]
     rows = as_rows(calls, advantages)
@@ -137,15 +135,15 @@ def test_on_policy_pgrpo_is_reinforce(oracle, calls):
     old = [logp[n, len(c) : len(c) + len(s)] for n, (c, s) in enumerate(calls)]
     loss, gradients = oracle.pgrpo(calls, advantages, old)
     tokens = sum(len(s) for _, s in calls)
-    assert loss == pytest.approx(-rows.weight.sum() / tokens, rel=1e-5)
+    close("rounding", loss, -rows.weight.sum() / tokens)
     recipe = torch_oracle.Recipe(0.0, "cosine", 0, 1, (0.9, 0.95), 1e-8, 0.0, None)
     plain = oracle.train([rows], recipe).gradients
     for name, gradient in gradients.items():
         want = plain[name] * rows.weight.sum() / tokens
-        np.testing.assert_allclose(gradient, want, atol=1e-5 * np.abs(want).max())
+        close("module", gradient, want, what=name)
 
 
-def test_off_policy_pgrpo_has_the_slope_of_its_own_differences(oracle, calls):
+def test_off_policy_pgrpo_has_the_slope_of_its_own_differences(oracle, calls, close):
     # Ratios away from 1 and from the edges of the clip, where the loss has a kink.
     advantages, rng = [1.0, -0.5, 2.0], np.random.default_rng(3)
     logp = oracle.logp(as_rows(calls, [1, 1, 1]))
@@ -165,7 +163,7 @@ def test_off_policy_pgrpo_has_the_slope_of_its_own_differences(oracle, calls):
     with torch.no_grad():
         parameter.copy_(before)
     slope = (found[0] - found[1]) / 2e-2
-    assert slope == pytest.approx(np.linalg.norm(gradients[name]), rel=2e-2)
+    close("finite_difference", slope, np.linalg.norm(gradients[name]))
 
 
 def test_training_lowers_the_loss_and_puts_the_weights_back(oracle, calls):

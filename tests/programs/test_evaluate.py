@@ -30,14 +30,14 @@ def test_the_summary_has_accuracy_latency_and_packing(summary):
     assert summary["wall_ratio"] > 0
 
 
-def test_means_are_those_of_the_graded_rollouts(summary, graded, tolerance):
+def test_means_are_those_of_the_graded_rollouts(summary, graded, close):
     assert len(graded) == 6
     right = sum(line["verdict"] == "correct" for line in graded)
     assert summary["exact_match"] == pytest.approx(right / 6)
     longest = sum(line["longest"] for line in graded) / 6
     total = sum(line["total"] for line in graded) / 6
-    assert summary["longest_tokens"] == pytest.approx(longest, rel=tolerance["rounding"])
-    assert summary["latency_ratio"] == pytest.approx(longest / total, rel=tolerance["rounding"])
+    close("rounding", summary["longest_tokens"], longest)
+    close("rounding", summary["latency_ratio"], longest / total)
     assert sum(summary["finish"].values()) == 6
 
 

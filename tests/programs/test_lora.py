@@ -55,13 +55,13 @@ def adapted(runs, tmp_path_factory):
 
 
 def test_the_first_loss_is_that_of_the_model_beneath_and_only_adapters_move(
-    runs, adapted, tmp_path, tolerance
+    runs, adapted, tmp_path, close
 ):
     words = [f"Sft.workdir='{tmp_path}'", f"Sft.init='{runs}/sft/checkpoints'", "Sft.steps=1"]
     assert run("sft", runs / "sft.gin", *words) == 0
     (plain,) = metrics.read(tmp_path / "metrics.jsonl")
     first, _ = metrics.read(adapted / "sft" / "metrics.jsonl")
-    assert first["loss"] == pytest.approx(plain["loss"], rel=tolerance["equality_loss"])
+    close("equality_loss", first["loss"], plain["loss"])
     assert_only_adapters_moved(adapted / "sft", runs / "sft")
 
 
@@ -98,7 +98,9 @@ def test_reinforcement_moves_only_adapters_and_its_reference_is_the_model_beneat
     assert_only_adapters_moved(tmp_path, runs / "sft")
 
 
-def test_an_export_is_the_merged_model_and_its_import_has_no_adapters(runs, adapted, tmp_path):
+def test_an_export_is_the_merged_model_and_its_import_has_no_adapters(
+    runs, adapted, tmp_path, close
+):
     lines = (runs / "sft.gin").read_text().splitlines(keepends=True)
     model = "".join(line for line in lines if line.startswith("Model."))
     (tmp_path / "export.gin").write_text(model + EXPORT.format(folder=adapted))
@@ -114,7 +116,7 @@ def test_an_export_is_the_merged_model_and_its_import_has_no_adapters(runs, adap
         added = adapter["a"][0].reshape(-1, 2) @ adapter["b"][0].reshape(2, -1)
         got = tensors[f"model.layers.0.{theirs}.weight"].T
         want = weight[0].reshape(got.shape) + 3 * added
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        close("rounding", got, want)
         assert np.abs(added).max() > 1e-3
     (tmp_path / "import.gin").write_text(IMPORT.format(folder=adapted))
     assert run("convert", tmp_path / "import.gin") == 0

@@ -34,7 +34,7 @@ def kept(folder):
     return [records.to_json(one) for file in files for one in records.read(file)]
 
 
-def test_two_processes_draw_and_learn_what_one_does(runs, whole, tmp_path, numbers, tolerance):
+def test_two_processes_draw_and_learn_what_one_does(runs, whole, tmp_path, numbers, close):
     one = tmp_path / "one"
     assert main(["pgrpo", str(runs / "pgrpo.gin"), "--set", f"Pgrpo.workdir='{one}'"]) == 0
     for mine, theirs in zip(kept(whole), kept(one), strict=True):
@@ -43,7 +43,9 @@ def test_two_processes_draw_and_learn_what_one_does(runs, whole, tmp_path, numbe
     for got, want in zip(numbers(whole), numbers(one), strict=True):
         assert got.keys() == want.keys()
         for name, value in want.items():
-            assert got[name] == pytest.approx(value, rel=tolerance["sharded"], abs=1e-6), name
+            # Costs of both signs, and ratios around 1, cancel in these.
+            size = 1.0 if name.endswith(("loss", "_kl", "mismatch_mean")) else None
+            close("sharded", got[name], value, of=size, what=name)
 
 
 def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(runs, whole, tmp_path, numbers):

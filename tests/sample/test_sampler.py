@@ -118,16 +118,14 @@ PROMPTS = [TOKENIZER.encode(text) for text in ("abc", "a", "abcdefgh1234567", "b
 
 @pytest.mark.parametrize(("unfinished", "rounds"), [("continue", 3), ("abort", 1)])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_program_makes_the_calls_of_the_host_protocol(seed, unfinished, rounds, tolerance):
+def test_the_program_makes_the_calls_of_the_host_protocol(seed, unfinished, rounds, close):
     sampler = build(unfinished_thread=unfinished, max_rounds=rounds)
     scripts = np.stack([random_script(4 * seed + n) for n in range(4)])
     made = sampler(PARAMS, PROMPTS, jnp.asarray(scripts))
     for prompt, script, trajectory in zip(PROMPTS, scripts, made, strict=True):
         assert_same_calls(trajectory, run(sampler.protocol, FromScript(script), prompt))
         drawn = np.concatenate([call.logp for call in trajectory.calls])
-        np.testing.assert_allclose(
-            drawn, recomputed(trajectory), atol=tolerance["sampler_logp"], rtol=0
-        )
+        close("sampler_logp", drawn, recomputed(trajectory), of=1.0)
 
 
 def test_random_scripts_reach_every_outcome():
@@ -144,7 +142,7 @@ def test_random_scripts_reach_every_outcome():
     assert {(True, Hit.LENGTH), (True, Hit.EOS), (False, Hit.EOS)} <= hits
 
 
-def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(tolerance):
+def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(close):
     listed = "".join(f"<Outline>{n}: a</Outline>" for n in range(1, 5))
     parent = TOKENIZER.encode(f"<Outlines>{listed}</Outlines>")
     thread = TOKENIZER.encode(" abcdefgh abcdefgh abcdefgh\n</Thread>")
@@ -157,16 +155,16 @@ def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(toleran
     assert len(made.ids) > 600 > caches.bucket(1)
     assert_same_calls(made, run(sampler.protocol, FromScript(script[0]), PROMPTS[0]))
     drawn = np.concatenate([call.logp for call in made.calls])
-    np.testing.assert_allclose(drawn, recomputed(made), atol=tolerance["sampler_logp"], rtol=0)
+    close("sampler_logp", drawn, recomputed(made), of=1.0)
 
 
-def test_sampled_log_probs_are_those_of_the_tempered_distribution(tolerance):
+def test_sampled_log_probs_are_those_of_the_tempered_distribution(close):
     sampler = build(draw=None)
     how = settings(4, temperature=0.7, top_p=1.0, top_k=0, seed=3)
     for trajectory in sampler(PARAMS, PROMPTS, how):
         drawn = np.concatenate([call.logp for call in trajectory.calls])
         want = recomputed(trajectory, temperature=0.7)
-        np.testing.assert_allclose(drawn, want, atol=tolerance["sampler_logp"], rtol=0)
+        close("sampler_logp", drawn, want, of=1.0)
 
 
 def test_a_rollout_does_not_depend_on_its_batch_neighbours():
@@ -227,7 +225,7 @@ def test_bad_prompts_are_refused_in_a_sentence(prompt, sentence):
         build()(PARAMS, [np.array(prompt, np.int32)])
 
 
-def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(tolerance):
+def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(close):
     sampler = build(draw=None)
     prompts = [TOKENIZER.encode("abc 12"), TOKENIZER.encode("dd")]
     how = settings(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
@@ -238,7 +236,7 @@ def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(tol
         np.testing.assert_array_equal(a.ids, b.ids)
         for call, other in zip(a.calls, b.calls, strict=True):
             np.testing.assert_array_equal(call.sampled, other.sampled)
-            np.testing.assert_allclose(call.logp, other.logp, atol=tolerance["sampler_logp"])
+            close("sampler_logp", call.logp, other.logp, of=1.0)
     assert not np.array_equal(once[0].ids, once[1].ids)  # they draw with seeds of their own
 
 

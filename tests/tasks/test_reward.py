@@ -52,11 +52,11 @@ def made(*sizes, finish="eos", new=100):
     ],
 )
 def test_a_right_answer_earns_what_its_threads_saved(
-    threads, is_correct, correctness, acceleration, tolerance
+    threads, is_correct, correctness, acceleration, close
 ):
     parts = reward(made(*threads), is_correct, Reward())
     assert parts.correctness == correctness
-    assert parts.acceleration == pytest.approx(acceleration, rel=tolerance["rounding"])
+    close("rounding", parts.acceleration, acceleration)
     assert parts.total == parts.correctness + parts.acceleration
     assert (parts.is_correct, parts.overlong, parts.is_trained) == (is_correct, 0.0, True)
 
@@ -65,10 +65,10 @@ def test_the_incorrect_reward_is_what_the_config_says():
     assert reward(made(), False, Reward(incorrect=0.0)).total == 0.0
 
 
-def test_the_readme_variant_pays_speedup(tolerance):
+def test_the_readme_variant_pays_speedup(close):
     cfg = Reward(acceleration="speedup", acceleration_clip=1.0)
     parts = reward(made(10, 30), True, cfg)
-    assert parts.acceleration == pytest.approx(0.5 * (100 / 90 - 1), rel=tolerance["rounding"])
+    close("rounding", parts.acceleration, 0.5 * (100 / 90 - 1))
 
 
 def test_a_rollout_that_drew_nothing_earns_no_acceleration():
@@ -77,7 +77,7 @@ def test_a_rollout_that_drew_nothing_earns_no_acceleration():
         assert reward(empty, True, Reward(acceleration=acceleration)).acceleration == 0
 
 
-def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(tolerance):
+def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(close):
     """One call that wrote both threads by itself, as the reference's sequential baseline may."""
     text = "ab<Parallel><Thread>aaaa</Thread><Thread>bbbb</Thread></Parallel>ab"
     ids, tags = rollouts.TOKENIZER.encode("abc" + text), cost.tags_of(rollouts.TOKENIZER)
@@ -89,9 +89,9 @@ def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(tolera
     wide = {"acceleration_clip": 1.0, "acceleration_factor": 1.0}
     assert reward(written, True, Reward()).acceleration == 0
     by_text = reward(written, True, Reward(counted="response", **wide), tags=tags)
-    assert by_text.acceleration == pytest.approx(saved, rel=tolerance["rounding"])
+    close("rounding", by_text.acceleration, saved)
     with_prompt = reward(written, True, Reward(counted="prompt_and_response", **wide), tags=tags)
-    assert with_prompt.acceleration == pytest.approx(4 / (total + 3), rel=tolerance["rounding"])
+    close("rounding", with_prompt.acceleration, 4 / (total + 3))
     assert with_prompt.cost.total == by_text.cost.total + 3
 
 
@@ -127,14 +127,14 @@ def test_a_soft_penalty_grows_over_the_buffer(new, penalty):
 # Groups.
 
 
-def test_length_costs_in_groups_that_are_mostly_right(tolerance):
+def test_length_costs_in_groups_that_are_mostly_right(close):
     cfg = GroupLength(threshold=0.5, strength=0.2, window_tokens=100, epsilon=0.0)
     right = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]], bool)
     length = np.array([[50, 80, 400, 30], [50, 80, 400, 30], [50, 80, 400, 30]])
     got = length_penalty(right, length, cfg)
     # 3 of 4 right: alpha = 0.2 * (0.75 - 0.5) / (1 - 0.5) = 0.1, shortest right 50; a wrong rollout
     # pays for length too. 1 of 4 is below the threshold; 2 of 4 is at it, where alpha is 0.
-    np.testing.assert_allclose(got[0], [0, 0.03, 0.1, 0], rtol=tolerance["rounding"])
+    close("rounding", got[0], np.array([0, 0.03, 0.1, 0]))
     assert (got[1:] == 0).all()
 
 
@@ -151,14 +151,14 @@ def test_the_least_penalised_share_counts_as_reached_despite_rounding():
 
 
 @pytest.mark.parametrize(("counted", "excess"), [("longest", 40), ("total", 70)])
-def test_totals_subtract_the_penalty_of_the_group(counted, excess, tolerance):
+def test_totals_subtract_the_penalty_of_the_group(counted, excess, close):
     cfg = Reward(
         group_length=GroupLength(threshold=0.5, window_tokens=100, epsilon=0.0, counted=counted)
     )
     group = [reward(made(10, 10), True, cfg), reward(made(40, 50), True, cfg)]
     got = totals([group], cfg)
     want = [group[0].total, group[1].total - 0.2 * excess / 100]
-    np.testing.assert_allclose(got[0], want, rtol=tolerance["rounding"])
+    close("rounding", got[0], np.array(want))
 
 
 def test_totals_are_the_sums_of_the_parts():

@@ -25,17 +25,17 @@ from tw_jax.trie.pack import Fill, Packing
 # Advantages.
 
 
-def test_advantages_are_centred_and_not_scaled(tolerance):
+def test_advantages_are_centred_and_not_scaled(close):
     got = advantages(np.array([[1.1, 1.0, -1.0, -1.0], [1.1, 1.0, 1.0, 1.0]]))
     want = [[1.075, 0.975, -1.025, -1.025], [0.075, -0.025, -0.025, -0.025]]
-    np.testing.assert_allclose(got, want, rtol=tolerance["rounding"])
+    close("rounding", got, want, of=1.1)  # the rewards
     assert got.dtype == np.float32
 
 
-def test_the_ablation_divides_by_the_unbiased_deviation(tolerance):
+def test_the_ablation_divides_by_the_unbiased_deviation(close):
     got = advantages(np.array([[1.0, 3.0], [1.0, 1.0]]), "std")
     unit = 1 / (np.sqrt(2) + 1e-6)
-    np.testing.assert_allclose(got, [[-unit, unit], [0, 0]], rtol=tolerance["rounding"])
+    close("rounding", got, np.array([[-unit, unit], [0, 0]]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -109,30 +109,30 @@ def by_call(scored, weights):
         (Aggregation(mean="micro_batch", micro_batch_tokens=21), [1 / 10] * 4),
     ],
 )
-def test_tokens_weigh_what_the_mean_says(two_groups, cfg, want, tolerance):
+def test_tokens_weigh_what_the_mean_says(two_groups, cfg, want, close):
     found = by_call(two_groups, token_weights(two_groups, cfg))
     calls = {(0, 0, 0): 3, (0, 1, 0): 2, (0, 1, 1): 1, (1, 0, 0): 4}
     assert {call: len(weights) for call, weights in found.items()} == calls
     for call, weight in zip(calls, want, strict=True):
-        np.testing.assert_allclose(found[call], weight, rtol=tolerance["rounding"])
+        close("rounding", np.array(found[call]), weight)
 
 
 @pytest.mark.parametrize(
     ("mean", "want"),
     [("token", 1 / 7), ("sequence_mean", [1 / 6, 1 / 8]), ("micro_batch", 1 / 7)],
 )
-def test_a_rollout_left_out_is_in_no_denominator(two_groups, mean, want, tolerance):
+def test_a_rollout_left_out_is_in_no_denominator(two_groups, mean, want, close):
     scored = [two_groups[0]._replace(is_trained=np.array([True, False])), two_groups[1]]
     found = by_call(scored, token_weights(scored, Aggregation(mean=mean)))
     assert found.pop((0, 1, 0)) == [0, 0]
     assert found.pop((0, 1, 1)) == [0]
     one, other = want if isinstance(want, list) else (want, want)
-    np.testing.assert_allclose(found[0, 0, 0], one, rtol=tolerance["rounding"])
-    np.testing.assert_allclose(found[1, 0, 0], other, rtol=tolerance["rounding"])
+    close("rounding", np.array(found[0, 0, 0]), one)
+    close("rounding", np.array(found[1, 0, 0]), other)
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence_mean", "sequence_sum", "micro_batch"])
-def test_weights_do_not_depend_on_how_groups_are_cut(mean, tolerance):
+def test_weights_do_not_depend_on_how_groups_are_cut(mean, close):
     """Rollouts of one prompt in one trie, or in several that each repeat the prompt."""
     made = rollouts(seed=3, count=5)
 
@@ -150,7 +150,7 @@ def test_weights_do_not_depend_on_how_groups_are_cut(mean, tolerance):
     count, whole = weights(None)
     more, cut = weights(200)
     assert (count, more > 1) == (1, True)
-    np.testing.assert_allclose(cut, whole, rtol=tolerance["rounding"])
+    close("rounding", cut, whole, of=whole)
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence_mean", "sequence_sum", "micro_batch"])
@@ -269,7 +269,7 @@ def test_a_group_longer_than_a_row_is_refused():
         )
 
 
-def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(tolerance):
+def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(close):
     reward = np.array([[1.1, -1.0, -1.0], [1.0, 1.05, -1.0]])
     want = advantages(reward)
     groups = [of_group(rollouts(seed=p, count=3))[0] for p in range(2)]
@@ -285,7 +285,7 @@ def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(
             for b, node in trained
         }
         assert sorted(found.values()) == sorted(want.ravel().tolist())
-        assert sum(found.values()) == pytest.approx(0, abs=tolerance["rounding"])
+        close("rounding", sum(found.values()), 0.0, of=sum(map(abs, found.values())))
 
 
 def test_prompts_and_padding_carry_no_advantage():
