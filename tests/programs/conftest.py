@@ -6,7 +6,7 @@ from tw_jax import metrics
 from tw_jax.cli import main
 
 CONFIG = """
-Model.vocab_size = 320
+Model.vocab_size = 384
 Model.num_layers = 1
 Model.width = 32
 Model.mlp_width = 64

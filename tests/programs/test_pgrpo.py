@@ -12,6 +12,7 @@ import pytest
 from tw_jax import metrics
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
+from tw_jax.config import load
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -58,6 +59,13 @@ def test_every_step_has_its_line(trained):
     assert "eval_correct" in lines[1]
     assert "eval_pass_at_2" in lines[2]
     assert "eval_correct" not in lines[0]
+
+
+def test_more_rows_than_ids_do_not_part_sampler_and_trainer(trained, tolerance):
+    cfg = load(program.Pgrpo, [str(trained / "pgrpo.gin")])
+    assert load_tokenizer(cfg.tokenizer).vocab_size < cfg.model.vocab_size
+    for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
+        assert line["mismatch_mean"] < tolerance["sampler_logp"]
 
 
 def test_every_number_of_a_line_is_explained(trained):

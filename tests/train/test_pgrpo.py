@@ -23,6 +23,7 @@ from tw_jax.train.pgrpo import (
     loss_sums,
     make_logp,
     make_step,
+    refuse_mismatch,
     surrogate,
 )
 from tw_jax.train.state import Optim, abstract_state, create, jit_step
@@ -302,12 +303,86 @@ def test_inner_steps_in_one_program_are_updates_one_after_another(tolerance):
     assert distance(got.opt_state, want.opt_state) < tolerance["equality_gradient"]
     assert distance(got.params, want.params) < tolerance["equality_gradient"]
     assert int(got.step) == 1
-    combine = {"tokens": sum, "ratio_min": min, "ratio_max": max}
+    tokens = [line["tokens"] for line in lines]
+    assert tokens[0] != tokens[1]
+    combine = {"tokens": sum, "ratio_min": min, "ratio_max": max, "skipped": np.mean}
     assert set(metrics) == set(lines[0])
     for name, value in metrics.items():
-        found = combine.get(name, np.mean)([line[name] for line in lines])
+        mean = functools.partial(np.average, weights=tokens)
+        found = combine.get(name, mean)([line[name] for line in lines])
         assert float(value) == pytest.approx(found, rel=tolerance["model"], abs=1e-6), name
     assert lines[0]["update_kl"] != 0 or lines[1]["update_kl"] != 0
+
+
+def test_an_update_without_signal_has_no_part_in_the_numbers_of_its_step(tolerance):
+    """One inner step has a group, the other none; the step reports what the group alone does."""
+    groups, _ = sampled_by(
+        PARAMS, [rollouts(seed, 2, longest=5, blocks=1) for seed in range(2)], np.array([0.2, 0.3])
+    )
+    packing = Packing(row_tokens=384, rows=2)
+    batch = pack_groups([groups, []], Aggregation(), packing=packing, fill=Fill())
+    state, metrics = step_of(PolicyLoss(), inner_steps=2)(fresh(), batch)
+    told = {name: float(value) for name, value in metrics.items()}
+    assert 1.2 < told["ratio_min"] < told["ratio_max"] < 1.4, "1 belongs to no token"
+    alone, line = step_of(PolicyLoss())(fresh(), packed(groups, row_tokens=384))
+    for name in set(told) - {"skipped"}:
+        assert told[name] == pytest.approx(
+            float(line[name]), rel=tolerance["model"], abs=tolerance["rounding"]
+        ), name
+    assert told["skipped"] == 0.5
+    assert distance(state.params, alone.params) < tolerance["equality_gradient"]
+    with pytest.raises(ValueError, match="nats of KL apart, want at most"):
+        refuse_mismatch(0.02, 1, told)
+
+
+@pytest.mark.parametrize(
+    ("kl", "near", "advice"),
+    [
+        (float("nan"), 0.0, "the parameters have diverged"),
+        (0.02, 0.99, "a few that the sampler thought improbable"),
+        (0.057, 0.1, "Most tokens disagree"),
+    ],
+)
+def test_the_mismatch_guard_gives_the_advice_of_its_case(kl, near, advice):
+    numbers = {"mismatch_kl": kl, "ratio_min": 0.5, "ratio_max": 1.5, "mismatch_within_5": near}
+    with pytest.raises(ValueError, match=advice):
+        refuse_mismatch(0.01, 7, numbers)
+    refuse_mismatch(0.01, 7, numbers | {"mismatch_kl": 0.01})
+
+
+def test_rows_that_no_token_has_have_no_part_in_log_probs_kl_and_entropy(tolerance):
+    """A table of 64 rows for 40 ids, against a softmax over 40 columns in numpy."""
+    wide = path_network(64, stub.WIDTH, num_ids=40)
+    params = wide.init(jax.random.key(4))
+    columns = {**params, "out": params["out"][:, :40]}
+    groups, _ = sampled_by(
+        columns, [rollouts(seed, 2, longest=5, blocks=1) for seed in range(2)], np.zeros(1)
+    )
+    batch = packed(groups, row_tokens=384)
+    reference = jax.tree.map(lambda leaf: leaf * 1.1, columns)
+    ref_logp, kls, entropies = np.zeros(batch.advantage.shape, np.float32), [], []
+    for b, node in np.argwhere(batch.trie.weight > 0):
+        token = batch.trie.tokens[b, node]
+        said = oracle(columns, batch.trie, b, node, 1.0)
+        ref_logp[b, node] = oracle(reference, batch.trie, b, node, 1.0)[token]
+        gap = ref_logp[b, node] - said[token]
+        kls.append(np.exp(gap) - gap - 1)
+        entropies.append(-(np.exp(said) * said).sum())
+    cfg = PolicyLoss(kl_coef=0.5, entropy_coef=0.25)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        given = batch.replace(ref_logp=ref_logp)
+        return loss_sums(wide, params, given, cfg, chunk_tokens=64, temperature=1.0)
+
+    (_, sums), gradient = loss(params)
+    told = {name: float(value) / float(sums["tokens"]) for name, value in sums.items()}
+    assert told["mismatch_mean"] < tolerance["model"]
+    assert told["reference_kl"] == pytest.approx(np.mean(kls), rel=tolerance["model"])
+    assert told["entropy"] == pytest.approx(np.mean(entropies), rel=tolerance["model"])
+    assert np.abs(gradient["out"][:, :40]).max() > 0
+    assert not gradient["out"][:, 40:].any()
 
 
 def test_parts_without_a_trained_token_are_not_run(batch):

@@ -137,7 +137,7 @@ def run(cfg: Aot) -> None:
     """
     devices = _devices(cfg.topology)
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    net = network(cfg.model)
+    net = network(cfg.model, num_ids=workloads.table().num_ids)
     prepare: Callable[..., Any] = {SftStep: _sft, PgrpoStep: _pgrpo, Sampling: _sampling}[
         type(cfg.program)
     ]

@@ -207,7 +207,9 @@ def run(cfg: Pgrpo) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
     _check_mesh(cfg, mesh)
-    net = network(cfg.model)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    check_rows(tokenizer, cfg.model.vocab_size)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
         net,
@@ -228,7 +230,7 @@ def run(cfg: Pgrpo) -> None:
     ):
         # A step with more parts than any before is compiled for twice as many; no mistake here.
         warnings.filterwarnings("ignore", message="Step .* was compiled anew")
-        rollouts = Rollouts(cfg, pool, mesh)
+        rollouts = Rollouts(cfg, pool, mesh, net=net, tokenizer=tokenizer)
         state = resume(checkpoints, abstract, rollouts)
         rollouts.forget_later()
         if state is None:
@@ -327,15 +329,22 @@ class Rollouts:
     with the rollouts that it had.
     """
 
-    def __init__(self, cfg: Pgrpo, pool: GraderPool, mesh: jax.sharding.Mesh) -> None:
-        """Reads tokenizer and problems; samples nothing yet.
+    def __init__(
+        self,
+        cfg: Pgrpo,
+        pool: GraderPool,
+        mesh: jax.sharding.Mesh,
+        *,
+        net: Network,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Reads the problems; samples nothing yet.
 
         Raises:
-          ValueError: the model has fewer rows than the tokenizer has ids, or there is no problem.
+          ValueError: there is no problem.
         """
         self._cfg, self._pool, self._mesh = cfg, pool, mesh
-        self._tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer)
-        check_rows(self._tokenizer, cfg.model.vocab_size)
+        self._tokenizer = tokenizer
         self._problems = records.open_records(cfg.problems)
         if not len(self._problems):
             raise ValueError(f"{cfg.problems} has no problem: want at least one.")
@@ -344,7 +353,7 @@ class Rollouts:
         told = ", ".join(map(fingerprint, files))
         hosts.agree(problems=told, tokenizer=self._tokenizer.fingerprint)
         self._sampler: ForkJoinSampler = make_sampler(
-            network(cfg.model), ThreadWeaver(make_table(self._tokenizer), cfg.forkjoin), cfg.sampler
+            net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
         self._params: Params | None = None

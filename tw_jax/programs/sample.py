@@ -92,7 +92,7 @@ def load(cfg: Sample) -> Loaded:
     """
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
-    net = network(cfg.model)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
     step = newest(cfg.checkpoint)
     abstract = jax.eval_shape(net.init, jax.random.key(0))
     params = restore_params(cfg.checkpoint, step=step, abstract=abstract)

@@ -95,8 +95,8 @@ class Sft:
 def run(cfg: Sft) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh = sharding.make_mesh(cfg.mesh)
-    net = network(cfg.model)
     batches = open_batches(cfg, mesh)
+    net = network(cfg.model, num_ids=load_tokenizer(cfg.tokenizer).vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
         net,

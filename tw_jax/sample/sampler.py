@@ -152,11 +152,11 @@ class ForkJoinSampler:
                 f"Prompt {number} has {len(ids)} tokens: want 1 to {cfg.max_prompt}. Raise "
                 "Sampler.max_prompt, or shorten the prompt."
             )
-        vocabulary = self.network.vocab_size
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            bad = int(ids[(ids < 0) | (ids >= vocabulary)][0])
+        num_ids = self.network.num_ids
+        if ids.min() < 0 or ids.max() >= num_ids:
+            bad = int(ids[(ids < 0) | (ids >= num_ids)][0])
             raise ValueError(
-                f"Prompt {number} holds token {bad}: want ids from 0 to {vocabulary - 1}. The "
+                f"Prompt {number} holds token {bad}: want ids from 0 to {num_ids - 1}. The "
                 "prompt was made with another tokenizer than the model's."
             )
 
@@ -268,7 +268,15 @@ def make_sampler(
       cfg: sizes and the default settings.
       draw: (logits [B, C, V], how, call [B, C], position [B, C]) -> tokens, logp [B, C]; another
         one forces given tokens.
+
+    Raises:
+      ValueError: the network gives probability to other ids than the tokenizer has.
     """
+    if network.num_ids != protocol.table.num_ids:
+        raise ValueError(
+            f"The network has {network.num_ids} ids and the tokenizer {protocol.table.num_ids}. "
+            "Both need the same number. Build it with network(model, num_ids=tokenizer.vocab_size)."
+        )
     limits = protocol.limits
     lanes = limits.max_threads if limits.parallel else 1
     header = 4 + max(MAX_LABEL, protocol.table.label.shape[1])
