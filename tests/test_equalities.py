@@ -312,7 +312,9 @@ def packed_groups(calls, recorded, advantage, mean):
         scored += [Scored(part, of_group) for part in tries.of_group(made, most_tokens=260)]
         first += len(group)
     cfg = Aggregation(mean=mean, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    return pack_groups([scored], cfg, packing=Packing(row_tokens=260, rows=1), fill=Fill())
+    return pack_groups(
+        [scored], cfg, packing=Packing(row_tokens=260), microbatch_rows=1, fill=Fill()
+    )
 
 
 @functools.cache

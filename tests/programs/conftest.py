@@ -52,7 +52,7 @@ Mesh.data = 8
 Mesh.fsdp = 1
 Data.path = '{folder}/data/train.jsonl'
 Data.chat = @Chat()
-Packing.rows = 8
+Sft.batch_rows = 8
 Packing.row_tokens = 384
 Optim.peak_lr = 1e-3
 """
@@ -109,7 +109,7 @@ Mesh.fsdp = 1
 Mesh.data = 8
 Sampler.rows = 16
 Sampler.max_prompt = 40
-Packing.rows = 8
+Pgrpo.microbatch_rows = 8
 Packing.row_tokens = 256
 Optim.peak_lr = 1e-3
 Optim.schedule = 'constant'

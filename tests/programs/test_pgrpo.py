@@ -302,7 +302,7 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Pgrpo.most_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
         ("Pgrpo.inner_steps=3", "want 1 to Pgrpo.prompts = 2"),
-        ("Packing.rows=4", "want a multiple of 8, the devices that rows are split over"),
+        ("Pgrpo.microbatch_rows=4", "want a multiple of 8, the devices that rows are split over"),
     ],
 )
 def test_bad_settings_end_in_a_sentence(trained, tmp_path, capsys, word, sentence):

@@ -327,7 +327,7 @@ def _forked(own: np.ndarray, other: np.ndarray) -> Trie:
 
 def _packed(tries: Sequence[Trie], row_tokens: int) -> TrieBatch:
     """Rows of tries; which trie goes where depends on lengths alone."""
-    rows = pack(tries, Packing(row_tokens=row_tokens, rows=1), Fill())
+    rows = pack(tries, Packing(row_tokens=row_tokens), Fill())
     return stack_rows(rows, max(sum(map(len, row)) for row in rows))
 
 

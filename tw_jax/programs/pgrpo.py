@@ -118,7 +118,9 @@ class Pgrpo:
       normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
       loss: clipping and importance weights.
       aggregation: how tokens are averaged.
-      packing: rows run at a time, and their length.
+      packing: tokens of a row.
+      microbatch_rows: rows that are run at a time, over all devices; an update has as many
+        microbatches as its groups fill.
       optim: optimiser and schedule.
       most_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
         that has more stops the run.
@@ -148,6 +150,7 @@ class Pgrpo:
     loss: PolicyLoss
     aggregation: Aggregation
     packing: Packing
+    microbatch_rows: int
     optim: Optim
     inner_steps: int = 1
     normalise: Literal["mean", "std"] = "mean"
@@ -162,7 +165,7 @@ class Pgrpo:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
-        for name in ("steps", "prompts", "chunk_tokens", "save_every", "keep"):
+        for name in ("steps", "prompts", "microbatch_rows", "chunk_tokens", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Pgrpo.{name} = {getattr(self, name)}: want at least 1.")
         if self.rollouts < 2:
@@ -218,7 +221,7 @@ def run(cfg: Pgrpo) -> None:
         steps=cfg.steps,
         chunk_tokens=cfg.chunk_tokens,
         temperature=cfg.sampler.temperature,
-        part_rows=cfg.packing.rows,
+        microbatch_rows=cfg.microbatch_rows,
         inner_steps=cfg.inner_steps,
     )
     compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
@@ -268,7 +271,7 @@ def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
     samples = 1 if cfg.evaluation is None else cfg.evaluation.samples
     sampling = sharding.sampling(cfg.rules)
     for name, rows, rules in (
-        ("Packing.rows", cfg.packing.rows, cfg.rules),
+        ("Pgrpo.microbatch_rows", cfg.microbatch_rows, cfg.rules),
         ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts, sampling),
         ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples, sampling),
     ):
@@ -303,7 +306,7 @@ def _placing(cfg: Pgrpo, net: Network, abstract: Params, rollouts: Rollouts) -> 
             net,
             chunk_tokens=cfg.chunk_tokens,
             temperature=cfg.sampler.temperature,
-            part_rows=cfg.packing.rows * cfg.inner_steps,
+            microbatch_rows=cfg.microbatch_rows * cfg.inner_steps,
         )
     )
 
@@ -420,6 +423,7 @@ class Rollouts:
             ],
             cfg.aggregation,
             packing=cfg.packing,
+            microbatch_rows=cfg.microbatch_rows,
             fill=fill,
         )
         told = {

@@ -45,7 +45,8 @@ class Sft:
       tokenizer: text to ids.
       data: which trajectories, and which of their tokens are trained.
       forkjoin: limits of the protocol that the trajectories are replayed through.
-      packing: rows of the global batch and what happens to long trajectories.
+      packing: tokens of a row and what happens to long trajectories.
+      batch_rows: rows of the global batch, over all devices, processes and accumulation steps.
       optim: optimiser and schedule.
       mesh: devices.
       rules: which logical axis is split over which axis of the mesh.
@@ -65,6 +66,7 @@ class Sft:
     data: Data
     forkjoin: ForkJoin
     packing: Packing
+    batch_rows: int
     optim: Optim
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
@@ -77,13 +79,20 @@ class Sft:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
-        for name in ("steps", "accumulation_steps", "chunk_tokens", "save_every", "keep"):
+        for name in (
+            "steps",
+            "batch_rows",
+            "accumulation_steps",
+            "chunk_tokens",
+            "save_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"Sft.{name} = {getattr(self, name)}: want at least 1.")
-        if self.packing.rows % self.accumulation_steps:
+        if self.batch_rows % self.accumulation_steps:
             raise ValueError(
                 f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "
-                f"Packing.rows = {self.packing.rows}."
+                f"Sft.batch_rows = {self.batch_rows}."
             )
         if self.model.lora is not None and self.init is None:
             raise ValueError(
@@ -157,9 +166,9 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh) -> Batches:
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
     share, shares = sharding.row_share(mesh, cfg.rules)
-    if cfg.packing.rows % shares:
+    if cfg.batch_rows % shares:
         raise ValueError(
-            f"Packing.rows = {cfg.packing.rows}: want a multiple of {shares}, for so many "
+            f"Sft.batch_rows = {cfg.batch_rows}: want a multiple of {shares}, for so many "
             "processes pack a share of the rows each."
         )
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
@@ -167,7 +176,7 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh) -> Batches:
         cfg.data,
         cfg.packing,
         Builder(cfg.data, tokenizer, protocol),
-        rows=cfg.packing.rows // shares,
+        rows=cfg.batch_rows // shares,
         host=share,
         num_hosts=shares,
     )

@@ -210,7 +210,7 @@ def make_step(
     steps: int,
     chunk_tokens: int,
     temperature: float,
-    part_rows: int,
+    microbatch_rows: int,
     inner_steps: int = 1,
 ) -> Step:
     """Builds the train step: `inner_steps` updates of the optimiser for one `PolicyBatch`.
@@ -226,8 +226,8 @@ def make_step(
       steps: steps of the whole run, for the schedule; the updates of one step share its rate.
       chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
       temperature: at which the rollouts were sampled.
-      part_rows: rows run at a time; divides the rows of every update. Parts behind the last row
-        that trains anything are not run.
+      microbatch_rows: rows run at a time; divides the rows of every update. Microbatches behind the
+        last row that trains anything are not run.
       inner_steps: update i takes rows i, i + inner_steps, ..., as `pack_groups` lays them.
 
     Returns:
@@ -243,7 +243,7 @@ def make_step(
     """
     axes = network.axes()
     logp = make_logp(
-        network, chunk_tokens=chunk_tokens, temperature=temperature, part_rows=part_rows
+        network, chunk_tokens=chunk_tokens, temperature=temperature, microbatch_rows=microbatch_rows
     )
 
     def move(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
@@ -256,10 +256,10 @@ def make_step(
             objective,
             state.params,
             batch,
-            accumulation_steps=_parts(batch.trie, part_rows),
+            accumulation_steps=_parts(batch.trie, microbatch_rows),
             axes=axes,
             extremes=EXTREMES,
-            count=_trained_parts(batch.trie, part_rows),
+            count=_trained_parts(batch.trie, microbatch_rows),
         )
         tokens = sums.pop("tokens")
         state, moved = update(state, gradients, optim, steps=steps, is_empty=tokens == 0)
@@ -311,7 +311,7 @@ def _without_infinities(numbers: Numbers) -> Numbers:
 
 
 def make_logp(
-    network: Network, *, chunk_tokens: int, temperature: float, part_rows: int
+    network: Network, *, chunk_tokens: int, temperature: float, microbatch_rows: int
 ) -> Callable[[Params, TrieBatch], jax.Array]:
     """Builds the extra pass that inner steps and a reference model need.
 
@@ -319,7 +319,7 @@ def make_logp(
       network: the model.
       chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
       temperature: at which the rollouts were sampled.
-      part_rows: rows run at a time; divides the rows of every batch.
+      microbatch_rows: rows run at a time; divides the rows of every batch.
 
     Returns:
       logp(params, batch [R, T]) -> [R, T] float32 nats, 0 where weight is 0: `old_logp` of the
@@ -327,7 +327,7 @@ def make_logp(
     """
 
     def logp(params: Params, batch: TrieBatch) -> jax.Array:
-        parts = split_rows(batch, _parts(batch, part_rows))
+        parts = split_rows(batch, _parts(batch, microbatch_rows))
 
         def one(number: jax.Array, found: jax.Array) -> jax.Array:
             part = part_of(parts, number)
@@ -335,7 +335,7 @@ def make_logp(
             return found.at[number].set(jnp.where(part.weight > 0, said.logp, 0))
 
         empty = constrain(jnp.zeros(parts.tokens.shape, jnp.float32), (None, "rows", "tokens"))
-        found = jax.lax.fori_loop(0, _trained_parts(batch, part_rows), one, empty)
+        found = jax.lax.fori_loop(0, _trained_parts(batch, microbatch_rows), one, empty)
         return found.swapaxes(0, 1).reshape(batch.tokens.shape)
 
     return logp
@@ -395,16 +395,19 @@ def _check(cfg: PolicyLoss, batch: PolicyBatch, temperature: float) -> None:
         )
 
 
-def _parts(batch: TrieBatch, part_rows: int) -> int:
+def _parts(batch: TrieBatch, microbatch_rows: int) -> int:
     rows = batch.tokens.shape[0]
-    if part_rows < 1 or rows % part_rows:
-        raise ValueError(f"part_rows = {part_rows}: want a divisor of the batch's {rows} rows.")
-    return rows // part_rows
+    if microbatch_rows < 1 or rows % microbatch_rows:
+        raise ValueError(
+            f"microbatch_rows = {microbatch_rows} does not divide the batch's {rows} rows. Set it "
+            "to a divisor of them."
+        )
+    return rows // microbatch_rows
 
 
-def _trained_parts(batch: TrieBatch, part_rows: int) -> jax.Array:
+def _trained_parts(batch: TrieBatch, microbatch_rows: int) -> jax.Array:
     """How many parts to run: none behind the last one that trains anything."""
-    trains = split_rows((batch.weight > 0).any(axis=1), _parts(batch, part_rows)).any(axis=1)
+    trains = split_rows((batch.weight > 0).any(axis=1), _parts(batch, microbatch_rows)).any(axis=1)
     return jnp.max(jnp.arange(1, len(trains) + 1) * trains)
 
 
