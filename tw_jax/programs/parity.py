@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from tw_jax import figures
+from tw_jax import figures, workdir
 from tw_jax.checkpoint import restore_params
 from tw_jax.config import config
 from tw_jax.contracts import Params
@@ -226,6 +226,7 @@ def run(cfg: Parity) -> int:
             }
             if dtype == "float32":
                 found[dtype] |= _matches(cfg, model, params, oracle, material)
+    workdir.record(cfg)
     return _conclude(cfg, found)
 
 

@@ -12,16 +12,16 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tw_jax import hosts, sharding
-from tw_jax.checkpoint import Checkpoints, restore_params
-from tw_jax.config import config, operative
+from tw_jax import hosts, sharding, workdir
+from tw_jax.checkpoint import Checkpoints
+from tw_jax.config import config
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
 from tw_jax.data.stored import fingerprint, problem_of, trajectory_of, unfinished
@@ -30,14 +30,13 @@ from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import of_group, of_trajectory
 from tw_jax.metrics import Metrics
-from tw_jax.models.lora import adapters, overlay, trained, without_adapters
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import settings
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool
 from tw_jax.tasks.reward import CUT, Parts, Reward, are_finite, reward, summary, totals, trains
+from tw_jax.tasks.score import Evaluation, held_out
 from tw_jax.tokenizer import (
     Bytes,
     Chat,
@@ -55,42 +54,21 @@ from tw_jax.train.groups import (
     has_signal,
     pack_groups,
 )
+from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import fit, resume
 from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step, refuse_mismatch
-from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
+from tw_jax.train.reference import of_reference
+from tw_jax.train.state import (
+    Optim,
+    TrainState,
+    abstract_state,
+    initial_state,
+    jit_step,
+    schedule,
+)
 from tw_jax.trie.pack import Fill, Packing
 
 MANY_HOSTS = True
-
-
-@config
-class Evaluation:
-    """Held-out problems that are sampled while training.
-
-    Attributes:
-      problems: a file of problems or examples.
-      count: how many of them, from the start of the file.
-      samples: rollouts of each; with more than one, pass@k is reported for powers of two.
-      every: steps between evaluations; the last step is followed by one too.
-      temperature: of these rollouts.
-    """
-
-    problems: str
-    count: int = 200
-    samples: int = 1
-    every: int = 10
-    temperature: float = 0.0
-
-    def check(self) -> None:
-        """Refuses evaluations of nothing."""
-        for name in ("count", "samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
-        if self.samples > 1 and self.temperature <= 0:
-            raise ValueError(
-                f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
-                f"{self.temperature}: want a temperature above 0, or all samples are the same."
-            )
 
 
 @config
@@ -234,8 +212,17 @@ def run(cfg: Pgrpo) -> None:
         # A step with more parts than any before is compiled for twice as many; no mistake here.
         warnings.filterwarnings("ignore", message="Step .* was compiled anew")
         rollouts = Rollouts(cfg, pool, mesh, net=net, tokenizer=tokenizer)
+        who = establish(
+            cfg,
+            checkpoints,
+            needs_init=cfg.loss.kl_coef > 0,
+            schedule=schedule(cfg.optim, steps=cfg.steps),
+            **rollouts.contents,
+        )
         state = resume(checkpoints, abstract, rollouts)
-        rollouts.forget_later()
+        rollouts.begin(who.digest)
+        assert who.origin is not None  # Pgrpo.init names a checkpoint
+        began = partial(origin_params, cfg.init, who.origin, abstract.params)
         if state is None:
             state = initial_state(
                 net,
@@ -243,14 +230,19 @@ def run(cfg: Pgrpo) -> None:
                 mesh=mesh,
                 rules=cfg.rules,
                 key=jax.random.key(cfg.seed),
-                params=_restored(cfg, abstract.params),
+                params=began(),
             )
-        place = _placing(cfg, net, abstract.params, rollouts)
         first = int(state.step)
         if hosts.is_first():
             where = f"{mesh.size} device(s) of {jax.process_count()} process(es)"
             print(f"{folder}: step {first} of {cfg.steps}, {where}")
+            print(standing(who, first=first, steps=cfg.steps), end="")
+        if first < cfg.steps:
+            workdir.record(cfg)
         rollouts.take(state)
+        place = sharding.put_rows
+        if cfg.loss.kl_coef:
+            place = _placing(cfg, net, began(), rollouts)
         with Metrics(folder, step=first) as metrics:
             fit(
                 state,
@@ -263,7 +255,7 @@ def run(cfg: Pgrpo) -> None:
                 place=place,
                 hooks=(rollouts.after_step,),
                 guard=lambda index, numbers: refuse_mismatch(cfg.most_mismatch, index, numbers),
-                note={"config": operative(cfg)},
+                note=who.note,
             )
 
 
@@ -283,36 +275,19 @@ def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def _restored(cfg: Pgrpo, abstract: Params) -> Params:
-    """The parameters that the run begins with, without adapters where the checkpoint has none."""
-    return restore_params(cfg.init, abstract=abstract, core=without_adapters(abstract))
-
-
-def _placing(cfg: Pgrpo, net: Network, abstract: Params, rollouts: Rollouts) -> Any:
-    """What puts a batch on the devices, with the reference's log-probs where the loss reads them.
-
-    The reference of the KL term is the model that the run began with. What training moves is kept
-    of it, and the rest is read where it is.
-    """
-    if not cfg.loss.kl_coef:
-        return sharding.put_rows
-    # Fresh adapters add nothing, and neither do those of zeros.
-    nothing = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), adapters(abstract)
+def _placing(cfg: Pgrpo, net: Network, began: Params, rollouts: Rollouts) -> Any:
+    """Puts a batch on the devices, with the log-probs of the model that the run began with."""
+    logp = make_logp(
+        net,
+        chunk_tokens=cfg.chunk_tokens,
+        temperature=cfg.sampler.temperature,
+        microbatch_rows=cfg.microbatch_rows * cfg.inner_steps,
     )
-    reference = trained(overlay(nothing, _restored(cfg, abstract)))
-    logp = jax.jit(
-        make_logp(
-            net,
-            chunk_tokens=cfg.chunk_tokens,
-            temperature=cfg.sampler.temperature,
-            microbatch_rows=cfg.microbatch_rows * cfg.inner_steps,
-        )
-    )
+    reference = of_reference(logp, began, rollouts.params)
 
     def place(batch: PolicyBatch) -> PolicyBatch:
         placed = sharding.put_rows(batch)
-        return placed.replace(ref_logp=logp(overlay(rollouts.params, reference), placed.trie))
+        return placed.replace(ref_logp=reference(rollouts.params, placed.trie))
 
     return place
 
@@ -352,14 +327,19 @@ class Rollouts:
         if not len(self._problems):
             raise ValueError(f"{cfg.problems} has no problem: want at least one.")
         # Each process of a job does all that is drawn.
-        files = [cfg.problems, *([] if cfg.evaluation is None else [cfg.evaluation.problems])]
-        told = ", ".join(map(fingerprint, files))
-        hosts.agree(problems=told, tokenizer=self._tokenizer.fingerprint)
+        self.contents = {
+            "problems": fingerprint(cfg.problems),
+            "tokenizer": self._tokenizer.fingerprint,
+        }
+        if cfg.evaluation is not None:
+            self.contents["held-out problems"] = fingerprint(cfg.evaluation.problems)
+        hosts.agree(**self.contents)
         self._sampler: ForkJoinSampler = make_sampler(
             net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
         self._params: Params | None = None
+        self._run = ""
         self._step = self._prompts = 0
         self._pass, self._order = -1, np.zeros(0, int)
         self._numbers: dict[str, float] = {}
@@ -373,8 +353,13 @@ class Rollouts:
         """Goes to a position."""
         self._step, self._prompts = state["step"], state["prompts"]
 
-    def forget_later(self) -> None:
-        """Deletes what a crash left of later steps, whose parameters are made anew."""
+    def begin(self, run: str) -> None:
+        """Deletes what a crash left of later steps, whose parameters are made again.
+
+        Args:
+          run: tells this run's unfinished rollouts from those of another, as `Identity.digest`.
+        """
+        self._run = run
         if not hosts.is_first():
             return
         folder = Path(self._cfg.workdir) / "rollouts"
@@ -467,7 +452,9 @@ class Rollouts:
         parts: list[list[Parts]] = []
         verdicts: Counter[str] = Counter()
         good = 0
-        with unfinished(file) as (have, add):
+        with unfinished(file) as (left, add):
+            # An attempt before the first checkpoint may have had other settings.
+            have = {name: one for name, one in left.items() if self._is_own(one)}
             while good < cfg.prompts and len(drawn) < cfg.most_prompts:
                 # Rows that stand empty take as long as others, so all are filled.
                 count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
@@ -505,8 +492,11 @@ class Rollouts:
         for group in groups:
             for k, name in enumerate(group.names):
                 if name not in have:
-                    add(self._record(group, k, {}))
+                    add(self._record(group, k, {"run": self._run}))
         return groups
+
+    def _is_own(self, record: records.Record) -> bool:
+        return isinstance(record, records.Rollout) and record.extra.get("run") == self._run
 
     def _rollouts(
         self, problems: Sequence[records.Problem], samples: int, temperature: float, seed: int
@@ -598,14 +588,9 @@ class Rollouts:
         ]
         parts = self._judge(groups, Counter())
         correct = np.array([[one.is_correct for one in group] for group in parts])
-        share = score.wilson(float(correct.mean()), len(correct))
-        passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= cfg.samples]
         numbers = summary(parts, totals(parts, self._cfg.reward))
         return {
-            "eval_correct": share.value,
-            "eval_correct_low": share.low,
-            "eval_correct_high": share.high,
-            **{f"eval_pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
+            **held_out(correct),
             **{
                 f"eval_{n}": numbers[n] for n in ("longest_tokens", "total_tokens", "latency_ratio")
             },

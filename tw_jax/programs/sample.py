@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tw_jax import workdir
 from tw_jax.checkpoint import newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
@@ -154,6 +155,7 @@ def run(cfg: Sample) -> None:
     for _, made in rollouts(cfg, load(cfg)):
         finishes[made.finish] += 1
         counts.update(made.counts)
+    workdir.record(cfg)
     print(f"{cfg.workdir}/rollouts.jsonl: {sum(finishes.values())} new rollouts")
     print("ended by: " + (_listed(finishes) or "nothing new"))
     if counts:
