@@ -7,7 +7,6 @@ Sampler and trainer read the same arrays. Run the same command again to go on wh
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections import Counter
@@ -24,7 +23,8 @@ from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
-from tw_jax.data.stored import fingerprint, problem_of, trajectory_of, unfinished
+from tw_jax.data.prompts import Problems
+from tw_jax.data.stored import fingerprint, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -32,10 +32,20 @@ from tw_jax.forkjoin.tries import of_group, of_trajectory
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import settings
-from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks.grader import Grader, GraderPool
-from tw_jax.tasks.reward import CUT, Parts, Reward, are_finite, reward, summary, totals, trains
+from tw_jax.tasks.reward import (
+    CUT,
+    Parts,
+    Reward,
+    are_finite,
+    leave_out_long,
+    reward,
+    summary,
+    totals,
+    trains,
+)
 from tw_jax.tasks.score import Evaluation, held_out
 from tw_jax.tokenizer import (
     Bytes,
@@ -90,6 +100,9 @@ class Pgrpo:
       most_prompts: prompts that a step draws at most to find its groups, as many at a time as the
         sampler has rows for; groups whose rewards are all equal teach nothing.
       inner_steps: updates of a step, each with its share of the groups; 1 is on-policy.
+      long_prompts: what happens to a problem whose prompt is longer than `Sampler.max_prompt` or
+        fills `ForkJoin.max_context`: "refuse" stops at the start with its line, "drop" leaves it
+        out and counts it. Held-out problems are always refused.
       sampler: rows, temperature and seed; `rollouts` divides its rows.
       grader: how answers are judged.
       reward: what a rollout earns.
@@ -131,6 +144,7 @@ class Pgrpo:
     microbatch_rows: int
     optim: Optim
     inner_steps: int = 1
+    long_prompts: Literal["refuse", "drop"] = "refuse"
     normalise: Literal["mean", "std"] = "mean"
     most_mismatch: float = 0.01
     evaluation: Evaluation | None = None
@@ -267,12 +281,7 @@ def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
         ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts, sampling),
         ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples, sampling),
     ):
-        split = math.prod(mesh.shape[axis] for axis in rules.rows)
-        if rows % split:
-            raise ValueError(
-                f"{name} = {rows}: want a multiple of {split}, the devices that rows are split "
-                "over. Change the rows, or Mesh."
-            )
+        sharding.check_split(name, rows, mesh, rules)
 
 
 def _placing(cfg: Pgrpo, net: Network, began: Params, rollouts: Rollouts) -> Any:
@@ -319,13 +328,20 @@ class Rollouts:
         """Reads the problems; samples nothing yet.
 
         Raises:
-          ValueError: there is no problem.
+          ValueError: there is no problem, or a prompt is too long.
         """
         self._cfg, self._pool, self._mesh = cfg, pool, mesh
         self._tokenizer = tokenizer
-        self._problems = records.open_records(cfg.problems)
-        if not len(self._problems):
-            raise ValueError(f"{cfg.problems} has no problem: want at least one.")
+        read = partial(
+            Problems,
+            prompt=partial(cfg.chat.prompt, tokenizer),
+            limits=prompt_limits(cfg.sampler, cfg.forkjoin),
+        )
+        self._problems = read(cfg.problems, too_long=cfg.long_prompts, option="Pgrpo.long_prompts")
+        if self._problems.dropped and hosts.is_first():
+            print(f"{cfg.problems}: {self._problems.dropped} problems with long prompts left out")
+        aside = cfg.evaluation
+        self._held_out = [] if aside is None else list(read(aside.problems, count=aside.count))
         # Each process of a job does all that is drawn.
         self.contents = {
             "problems": fingerprint(cfg.problems),
@@ -341,7 +357,6 @@ class Rollouts:
         self._params: Params | None = None
         self._run = ""
         self._step = self._prompts = 0
-        self._pass, self._order = -1, np.zeros(0, int)
         self._numbers: dict[str, float] = {}
         self._clock = time.monotonic()
 
@@ -437,6 +452,7 @@ class Rollouts:
             "groups_with_signal": len(found),
             "groups_not_finite": float((~finite).sum()),
             "untrained": sum(not one.is_trained for group in parts for one in group),
+            "problems_dropped": self._problems.dropped,
             "timeouts": verdicts["timeout"],
             "rows_filled": fill.rows_filled,
             "token_sharing": fill.token_sharing,
@@ -459,8 +475,10 @@ class Rollouts:
                 # Rows that stand empty take as long as others, so all are filled.
                 count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
                 some = self._sample(count, have, add)
-                judged = self._judge(some, verdicts)
-                self._leave_out_long(some, judged)
+                judged = [
+                    leave_out_long(parts, group.trajectories, cfg.packing.row_tokens)
+                    for group, parts in zip(some, self._judge(some, verdicts), strict=True)
+                ]
                 values = totals(judged, cfg.reward)
                 good += int((are_finite(values) & has_signal(values) & trains(judged)).sum())
                 drawn += some
@@ -473,7 +491,7 @@ class Rollouts:
         """Groups of the next problems; those that a crash left finished are not sampled again."""
         cfg, first = self._cfg, self._prompts
         self._prompts += count
-        problems = [self._problem(first + n) for n in range(count)]
+        problems = self._problems.drawn(first, count, seed=cfg.seed)
         names = [
             [f"{self._step}/{first + n}/{problem.id}/{k}" for k in range(cfg.rollouts)]
             for n, problem in enumerate(problems)
@@ -512,14 +530,6 @@ class Rollouts:
         with sharding.use(self._mesh, sharding.sampling(self._cfg.rules)):
             return self._sampler(self.params, prompts, how, repeats=samples)
 
-    def _problem(self, number: int) -> records.Problem:
-        """The problem at a place of the endless order: a new permutation for every pass."""
-        size = len(self._problems)
-        if self._pass != number // size:
-            self._pass = number // size
-            self._order = np.random.default_rng([self._cfg.seed, self._pass]).permutation(size)
-        return problem_of(self._problems[int(self._order[number % size])])
-
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
         items = [(self._text(t), g.problem.answer) for g in groups for t in g.trajectories]
@@ -536,13 +546,6 @@ class Rollouts:
                 ]
             )
         return judged
-
-    def _leave_out_long(self, groups: Sequence[Drawn], judged: list[list[Parts]]) -> None:
-        """Keeps the rewards of rollouts that are longer than a row, and does not train them."""
-        for group, parts in zip(groups, judged, strict=True):
-            for k, made in enumerate(group.trajectories):
-                if len(of_trajectory(made)) > self._cfg.packing.row_tokens:
-                    parts[k] = parts[k]._replace(is_trained=False)
 
     def _refuse_short_rows(self, drawn: Sequence[Drawn]) -> None:
         shortest = min(len(of_trajectory(made)) for group in drawn for made in group.trajectories)
@@ -574,8 +577,7 @@ class Rollouts:
 
     def evaluate(self, cfg: Evaluation) -> dict[str, float]:
         """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
-        found = records.open_records(cfg.problems)
-        problems = [problem_of(found[n]) for n in range(min(cfg.count, len(found)))]
+        problems = self._held_out
         made: list[Trajectory] = []
         each = self._cfg.sampler.rows // cfg.samples
         for first in range(0, len(problems), each):

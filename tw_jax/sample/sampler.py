@@ -28,7 +28,7 @@ from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ThreadWeaver
+from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ForkJoin, ThreadWeaver
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
 from tw_jax.sample.draw import draw, settings
@@ -63,6 +63,12 @@ class Sampler:
         for name in ("rows", "max_prompt", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Sampler.{name} = {getattr(self, name)}: want at least 1.")
+
+
+def prompt_limits(cfg: Sampler, limits: ForkJoin) -> dict[str, int]:
+    """The most tokens that a prompt may have, by the config field that says so."""
+    # A prompt that fills the context would end before its first token is drawn.
+    return {"Sampler.max_prompt": cfg.max_prompt, "ForkJoin.max_context": limits.max_context - 1}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
