@@ -113,7 +113,6 @@ def test_a_config_is_frozen_keyword_only_hashable_and_pickles():
             lambda: Model(depth=2, attention="flash"),
             "Model.attention = 'flash': want Literal['auto', 'reference'], got str.",
         ),
-        (lambda: Model(depth=2, rope_theta=math.nan), "Model.rope_theta = nan: want float,"),
         (lambda: Sampler(stops="ab"), "Sampler.stops = 'ab': want tuple[str, ...], got str."),
         (lambda: Sampler(stops=("a", 1)), "Sampler.stops = ('a', 1): want tuple[str, ...],"),
         (lambda: Sampler(top_k="a"), "Sampler.top_k = 'a': want int | None, got str."),
@@ -131,6 +130,24 @@ def test_a_wrong_type_is_refused_with_field_value_and_want(make, sentence):
     with pytest.raises(TypeError) as caught:
         make()
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Model(depth=2, rope_theta=math.nan), "Model.rope_theta = nan must be a finite"),
+        (lambda: Model(depth=2, rope_theta=math.inf), "Model.rope_theta = inf must be a finite"),
+        (lambda: Model(depth=2, rope_theta=1e39), "Model.rope_theta = 1e+39 must be a finite"),
+        (lambda: Model(depth=2, rope_theta=10**400), "Model.rope_theta = 1000"),
+        (lambda: Model(depth=2**63), "Model.depth = 9223372036854775808 must be a finite number"),
+        (lambda: Model(depth=16**9000), "Model.depth = a number of thousands of digits must be"),
+    ],
+)
+def test_a_number_that_is_not_finite_or_too_large_is_refused(make, sentence):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the text is judged below)
+        make()
+    assert str(caught.value).startswith(sentence)
+    assert len(str(caught.value)) < 300
 
 
 def test_an_int_becomes_a_float_and_a_list_a_tuple():
@@ -227,19 +244,6 @@ def test_the_last_binding_wins(tmp_path):
     assert load(Sft, [first, second], ["Model.depth=5"]).model.depth == 5
 
 
-@pytest.mark.parametrize(
-    "folder", ["configs/models", "configs/sft/models", "elsewhere/configs/models"]
-)
-def test_includes_are_found_above_the_file_beside_it_and_from_the_working_directory(
-    folder, tmp_path, monkeypatch
-):
-    include = "models/tiny.gin" if "sft" in folder else "configs/models/tiny.gin"
-    write(tmp_path / folder / "tiny.gin", "Model.depth = 2")
-    run = write(tmp_path / "configs/sft/run.gin", "\n".join([f"include '{include}'", *REST[::2]]))
-    monkeypatch.chdir(tmp_path / "elsewhere" if "elsewhere" in folder else "/")
-    assert load(Sft, [run]).model.depth == 2
-
-
 def test_loading_leaves_nothing_behind_and_works_twice_and_for_two_roots():
     from gin import config as gin
 
@@ -267,7 +271,7 @@ def test_importing_gin_stays_behind_the_door():
             line.startswith(("import gin", "from gin")) for line in path.read_text().splitlines()
         )
     ]
-    assert importers == ["config.py"]
+    assert importers == ["bindings.py"]
 
 
 # Single bindings as a shell hands them over.
@@ -392,40 +396,37 @@ def test_missing_fields_are_all_named():
         load(Sft, [], ["Sft.model = @a/Model()", "Sft.task = @Countdown()"])
 
 
+# A config that refuses its values: the binding at fault.
+
+
 @pytest.mark.parametrize(
-    ("line", "column", "what"),
+    ("lines", "number"),
     [
-        ("Model.depth = seven", 14, "Failed to parse token 'seven'"),
-        ("Model.depth == 3", 12, "expected ':' or '='"),
-        ("Model.depth = 2 * 3", 16, "Expected newline"),
-        ("Sft.axes = (1, 2", None, "EOF in multi-line statement"),
-        ("Sft.workdir = 'open", None, ""),
+        (["Model.width = 8", "Model.width = 7"], 5),
+        (["Model.width = 7", "Model.attention = 'auto'"], 4),
     ],
 )
-def test_a_syntax_error_points_at_its_line_and_column(line, column, what, tmp_path):
-    file = write(tmp_path / "run.gin", "\n".join([*REST, line, ""]))
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the text is judged below)
+def test_an_error_of_check_names_the_line_that_set_the_field(lines, number, tmp_path):
+    file = write(tmp_path / "run.gin", "\n".join([*REST, *lines]))
+    with pytest.raises(ValueError, match=r"Model\.width = 7: want a multiple of 8") as caught:
         load(Sft, [file])
-    first, *excerpt = str(caught.value).split("\n")
-    assert what in first
-    if column is not None:
-        assert first.startswith(f"{file}:4: ")
-        assert excerpt == [f"  {line}", f"  {' ' * column}^"]
+    assert str(caught.value).startswith(f"{file}:{number}: Model.width")
 
 
-def test_a_missing_file_and_a_missing_include_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^nowhere.gin: no such config file"):
-        load(Sft, ["nowhere.gin"])
-    file = write(tmp_path / "run.gin", "include 'nowhere.gin'")
-    with pytest.raises(FileNotFoundError, match=r"^nowhere.gin, included by .*run.gin: no such"):
-        load(Sft, [file])
+def test_an_error_of_check_about_a_field_of_a_part_names_its_line(tmp_path):
+    @config
+    class Whole:
+        part: Sampler
+        rows: int = 3
 
+        def check(self):
+            raise ValueError(f"Whole.rows = {self.rows} does not suit Sampler.top_k = 2.")
 
-def test_files_that_include_one_another_are_refused(tmp_path):
-    write(tmp_path / "a.gin", "include 'b.gin'")
-    b = write(tmp_path / "b.gin", "include 'a.gin'")
-    with pytest.raises(ValueError, match=r"in a circle: .*b.gin -> .*a.gin -> .*b.gin"):
-        load(Sft, [b])
+    file = write(tmp_path / "run.gin", "Whole.part = @Sampler()\nSampler.top_k = 2")
+    with pytest.raises(ValueError, match=r"^.*run.gin:2: Whole.rows = 3 does not"):
+        load(Whole, [file])
+    with pytest.raises(ValueError, match=r"^.*run.gin:3: Whole.rows = 4 does not"):
+        load(Whole, [write(file, f"{file.read_text()}\nWhole.rows = 4")])
 
 
 def test_two_reachable_configs_of_one_name_are_refused():
@@ -497,15 +498,21 @@ class Node:
 
 
 samplers = st.builds(
-    Sampler, top_k=st.none() | st.integers(), stops=st.lists(st.text(), max_size=2).map(tuple)
+    Sampler,
+    top_k=st.none() | st.integers(-(2**63), 2**63 - 1),
+    stops=st.lists(st.text(), max_size=2).map(tuple),
 )
 leaves = st.builds(
     Node,
     name=st.text(st.characters()),
-    size=st.none() | st.floats(allow_nan=False),
+    size=st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False),
     mode=st.sampled_from(["a", 1, True, None]),
     flag=st.booleans(),
-    numbers=st.lists(st.integers() | st.floats(allow_nan=False), max_size=3).map(tuple),
+    numbers=st.lists(
+        st.integers(-(2**63), 2**63 - 1)
+        | st.floats(width=32, allow_nan=False, allow_infinity=False),
+        max_size=3,
+    ).map(tuple),
 )
 nodes = st.recursive(
     leaves,

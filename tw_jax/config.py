@@ -2,9 +2,9 @@
 
 `@config` makes a frozen dataclass whose fields are checked when it is built. `load` reads gin files
 into one immutable tree of such classes; `describe` lists what may be set; `operative` writes a tree
-back as gin text. Only gin's parser is used: its registry, its global table of bindings and its
-current scope stay untouched, so roots can be loaded again and side by side, and every error knows
-its line. This file knows no config class; it finds them by walking the root's annotations.
+back as gin text. Nothing global is kept, so roots can be loaded again and side by side, and every
+error names the line of the binding that it is about. This file does not know any config class; it
+finds them by walking the root's annotations. gin text is read by `bindings.py`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
-import os
-import tokenize
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from gin import config_parser
+from tw_jax import bindings
+from tw_jax.bindings import Key, Macro, Reference
+from tw_jax.bounds import shown
 
 C = TypeVar("C")
 
+_LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
+_NAMED = re.compile(r"(?:([A-Za-z_]\w*)\.)?\b([a-z_]\w*)")
+"""Class.field in the text of an error, or a field alone, whose class was named before."""
 _MISFIT = object()
 """What `_fit` answers for a value that an annotation does not admit; None is a value."""
 
@@ -33,11 +36,13 @@ _MISFIT = object()
 def config(cls: type[C]) -> type[C]:
     """Makes a keyword-only frozen dataclass whose fields are checked when it is built.
 
-    A field is annotated with `int`, `float` (an int is accepted and stored as a float; nan is
-    refused), `bool`, `str`, `None`, `Literal[...]`, `tuple[X, ...]`, `tuple[X, Y]` (a list is
-    accepted and stored as a tuple), another config, or a union of these. When all fields fit, the
-    optional method `check(self)` judges rules across fields; it raises ValueError. The
-    `Attributes:` section of the class docstring has an entry for each field.
+    A field is annotated with `int` (of 64 bits), `float` (an int is accepted and stored as a
+    float; nan, infinities and what float32 cannot hold are refused), `bool`, `str`, `None`,
+    `Literal[...]`, `tuple[X, ...]`, `tuple[X, Y]` (a list is accepted and stored as a tuple),
+    another config, or a union of these. When all fields fit, the optional method `check(self)`
+    judges ranges (`bounds.require`) and rules across fields; it raises ValueError, whose text names
+    the field as "Class.field". The `Attributes:` section of the class docstring has an entry for
+    each field.
 
     Args:
       cls: a class without `__post_init__`.
@@ -57,7 +62,7 @@ def load(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = (
     Files and bindings are read in order; a later binding of the same field wins. A binding in a
     scope, `train/Sampler.top_k = 5`, holds for what `@train/Sampler()` builds, and goes before the
     unscoped one. A reference without a scope stays in the scope in which it is met. An include is
-    looked for beside the file that includes it, in the folders above, and in the working directory.
+    looked for beside the file that includes it, then in the working directory.
 
     Args:
       root: the config class to build.
@@ -71,16 +76,23 @@ def load(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = (
 
     Raises:
       ValueError: a syntax error, an unknown class or field, a binding that nothing used, a field
-        without default that is not bound, or a config that refused its values in `check`.
+        without default that is not bound, a number that is not finite or too large, or a config
+        that refused its values in `check`; it begins with the place of the binding at fault.
       TypeError: a value that the annotation of its field does not admit.
       FileNotFoundError: a file or an include that is not there.
     """
     table = _Table(root)
     for file in files:
-        table.read(Path(file), ())
+        table.read(Path(file))
     for binding in bindings:
         table.override(binding)
-    built = table.build(root, "")
+    try:
+        built = table.build(root, "")
+    except RecursionError:
+        raise ValueError(
+            f"The references and macros that {root.__name__} leads to are nested too deeply. Bind "
+            "values directly."
+        ) from None
     table.refuse_unused()
     return built
 
@@ -133,7 +145,7 @@ def _post_init(self: Any) -> None:
         value = getattr(self, name)
         fitted = _fit(value, kind)
         if fitted is _MISFIT:
-            raise TypeError(_misfit(f"{cls.__name__}.{name}", value, value, kind))
+            raise _misfit(f"{cls.__name__}.{name}", value, value, kind)
         object.__setattr__(self, name, fitted)
     if hasattr(cls, "check"):
         self.check()
@@ -168,9 +180,10 @@ def _fit(value: Any, kind: Any) -> Any:
         return next((f for f in fitted if type(f) is type(value)), (fitted or [_MISFIT])[0])
     if origin is tuple:
         return _fit_tuple(value, typing.get_args(kind))
+    if kind in (int, float) and _is_too_large(value):
+        return _MISFIT
     if kind is float:
-        is_number = type(value) is int or (isinstance(value, float) and not math.isnan(value))
-        return float(value) if is_number else _MISFIT
+        return float(value) if type(value) is int or isinstance(value, float) else _MISFIT
     if kind in (int, bool, str, types.NoneType) or _is_config(kind):
         return value if type(value) is kind else _MISFIT
     raise TypeError(
@@ -190,9 +203,23 @@ def _fit_tuple(value: Any, kinds: tuple[Any, ...]) -> Any:
     return _MISFIT if any(f is _MISFIT for f in fitted) else fitted
 
 
-def _misfit(field: str, written: object, value: object, kind: Any) -> str:
-    shown = f"{type(value).__name__}(...)" if _is_config(type(written)) else repr(written)
-    return f"{field} = {shown}: want {_type_text(kind)}, got {type(value).__name__}."
+def _is_too_large(value: object) -> bool:
+    """Whether a number is nan or does not fit a float32, or an int does not fit 64 bits."""
+    if type(value) is int:
+        return not -(2**63) <= value < 2**63
+    return isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT
+
+
+def _misfit(field: str, written: object, value: object, kind: Any, where: str = "") -> Exception:
+    """The error for a value that an annotation does not admit."""
+    if _is_too_large(value):
+        return ValueError(
+            f"{where}{field} = {shown(written)} must be a finite number that fits 32 bits as a "
+            "float or 64 bits as an int."
+        )
+    text = f"{type(value).__name__}(...)" if _is_config(type(written)) else shown(written)
+    want = f"want {_type_text(kind)}, got {type(value).__name__}."
+    return TypeError(f"{where}{field} = {text}: {want}")
 
 
 def _type_text(kind: Any) -> str:
@@ -294,42 +321,10 @@ def _gin_text(value: object, names: dict[object, str]) -> str:
         return f"({items},)" if len(value) == 1 else f"({items})"
     if _is_config(type(value)):
         return f"@{names.get(value, type(value).__name__)}()"
-    if isinstance(value, float) and math.isinf(value):
-        return "1e999" if value > 0 else "-1e999"  # gin has no word for infinity
     return repr(value)
 
 
 # Reading: gin's statements, and what they build.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-    scope: str
-    name: str
-    is_called: bool
-
-    def __repr__(self) -> str:
-        scope = f"{self.scope}/" if self.scope else ""
-        return f"@{scope}{self.name}{'()' if self.is_called else ''}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Macro:
-    name: str
-
-    def __repr__(self) -> str:
-        return f"%{self.name}"
-
-
-class _Delegate(config_parser.ParserDelegate):
-    """Keeps references and macros as they are written; gin's own delegate would look them up."""
-
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
-        scope, _, name = scoped_configurable_name.rpartition("/")
-        return _Reference(scope, name, evaluate)
-
-    def macro(self, macro_name: str) -> _Macro:
-        return _Macro(macro_name)
 
 
 @dataclasses.dataclass
@@ -340,53 +335,40 @@ class _Binding:
     is_used: bool = False
 
 
-_Key = tuple[str, str, str]
-"""Scope, class and field; a macro has its name for a class and no field."""
-
-
 class _Table:
     """All bindings read so far, and the configs they built."""
 
     def __init__(self, root: type) -> None:
         self.root = root
         self.known = _reachable(root)
-        self.bindings: dict[_Key, _Binding] = {}
+        self.bindings: dict[Key, _Binding] = {}
         self.built: dict[tuple[type, str], Any] = {}
+        self.places: dict[int, dict[str, str]] = {}
+        """Where the fields of a built config were bound, by its id; `built` keeps it alive."""
         self.open: list[str] = []
         """What is being built, outermost first."""
 
-    def read(self, file: Path, includers: tuple[Path, ...]) -> None:
-        path = _find(file, includers)
-        if path in includers:
-            circle = " -> ".join(map(_shown, (*includers, path)))
-            raise ValueError(f"Files include one another in a circle: {circle}.")
-        for statement in _statements(path.read_text(encoding="utf-8"), _shown(path)):
-            where = f"{_shown(path)}:{statement.location.line_num}: "
-            if isinstance(statement, config_parser.IncludeStatement):
-                self.read(Path(statement.filename), (*includers, path))
-            elif isinstance(statement, config_parser.ImportStatement):
-                raise ValueError(f"{where}import: the root's annotations lead to every config.")
-            elif isinstance(statement, config_parser.BindingStatement):
-                key = (statement.scope, statement.selector, statement.arg_name)
-                self.bind(key, statement.value, where)
+    def read(self, file: Path) -> None:
+        for key, value, where in bindings.read(file):
+            self.bind(key, value, where)
 
     def override(self, text: str) -> None:
         name, equals, raw = (part.strip() for part in text.partition("="))
         if not (name and equals):
             raise ValueError(f"{text!r} is no binding. Want Class.field=value.")
-        key = config_parser.parse_binding_key(name)
+        key = bindings.split(name)
         try:
-            (statement,) = _statements(text, "")
+            (statement,) = bindings.statements(text, "")
             value = statement.value
         except (ValueError, AttributeError):
             value = raw
         self.bind(key, value, "")
-        if key[2] and not isinstance(value, _Reference | _Macro):
+        if key[2] and not isinstance(value, Reference | Macro):
             kind = _kinds(self.known[key[1]])[key[2]]
             if _fit(value, kind) is _MISFIT and _fit(raw, kind) is not _MISFIT:
                 self.bind(key, raw, "")
 
-    def bind(self, key: _Key, value: Any, where: str) -> None:
+    def bind(self, key: Key, value: Any, where: str) -> None:
         _, name, field = key
         if field and name not in self.known:
             raise ValueError(
@@ -401,12 +383,13 @@ class _Table:
     def build(self, cls: type[C], scope: str) -> C:
         if (cls, scope) in self.built:
             return self.built[cls, scope]
-        values, missing = {}, []
+        values, missing, places = {}, [], {}
         self.enter(f"{scope}/{cls.__name__}" if scope else cls.__name__)
         for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
             binding = self.find(scope, cls.__name__, field.name)
             if binding:
                 values[field.name] = self.evaluate(binding, cls, field.name, scope)
+                places[field.name] = binding.where
             elif _is_required(field):
                 missing.append(f"{cls.__name__}.{field.name}")
         if missing:
@@ -414,7 +397,37 @@ class _Table:
             wanted = ", ".join(f"{m} ({k})" for m, k in zip(missing, kinds, strict=True))
             raise ValueError(f"{self.open[-1]} lacks {wanted}. Bind what has no default.")
         self.open.pop()
-        return self.built.setdefault((cls, scope), cls(**values))
+        try:
+            made = cls(**values)
+        except (TypeError, ValueError) as error:
+            where = self.blame(str(error), cls.__name__, values, places)
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{where}{error}") from error
+        self.places[id(made)] = places
+        return self.built.setdefault((cls, scope), made)
+
+    def blame(self, text: str, name: str, values: dict[str, Any], places: dict[str, str]) -> str:
+        """The place of the first binding of a field that the text of an error names.
+
+        Fields are those of the config that was refused and of the configs that it holds.
+        """
+        owners = [(name, places), *self.owners(list(values.values()))]
+        current = ""
+        for named, field in _NAMED.findall(text):
+            current = named or current
+            for owner, bound in owners:
+                if owner == current and field in bound:
+                    return bound[field]
+        return next(filter(None, places.values()), "")
+
+    def owners(self, values: list[Any]) -> Iterator[tuple[str, dict[str, str]]]:
+        """Names of configs within values, and the places where their fields were bound."""
+        for value in values:
+            if isinstance(value, tuple | list):
+                yield from self.owners(list(value))
+            elif _is_config(type(value)):
+                yield type(value).__name__, self.places.get(id(value), {})
+                yield from self.owners([getattr(value, f) for f in _kinds(type(value))])
 
     def enter(self, name: str) -> None:
         if name in self.open:
@@ -434,15 +447,15 @@ class _Table:
         value = self.resolve(binding.value, binding.where, scope)
         kind = _kinds(cls)[field]
         if _fit(value, kind) is _MISFIT:
-            told = _misfit(f"{cls.__name__}.{field}", binding.value, value, kind)
-            raise TypeError(binding.where + told)
+            name = f"{cls.__name__}.{field}"
+            raise _misfit(name, binding.value, value, kind, binding.where)
         return value
 
     def resolve(self, value: Any, where: str, scope: str) -> Any:
         """The value with references built and macros replaced."""
         if isinstance(value, list | tuple):
             return type(value)(self.resolve(item, where, scope) for item in value)
-        if isinstance(value, _Macro):
+        if isinstance(value, Macro):
             macro_scope, _, name = value.name.rpartition("/")
             macro = self.bindings.get((macro_scope, name, ""))
             if macro is None:
@@ -453,7 +466,7 @@ class _Table:
             resolved = self.resolve(macro.value, macro.where, scope)
             self.open.pop()
             return resolved
-        if not isinstance(value, _Reference):
+        if not isinstance(value, Reference):
             return value
         if value.name not in self.known:
             raise ValueError(
@@ -485,35 +498,3 @@ class _Table:
                 f"{binding.where}Bound but never used: {path}.{field}. "
                 f"Does {self.root.__name__} reach it, with a line like {line}?"
             )
-
-
-def _find(file: Path, includers: tuple[Path, ...]) -> Path:
-    """The normalised path of a file as given or included; circles show as equal paths."""
-    folders = [*(includers[-1].parents if includers else ()), Path.cwd()]
-    for folder in folders:
-        if (folder / file).is_file():
-            return Path(os.path.normpath(folder / file))
-    told = f", included by {_shown(includers[-1])}" if includers else ""
-    raise FileNotFoundError(f"{file}{told}: no such config file.")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _statements(text: str, file: str) -> Iterator[Any]:
-    """Parses gin text into gin's statements; a syntax error becomes a ValueError that points."""
-    try:
-        yield from config_parser.ConfigParser(text, _Delegate())
-        return
-    except SyntaxError as error:
-        line, column = error.lineno or 1, error.offset or 0
-        what = (error.msg or "syntax error").splitlines()[-1].strip(" .")
-    except tokenize.TokenError as error:
-        what, (line, column) = error.args
-    lines = text.splitlines()
-    excerpt = lines[line - 1].rstrip() if line <= len(lines) else ""
-    raise ValueError(
-        f"{file}:{line}: {what}. Text wants quotes, a config is @Name().\n"
-        f"  {excerpt}\n  {' ' * max(column, 0)}^"
-    )

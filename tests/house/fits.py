@@ -35,7 +35,7 @@ COLUMNS = (
     "compiled in, s",
 )
 WORK = {SftStep: "SFT step", PgrpoStep: "P-GRPO step"}
-INCLUDED = re.compile(r"^include '(configs/models/\w+\.gin)'$", re.MULTILINE)
+INCLUDED = re.compile(r"^include '(\.\./models/\w+\.gin)'$", re.MULTILINE)
 
 
 def fits() -> str:
@@ -63,7 +63,7 @@ def _line(path: pathlib.Path) -> list[str]:
 
 def _model(path: pathlib.Path) -> str:
     """The name in the first line of the model's fragment, `# NAME: ...`, less its owner."""
-    fragment = ROOT / INCLUDED.search(path.read_text(encoding="utf-8"))[1]
+    fragment = path.parent / INCLUDED.search(path.read_text(encoding="utf-8"))[1]
     name = fragment.read_text(encoding="utf-8").removeprefix("# ").partition(":")[0]
     return name.rpartition("/")[2]
 
