@@ -7,7 +7,6 @@ was lost or silent; the folder that shows it is then kept and named.
 import argparse
 import concurrent.futures
 import contextlib
-import faulthandler
 import json
 import multiprocessing
 import shutil
@@ -26,10 +25,9 @@ from faults.findings import Finding
 WORKERS = 2
 SHARE = 20_000
 """Texts that a worker judges at a time."""
-SHARE_SECONDS = 1800
-"""A share that takes longer hangs in a place that no signal reaches; its process ends."""
 VERBS = ("sft", "pgrpo")
 
+# What a job calls is no function of this file, which the processes of the pool do not import.
 Job = tuple[str, Callable[..., tuple[Counter[str], list[Finding]]], tuple[Any, ...]]
 """The part of the report that it counts for, a function and its arguments."""
 
@@ -82,16 +80,8 @@ def _jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
     first, _, stop = args.texts.rpartition(":")
     for start in range(int(first or 0), int(stop), SHARE):
         words = (args.seed, start, min(start + SHARE, int(stop)), folder)
-        jobs.append(("texts", _share, words))
+        jobs.append(("texts", texts.judge_share, words))
     return jobs
-
-
-def _share(*words: Any) -> tuple[Counter[str], list[Finding]]:
-    faulthandler.dump_traceback_later(SHARE_SECONDS, exit=True)
-    try:
-        return texts.judge_range(*words)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _report(

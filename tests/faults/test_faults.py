@@ -34,7 +34,8 @@ def test_answers_that_are_meant_to_be_wrong_do_not_read_as_the_truth():
     wrong = [one for one in made if one.is_wrong]
     assert len(wrong) > 300
     assert not [one for one in wrong if texts.may_be(one.answer, int(one.truth))]
-    assert texts.may_be("$1{,}024.0$", 1024)
+    for right in ("$1{,}024.0$", "\\frac{2048}{02}", "1.024e3", "1024\\%"):
+        assert texts.may_be(right, 1024)
 
 
 def test_a_wrong_answer_that_is_graded_correct_is_found(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ else is a finding: another exception, a hang, a broken promise of a docstring, o
 that is graded correct.
 """
 
+import faulthandler
+import fractions
 import functools
 import json
 import random
@@ -35,6 +37,8 @@ WALL_SECONDS = 300.0
 """A text that waits for longer hangs. A worker of the grader may take 120 seconds to start."""
 RECORDS = 5
 """One text in so many is read from a file of records too."""
+SHARE_SECONDS = 1800.0
+"""A share of texts that takes longer hangs where no signal reaches; its process ends."""
 MATHEMATICS = 100
 """One text in so many is graded in mathematics mode too."""
 AGAIN = "PYTHONPATH=tests python -m faults --kills 0 --damages 0"
@@ -137,18 +141,44 @@ class Texts:
         self.counts[f"mathematics_{verdict}"] += 1
 
 
+_TERM = r"(\d*)(?:\.(\d*))?(?:[eE]\+?(\d{1,4}))?"
+_VALUE = re.compile(rf"(-?){_TERM}(?:/{_TERM})?%?")
+
+
 def may_be(answer: str, truth: int) -> bool:
     """Whether a text may be a number that equals `truth`; a plain reading, apart from the grader's.
 
-    It leaves out of the text what can stand around a number, and takes all numbers that are then
-    left as terms of one fraction, power of ten or mixed number.
+    It leaves out what can stand around a number, and reads the rest as a decimal, with or without a
+    power of ten, or as a fraction of two. What percent means is left to the grader.
     """
     text = answer.replace("\N{MINUS SIGN}", "-")
     text = re.sub(r"\\text\{[^{}0-9]*\}|\\left|\\right|\\displaystyle|\\mathrm\{[^{}]*\}", "", text)
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"\\[,:;!\s]|[~$ \n\t\r{}_]|(?<=\d),(?=\d{3})", "", text)
-    text = re.sub(r"\\+$|\.$|^\+", "", text)
-    plain = re.fullmatch(r"(-?)(\d*)(?:\.0*)?", text)
-    return plain is not None and text != "." and int(plain[1] + (plain[2] or "0")) == truth
+    text = re.sub(r"\\+(?=%|$)|\.$|^\+", "", text)
+    value = _VALUE.fullmatch(text)
+    if value is None or not text.strip("-.%"):
+        return False
+    top, below = _fraction(*value.groups()[1:4]), _fraction(*value.groups()[4:])
+    below = below if "/" in text else fractions.Fraction(1)
+    return bool(below) and (-top if value[1] else top) / below == truth
+
+
+def _fraction(whole: str | None, decimals: str | None, power: str | None) -> fractions.Fraction:
+    decimals = decimals or ""
+    digits = int((whole or "") + decimals or "0")
+    return digits * fractions.Fraction(10) ** (int(power or 0) - len(decimals))
+
+
+def judge_share(
+    seed: int, first: int, stop: int, folder: Path
+) -> tuple[Counter[str], list[Finding]]:
+    """`judge_range` in a process of its own."""
+    faulthandler.dump_traceback_later(SHARE_SECONDS, exit=True)
+    try:
+        return judge_range(seed, first, stop, folder)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def judge_range(
