@@ -8,12 +8,15 @@ from tw_jax.contracts import KV, Network
 from tw_jax.tokenizer import CONTROL
 
 
-def path_network(vocab_size: int, width: int = 32, sharpness: float = 3.0) -> Network:
+def path_network(
+    vocab_size: int, width: int = 32, sharpness: float = 3.0, *, num_ids: int | None = None
+) -> Network:
     """A network whose state is a sum over the visible path, so any wrong mask changes it.
 
     hidden_i = tanh(sum over visible j of embed[token_j] * cos(depth_j * angle)). It obeys the
     contract of `Network.apply` with and without a cache, and has no attention code of its own.
     """
+    ids = vocab_size if num_ids is None else num_ids
 
     def init(key):
         first, second = jax.random.split(key)
@@ -40,14 +43,16 @@ def path_network(vocab_size: int, width: int = 32, sharpness: float = 3.0) -> Ne
 
     return Network(
         apply=apply,
-        unembed=lambda params, hidden: hidden @ params["out"],
+        unembed=lambda params, hidden: jnp.where(
+            jnp.arange(vocab_size) < ids, hidden @ params["out"], -1e30
+        ),
         init=init,
         axes=lambda: {"embed": ("vocab", "embed"), "out": ("embed", "vocab")},
         empty_kv=lambda rows, slots: KV(
             k=jnp.zeros((1, rows, 1, slots, width)), v=jnp.zeros((1, rows, 1, slots, 1))
         ),
         table="out",
-        vocab_size=vocab_size,
+        num_ids=ids,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ TRAIN = '''
 More words.
 """
 
+from tw_jax import workdir
 from tw_jax.config import config
 
 
@@ -60,6 +60,8 @@ def run(cfg):
         raise KeyError("bug")
     if cfg.fail:
         raise ValueError(cfg.fail)
+    if cfg.workdir is not None:
+        workdir.record(cfg)
     return cfg.status or None
 '''
 
@@ -158,7 +160,18 @@ def test_a_run_writes_the_config_that_starts_it_again(programs, capsys):
     first, second = programs["tw_jax.programs.train"].seen
     assert first == second
     assert (workdir / "config.gin").read_text() == written
-    assert [path.name for path in workdir.iterdir()] == ["config.gin"]
+    assert sorted(path.name for path in workdir.iterdir()) == [".lock", "config.gin"]
+
+
+def test_a_command_that_is_refused_leaves_the_config_of_the_run_as_it_was(programs):
+    words = ["train", TOY, "--set", "Train.workdir=run", "--set"]
+    assert cli.main([*words, "Optim.lr=3"]) == 0
+    written = Path("run/config.gin").read_text()
+    assert cli.main([*words, "Train.fail=Too long."]) == 2
+    assert Path("run/config.gin").read_text() == written
+    assert cli.main([*words, "Optim.lr=4"]) == 0
+    assert "Optim.lr = 4.0" in Path("run/config.gin").read_text()
+    assert Path("run/config.1.gin").read_text() == written
 
 
 def test_no_workdir_no_file(programs, tmp_path):
@@ -179,28 +192,6 @@ def test_compiled_programs_are_kept_where_the_environment_says(tmp_path, monkeyp
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "tw_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_the_header_names_the_commit_of_this_checkout_only(tmp_path, monkeypatch):
-    def git(*words):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
-
-    package = tmp_path / "tw_jax"
-    package.mkdir()
-    (package / "cli.py").write_text("")
-    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
-    assert "commit" not in cli._origin()
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-q", "-m", "x")
-    assert re.search(r", commit [0-9a-f]{40}$", cli._origin())
-    (package / "cli.py").write_text("changed")
-    assert cli._origin().endswith(" with local changes")
-    nested = tmp_path / "venv" / "tw_jax"
-    nested.mkdir(parents=True)
-    monkeypatch.setattr(cli, "__file__", str(nested / "cli.py"))
-    assert "commit" not in cli._origin()
 
 
 # tw config.

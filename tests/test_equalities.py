@@ -43,9 +43,9 @@ def protocol_of(tokenizer, limits=LIMITS):
 
 
 @functools.cache
-def model(vocab_size, qk_norm=True, attention="blockwise", lora=None):
+def model(vocab_size, qk_norm=True, attention="blockwise", lora=None, spare_rows=0):
     cfg = Model(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size + spare_rows,
         num_layers=2,
         width=32,
         mlp_width=64,
@@ -58,7 +58,7 @@ def model(vocab_size, qk_norm=True, attention="blockwise", lora=None):
         attention=attention,
         lora=lora,
     )
-    net = network(cfg)
+    net = network(cfg, num_ids=vocab_size)
     params, rng = net.init(jax.random.key(0)), np.random.default_rng(0)
     # Fresh adapters add nothing.
     some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 4), adapters(params))
@@ -312,7 +312,9 @@ def packed_groups(calls, recorded, advantage, mean):
         scored += [Scored(part, of_group) for part in tries.of_group(made, most_tokens=260)]
         first += len(group)
     cfg = Aggregation(mean=mean, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    return pack_groups([scored], cfg, packing=Packing(row_tokens=260, rows=1), fill=Fill())
+    return pack_groups(
+        [scored], cfg, packing=Packing(row_tokens=260), microbatch_rows=1, fill=Fill()
+    )
 
 
 @functools.cache
@@ -397,10 +399,13 @@ def sampled_log_probs(trajectory, logp, trie):
 
 
 @pytest.mark.parametrize(
-    ("qk_norm", "temperature", "lora"), [(True, 1.0, None), (False, 0.6, None), (True, 1.0, LORA)]
+    ("qk_norm", "temperature", "lora", "spare_rows"),
+    [(True, 1.0, None, 0), (False, 0.6, None, 30), (True, 1.0, LORA, 0)],
 )
-def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora, tolerance):
-    net, params = model(TOKENIZER.vocab_size, qk_norm, lora=lora)
+def test_b_sampler_log_probs_equal_those_of_the_loss(
+    qk_norm, temperature, lora, spare_rows, tolerance
+):
+    net, params = model(TOKENIZER.vocab_size, qk_norm, lora=lora, spare_rows=spare_rows)
     protocol = protocol_of(
         TOKENIZER, threadweaver.ForkJoin(max_new=300, max_thread=24, max_threads=4)
     )

@@ -157,4 +157,4 @@ def test_a_folder_that_others_do_not_see_is_refused(job, monkeypatch, tmp_path):
 
 def test_a_bucket_is_no_workdir(capsys):
     assert main(["sft", "configs/sft/demo.gin", "--set", "Sft.workdir='gs://a/b'"]) == 2
-    assert "Sft.workdir = 'gs://a/b': want a folder. Mount the bucket" in capsys.readouterr().err
+    assert "workdir = 'gs://a/b' is a URL, and a workdir must be" in capsys.readouterr().err

@@ -83,15 +83,21 @@ def policy():
         made = drawn(seed)
         advantage = rng.normal(size=len(made)).astype(np.float32)
         groups += [Scored(part, advantage) for part in of_group(made, most_tokens=TOKENS)]
-    packing = Packing(row_tokens=TOKENS, rows=ROWS)
-    batch = pack_groups([groups], Aggregation(), packing=packing, fill=Fill())
-    logp = jax.jit(make_logp(NETWORK, chunk_tokens=100, temperature=1.0, part_rows=ROWS))(
+    packing = Packing(row_tokens=TOKENS)
+    batch = pack_groups([groups], Aggregation(), packing=packing, microbatch_rows=ROWS, fill=Fill())
+    logp = jax.jit(make_logp(NETWORK, chunk_tokens=100, temperature=1.0, microbatch_rows=ROWS))(
         fresh().params, batch.trie
     )
     noise = rng.normal(size=logp.shape, scale=0.1).astype(np.float32)
     batch = batch.replace(sampler_logp=np.asarray(logp) + noise)
     step = make_policy_step(
-        NETWORK, OPTIM, PolicyLoss(), steps=10, chunk_tokens=100, temperature=1.0, part_rows=ROWS
+        NETWORK,
+        OPTIM,
+        PolicyLoss(),
+        steps=10,
+        chunk_tokens=100,
+        temperature=1.0,
+        microbatch_rows=ROWS,
     )
     return batch, step, jax.block_until_ready(jax.jit(step)(fresh(), batch))
 

@@ -3,8 +3,8 @@
 A verb is a module of `tw_jax.programs`; nothing else lists them. A program has a root config named
 as the verb (`Sft` in `programs/sft.py`) and `run(cfg) -> int | None`; or it has `main(argv) -> int`
 and reads its arguments itself. Only the program asked for is imported. This file knows no program;
-what it leaves behind is the run's `config.gin`, from which the same run starts again. With
-`--hosts` the same command runs on every host of a job, if the program says `MANY_HOSTS = True`.
+it locks the workdir that the config names until the program ends, see `workdir.py`. With `--hosts`
+the same command runs on every host of a job, if the program says `MANY_HOSTS = True`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import importlib.metadata
 import os
 import pkgutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import jax
 
 import tw_jax.programs
-from tw_jax import hosts
+from tw_jax import hosts, workdir
 from tw_jax.config import describe, load, operative
 
 USAGE = """\
@@ -97,10 +95,8 @@ def _dispatch(words: list[str]) -> int:
         hosts.require_alone()
     _keep_programs()
     cfg = _load(program, verb, args)
-    workdir = getattr(cfg, "workdir", None)
-    if workdir:
-        _write_config(workdir, verb, cfg)
-    return program.run(cfg) or 0
+    with workdir.held(_workdirs(cfg), " ".join(["tw", *words])):
+        return program.run(cfg) or 0
 
 
 def _join(program: ModuleType, verb: str) -> None:
@@ -117,7 +113,7 @@ def _join(program: ModuleType, verb: str) -> None:
 
 def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
     """Builds the config; every process of a job stops where one of them has another."""
-    facts = {"verb": verb, "package": _origin(), "jax": jax.__version__}
+    facts = {"verb": verb, "package": workdir.origin(), "jax": jax.__version__}
     try:
         cfg = load(_root(program, verb), [args.file], args.set)
     except USER_ERRORS as error:
@@ -155,6 +151,12 @@ def _check(file: str) -> int:
     return 0
 
 
+def _workdirs(cfg: Any) -> list[str]:
+    """The folders that a program writes: its own, and that of a program it runs first."""
+    folders = [getattr(one, "workdir", None) for one in (cfg, *vars(cfg).values())]
+    return [folder for folder in folders if folder]
+
+
 # Programs.
 
 
@@ -187,7 +189,7 @@ def _help() -> str:
     return "\n".join([USAGE, "Verbs:", *(f"  {v:<{width}}  {_summary(v)}" for v in verbs)])
 
 
-# What a run leaves behind, and what an error says.
+# Compiled programs, and what an error says.
 
 
 def _keep_programs() -> None:
@@ -199,47 +201,6 @@ def _keep_programs() -> None:
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(caches / "tw_jax" / "xla"))
-
-
-def _write_config(workdir: str, verb: str, cfg: object) -> None:
-    """Writes `workdir/config.gin`: the whole config, headed by what produced it."""
-    if "://" in workdir:
-        raise ValueError(
-            f"{verb.capitalize()}.workdir = {workdir!r}: want a folder. Mount the bucket, or "
-            "a disk that all hosts share, and name the place where it is mounted."
-        )
-    hosts.require_shared(Path(workdir))
-    if not hosts.is_first():
-        return
-    file = Path(workdir, "config.gin")
-    temporary = file.with_name(f"config.gin.{os.getpid()}.tmp")
-    text = f"# {_origin()}\n# The same run again: tw {verb} {file}\n\n{operative(cfg)}"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _origin() -> str:
-    """The version of this package and, in a git checkout of it, the commit."""
-    try:
-        version = f"tw_jax {importlib.metadata.version('tw_jax')}"
-    except importlib.metadata.PackageNotFoundError:
-        version = "tw_jax, not installed"
-    package = Path(__file__).resolve().parent
-    try:
-        # An installed package may lie inside another project's checkout, which says nothing of it.
-        if Path(_git(package, "rev-parse", "--show-toplevel")) != package.parent:
-            return version
-        commit = _git(package, "rev-parse", "HEAD")
-        is_changed = _git(package, "status", "--porcelain", "--", ".")
-    except (OSError, subprocess.SubprocessError):
-        return version
-    return f"{version}, commit {commit}{' with local changes' if is_changed else ''}"
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()
 
 
 def _sentence(error: Exception) -> str:

@@ -60,7 +60,10 @@ class Network(NamedTuple):
     - hidden: [B, T, D] in the compute dtype, after the final norm.
 
     `unembed(params, hidden [..., D]) -> logits [..., V] float32`, of all parameters reads `table`
-    alone, a name of their outermost level.
+    alone, a name of their outermost level. Only the first `num_ids` logits belong to tokens. A
+    table may have more rows, so that a mesh divides them; their logits are a finite floor, so a
+    softmax gives them probability 0 and their rows get no gradient. Sampler and losses therefore
+    use one distribution.
     `init(key) -> Params`, unboxed. `axes() -> Params`-shaped tree of tuples of logical axis names.
     `empty_kv(rows, slots) -> KV` of zeros.
     """
@@ -71,4 +74,4 @@ class Network(NamedTuple):
     axes: Callable[[], Params]
     empty_kv: Callable[[int, int], KV]
     table: str
-    vocab_size: int
+    num_ids: int

@@ -307,6 +307,26 @@ def put_rows(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def check_split(name: str, rows: int, mesh: jax.sharding.Mesh, rules: Rules) -> None:
+    """Refuses a number of rows that the devices cannot share evenly.
+
+    Args:
+      name: of the config field, for the message.
+      rows: the number.
+      mesh: devices.
+      rules: the table; `Rules.rows` says how rows are split.
+
+    Raises:
+      ValueError: it is no multiple of the devices.
+    """
+    split = math.prod(mesh.shape[axis] for axis in rules.rows)
+    if rows % split:
+        raise ValueError(
+            f"{name} = {rows}: want a multiple of {split}, the devices that rows are split "
+            "over. Change the rows, or Mesh."
+        )
+
+
 def row_share(mesh: jax.sharding.Mesh, rules: Rules) -> tuple[int, int]:
     """Which share of a batch's rows this process holds, and how many shares there are.
 

@@ -10,7 +10,9 @@ from tw_jax.data import workloads
 
 def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch):
     network = fakes.path_network
-    monkeypatch.setattr(sampler, "network", lambda model: network(model.vocab_size))
+    monkeypatch.setattr(
+        sampler, "network", lambda model, num_ids: network(model.vocab_size, num_ids=num_ids)
+    )
     drawn, finish = {}, sampler._Decode.finish
 
     def recorded(self, params, state):

@@ -44,7 +44,7 @@ def write(path, found):
 
 def open_batches(path, *, rows=2, row_tokens=3000, window=5, host=0, num_hosts=1, **data):
     cfg = Data(path=path, chat=CHAT, **data)
-    packing = Packing(row_tokens=row_tokens, rows=rows, window=window)
+    packing = Packing(row_tokens=row_tokens, window=window)
     builder = Builder(cfg, TOKENIZER, PROTOCOL)
     return Batches(cfg, packing, builder, rows=rows, host=host, num_hosts=num_hosts)
 

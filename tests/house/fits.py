@@ -54,7 +54,7 @@ def _line(path: pathlib.Path) -> list[str]:
     if isinstance(how, Sampling):
         work, rows, tokens = how.part, how.sampler.rows, how.slots
     else:
-        work, rows, tokens = WORK[type(how)], how.rows, how.row_tokens
+        work, rows, tokens = WORK[type(how)], how.batch_rows, how.row_tokens
     generation, _, sides = cfg.topology.partition(":")
     cells = [f"`{path.stem}`", _model(path), work, cfg.topology]
     cells += [str(math.prod(map(int, sides.split("x")))), f"{rows:,} x {tokens:,}"]

@@ -402,3 +402,41 @@ def test_a_decoding_loop_never_copies_the_cache(rows, remat) -> None:
     assert memory.alias_size_in_bytes >= cache_bytes
     # What one layer reads is a sixteenth; the rest are scores of one query.
     assert memory.temp_size_in_bytes < 0.12 * cache_bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_no_token_has_get_no_probability_and_no_gradient(tied):
+    cfg = dataclasses.replace(SMALL, tie_embeddings=tied)
+    net, every = network(cfg, num_ids=33), network(cfg)
+    params = net.init(jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, cfg.width))
+    logits = np.asarray(net.unembed(params, hidden))
+    np.testing.assert_array_equal(logits[..., :33], every.unembed(params, hidden)[..., :33])
+    probabilities = jax.nn.softmax(logits / 1e-4, axis=-1)
+    assert (probabilities[..., 33:] == 0).all()
+
+    def entropy(table):
+        logs = jax.nn.log_softmax(net.unembed({**params, net.table: table}, hidden), axis=-1)
+        return -(jnp.exp(logs) * logs).sum()
+
+    value, gradient = jax.value_and_grad(entropy)(params[net.table])
+    assert 0 < float(value) < 6 * math.log(33)
+    assert np.abs(gradient[:33]).max() > 0
+    assert not gradient[33:].any()
+
+
+def test_a_table_whose_rows_are_all_tokens_is_computed_as_without_a_tokenizer():
+    params = network(SMALL).init(jax.random.key(0))
+    hidden = jnp.zeros((1, 2, SMALL.width))
+    programs = {
+        str(jax.make_jaxpr(network(SMALL, num_ids=ids).unembed)(params, hidden))
+        for ids in (None, SMALL.vocab_size)
+    }
+    assert len(programs) == 1
+    assert "select" not in programs.pop()
+
+
+@pytest.mark.parametrize("num_ids", [0, 41])
+def test_more_ids_than_rows_are_refused(num_ids):
+    with pytest.raises(ValueError, match="Give 1 to 40 ids, or raise Model"):
+        network(SMALL, num_ids=num_ids)

@@ -6,7 +6,7 @@ from tw_jax import metrics
 from tw_jax.cli import main
 
 CONFIG = """
-Model.vocab_size = 320
+Model.vocab_size = 384
 Model.num_layers = 1
 Model.width = 32
 Model.mlp_width = 64
@@ -52,7 +52,7 @@ Mesh.data = 8
 Mesh.fsdp = 1
 Data.path = '{folder}/data/train.jsonl'
 Data.chat = @Chat()
-Packing.rows = 8
+Sft.batch_rows = 8
 Packing.row_tokens = 384
 Optim.peak_lr = 1e-3
 """
@@ -109,7 +109,7 @@ Mesh.fsdp = 1
 Mesh.data = 8
 Sampler.rows = 16
 Sampler.max_prompt = 40
-Packing.rows = 8
+Pgrpo.microbatch_rows = 8
 Packing.row_tokens = 256
 Optim.peak_lr = 1e-3
 Optim.schedule = 'constant'

@@ -31,7 +31,7 @@ Aot.model = @Model()
 SFT = """
 Aot.program = @SftStep()
 SftStep.optim = @Optim()
-SftStep.rows = 4
+SftStep.batch_rows = 4
 SftStep.row_tokens = 1024
 SftStep.chunk_tokens = 512
 Optim.peak_lr = 1e-5
@@ -40,8 +40,8 @@ PGRPO = """
 Aot.program = @PgrpoStep()
 PgrpoStep.optim = @Optim()
 PgrpoStep.loss = @PolicyLoss()
-PgrpoStep.rows = 8
-PgrpoStep.part_rows = 4
+PgrpoStep.batch_rows = 8
+PgrpoStep.microbatch_rows = 4
 PgrpoStep.row_tokens = 1024
 PgrpoStep.chunk_tokens = 512
 Optim.peak_lr = 1e-5
@@ -84,7 +84,7 @@ class TestWithLibtpu:
         assert 0 < found["block_occupancy"] <= 1
 
     def test_a_step_that_does_not_fit_ends_with_the_bytes_it_lacks(self, tmp_path, capsys):
-        rows = ["SftStep.rows=4096", "SftStep.row_tokens=8192"]
+        rows = ["SftStep.batch_rows=4096", "SftStep.row_tokens=8192"]
         found = printed(tmp_path, capsys, SFT, *rows)
         assert found["ok"] is False
         assert "G" in found["error"]

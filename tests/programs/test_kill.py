@@ -64,7 +64,7 @@ def points(seed, wanted):
 @pytest.fixture(scope="module")
 def sft(made, tmp_path_factory):
     """How to run `tw sft`."""
-    sets = [f"Sft.steps={STEPS}", "Sft.save_every=2", "Mesh.data=1", "Packing.rows=4"]
+    sets = [f"Sft.steps={STEPS}", "Sft.save_every=2", "Mesh.data=1", "Sft.batch_rows=4"]
     return Runner("sft", made / "sft.gin", sets, tmp_path_factory.mktemp("programs"))
 
 
@@ -101,7 +101,7 @@ def test_pgrpo_killed_at_ten_points_ends_like_a_run_in_one_piece(
 ):
     sets = [
         *(f"Pgrpo.steps={STEPS}", "Pgrpo.save_every=2", f"Pgrpo.init='{trained}/checkpoints'"),
-        *("Mesh.data=1", "Packing.rows=4", "Evaluation.every=5"),
+        *("Mesh.data=1", "Pgrpo.microbatch_rows=4", "Evaluation.every=5"),
         # One group at a time, so that a batch is kept in pieces.
         *("Sampler.rows=4", "Pgrpo.rollouts=4", "Pgrpo.prompts=2"),
     ]

@@ -12,6 +12,7 @@ import pytest
 from tw_jax import metrics
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
+from tw_jax.config import load
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -58,6 +59,13 @@ def test_every_step_has_its_line(trained):
     assert "eval_correct" in lines[1]
     assert "eval_pass_at_2" in lines[2]
     assert "eval_correct" not in lines[0]
+
+
+def test_more_rows_than_ids_do_not_part_sampler_and_trainer(trained, tolerance):
+    cfg = load(program.Pgrpo, [str(trained / "pgrpo.gin")])
+    assert load_tokenizer(cfg.tokenizer).vocab_size < cfg.model.vocab_size
+    for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
+        assert line["mismatch_mean"] < tolerance["sampler_logp"]
 
 
 def test_every_number_of_a_line_is_explained(trained):
@@ -291,10 +299,13 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Pgrpo.most_prompts=1", "want at least Pgrpo.prompts = 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
         ("Packing.row_tokens=32", "want at most 32"),
+        ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
+        ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows at most 5"),
+        ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0: want at least 1"),
         ("Pgrpo.most_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
         ("Pgrpo.inner_steps=3", "want 1 to Pgrpo.prompts = 2"),
-        ("Packing.rows=4", "want a multiple of 8, the devices that rows are split over"),
+        ("Pgrpo.microbatch_rows=4", "want a multiple of 8, the devices that rows are split over"),
     ],
 )
 def test_bad_settings_end_in_a_sentence(trained, tmp_path, capsys, word, sentence):

@@ -12,6 +12,7 @@ from tw_jax.cli import main
 from tw_jax.config import load, operative
 from tw_jax.models.transformer import network
 from tw_jax.programs.sft import Sft
+from tw_jax.tokenizer import load_tokenizer
 from tw_jax.train.state import abstract_state
 
 
@@ -45,6 +46,19 @@ def test_a_checkpoint_holds_the_config_and_the_data_position(runs):
     assert int(state.step) == 4
     assert extra["config"] == operative(cfg)
     assert extra["batches"]["fill"]["tries"] > 0
+
+
+def test_rows_of_the_table_that_no_token_has_are_not_trained(runs, tolerance):
+    cfg = load(Sft, [str(runs / "sft.gin")])
+    ids = load_tokenizer(cfg.tokenizer).vocab_size
+    assert ids < cfg.model.vocab_size
+    before, after = (
+        jax.device_get(restore_params(runs / "sft" / "checkpoints", step=step))["embed"]
+        for step in (2, 4)
+    )
+    # Weight decay alone shrinks them, by less than a rounding of a module.
+    np.testing.assert_allclose(after[ids:], before[ids:], rtol=tolerance["module"])
+    assert np.abs(after[:ids] - before[:ids]).max() > 10 * tolerance["module"]
 
 
 def test_running_the_written_config_is_the_same_run(runs, tmp_path):

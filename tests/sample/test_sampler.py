@@ -245,3 +245,12 @@ def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(tol
 def test_repeats_that_do_not_divide_the_rows_are_refused():
     with pytest.raises(ValueError, match=r"repeats = 3: want a divisor of Sampler.rows = 4"):
         build(draw=None)(PARAMS, [TOKENIZER.encode("ab")], repeats=3)
+
+
+def test_a_network_with_other_ids_than_the_tokenizer_is_refused():
+    wide = fakes.path_network(TOKENIZER.vocab_size + 8)
+    protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin())
+    with pytest.raises(ValueError, match="Both need the same number"):
+        samplers.make_sampler(wide, protocol, samplers.Sampler())
+    num_ids = TOKENIZER.vocab_size
+    samplers.make_sampler(wide._replace(num_ids=num_ids), protocol, samplers.Sampler())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -207,13 +205,15 @@ def test_rows_hold_the_same_tokens_however_they_are_packed():
     cfg = Aggregation(mean="sequence_mean")
     scored = scored_groups()
     longest = max(len(one.group.trie) for one in scored)
-    tight = pack_groups([scored], cfg, packing=Packing(row_tokens=longest, rows=1), fill=Fill())
+    tight = pack_groups(
+        [scored], cfg, packing=Packing(row_tokens=longest), microbatch_rows=1, fill=Fill()
+    )
     loose = pack_groups(
-        [scored[::-1]], cfg, packing=Packing(row_tokens=3 * longest, rows=3), fill=Fill()
+        [scored[::-1]], cfg, packing=Packing(row_tokens=3 * longest), microbatch_rows=3, fill=Fill()
     )
     cut = pack_groups(
-        [scored_groups(most_tokens=200)], cfg, packing=Packing(row_tokens=longest, rows=1),
-        fill=Fill(),
+        [scored_groups(most_tokens=200)], cfg, packing=Packing(row_tokens=longest),
+        microbatch_rows=1, fill=Fill(),
     )  # fmt: skip
     assert len(tight.advantage) != len(loose.advantage)
     assert contents(tight) == contents(loose) == contents(cut)
@@ -223,8 +223,8 @@ def test_rows_hold_the_same_tokens_however_they_are_packed():
 
 def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
     scored = scored_groups(most_tokens=200)
-    packing = Packing(row_tokens=400, rows=1)
-    batch = pack_groups([scored], Aggregation(), packing=packing, fill=Fill())
+    packing = Packing(row_tokens=400)
+    batch = pack_groups([scored], Aggregation(), packing=packing, microbatch_rows=1, fill=Fill())
     owners = {}
     for b, row in enumerate(batch.rollout):
         trained = batch.trie.weight[b] > 0
@@ -238,26 +238,27 @@ def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
 
 def test_a_batch_has_a_power_of_two_of_parts_and_fills_the_first_ones():
     scored, fill = scored_groups(), Fill()
-    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored), rows=1)
-    batch = pack_groups([scored[:3]], Aggregation(), packing=packing, fill=fill)
+    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored))
+    batch = pack_groups([scored[:3]], Aggregation(), packing=packing, microbatch_rows=1, fill=fill)
     assert fill.rows == 3
     assert fill.used_tokens == sum(len(one.group.trie) for one in scored[:3])
     assert batch.trie.weight.any(axis=1).tolist() == [True, True, True, False]
-    packing = dataclasses.replace(packing, rows=3)
-    batch = pack_groups([scored], Aggregation(), packing=packing, fill=Fill())
+    batch = pack_groups([scored], Aggregation(), packing=packing, microbatch_rows=3, fill=Fill())
     parts = split_rows(batch, 2).trie.weight.any(axis=2)
     assert parts.tolist() == [[True, True, True], [True, False, False]]
-    empty = pack_groups([[]], Aggregation(), packing=packing, fill=Fill())
+    empty = pack_groups([[]], Aggregation(), packing=packing, microbatch_rows=3, fill=Fill())
     assert empty.advantage.shape == (3, packing.row_tokens)
     assert not empty.trie.weight.any()
 
 
 def test_each_inner_step_is_the_batch_of_its_groups_alone():
     scored, cfg = scored_groups(), Aggregation()
-    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored), rows=1)
-    both = pack_groups([scored[:3], scored[3:]], cfg, packing=packing, fill=Fill())
+    packing = Packing(row_tokens=max(len(one.group.trie) for one in scored))
+    both = pack_groups(
+        [scored[:3], scored[3:]], cfg, packing=packing, microbatch_rows=1, fill=Fill()
+    )
     for number, groups in enumerate([scored[:3], scored[3:]]):
-        alone = pack_groups([groups], cfg, packing=packing, fill=Fill())
+        alone = pack_groups([groups], cfg, packing=packing, microbatch_rows=1, fill=Fill())
         here = jax.tree.map(lambda x, n=number: x[n], split_rows(both, 2))
         assert contents(here) == contents(alone)
 
@@ -265,7 +266,11 @@ def test_each_inner_step_is_the_batch_of_its_groups_alone():
 def test_a_group_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="want at most 20"):
         pack_groups(
-            [scored_groups()], Aggregation(), packing=Packing(row_tokens=20, rows=1), fill=Fill()
+            [scored_groups()],
+            Aggregation(),
+            packing=Packing(row_tokens=20),
+            microbatch_rows=1,
+            fill=Fill(),
         )
 
 
@@ -276,8 +281,10 @@ def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(
     scored = [Scored(group, row) for group, row in zip(groups, want, strict=True)]
     longest = max(len(group.trie) for group in groups)
     for rows in (1, 7):
-        packing = Packing(row_tokens=longest, rows=rows)
-        batch = pack_groups([scored], Aggregation(), packing=packing, fill=Fill())
+        packing = Packing(row_tokens=longest)
+        batch = pack_groups(
+            [scored], Aggregation(), packing=packing, microbatch_rows=rows, fill=Fill()
+        )
         assert len(batch.advantage) == max(2, rows)
         trained = np.argwhere(batch.trie.weight > 0)
         found = {
@@ -290,7 +297,11 @@ def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(
 
 def test_prompts_and_padding_carry_no_advantage():
     batch = pack_groups(
-        [scored_groups()], Aggregation(), packing=Packing(row_tokens=900, rows=1), fill=Fill()
+        [scored_groups()],
+        Aggregation(),
+        packing=Packing(row_tokens=900),
+        microbatch_rows=1,
+        fill=Fill(),
     )
     assert (batch.trie.weight[:, :PROMPT_TOKENS] == 0).all()
     assert (batch.advantage[batch.trie.weight == 0] == 0).all()

@@ -64,7 +64,7 @@ def steps(net, optim=OPTIM, rows=2):
     """The two steps, of a `PolicyBatch` both."""
     one = sft.make_step(net, optim, steps=9, chunk_tokens=CHUNK)
     other = pgrpo.make_step(
-        net, optim, POLICY, steps=9, chunk_tokens=CHUNK, temperature=0.9, part_rows=rows,
+        net, optim, POLICY, steps=9, chunk_tokens=CHUNK, temperature=0.9, microbatch_rows=rows,
         inner_steps=2,
     )  # fmt: skip
     return {"sft": lambda state, batch: one(state, batch.trie), "pgrpo": other}
@@ -84,8 +84,10 @@ def batch():
         ]
         for seeds in ((0, 1), (2, 3))
     ]
-    packing = Packing(row_tokens=256, rows=2)
-    made = pack_groups(updates, Aggregation(mean="token"), packing=packing, fill=Fill())
+    packing = Packing(row_tokens=256)
+    made = pack_groups(
+        updates, Aggregation(mean="token"), packing=packing, microbatch_rows=2, fill=Fill()
+    )
     assert made.advantage.shape == (4, 256)
     return made
 

@@ -23,6 +23,7 @@ from tw_jax.train.pgrpo import (
     loss_sums,
     make_logp,
     make_step,
+    refuse_mismatch,
     surrogate,
 )
 from tw_jax.train.state import Optim, abstract_state, create, jit_step
@@ -39,19 +40,21 @@ def fresh():
 
 
 @functools.cache
-def step_of(cfg=NO_CORRECTION, part_rows=2, temperature=1.0, inner_steps=1):
+def step_of(cfg=NO_CORRECTION, microbatch_rows=2, temperature=1.0, inner_steps=1):
     return jax.jit(
         make_step(
             NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=temperature,
-            part_rows=part_rows, inner_steps=inner_steps,
+            microbatch_rows=microbatch_rows, inner_steps=inner_steps,
         )
     )  # fmt: skip
 
 
 @functools.cache
-def logp_of(part_rows=2, temperature=1.0):
+def logp_of(microbatch_rows=2, temperature=1.0):
     return jax.jit(
-        make_logp(NETWORK, chunk_tokens=64, temperature=temperature, part_rows=part_rows)
+        make_logp(
+            NETWORK, chunk_tokens=64, temperature=temperature, microbatch_rows=microbatch_rows
+        )
     )
 
 
@@ -64,8 +67,10 @@ def scored(prompts=2, count=3, seed=0):
 
 
 def packed(groups, row_tokens=512, rows=2, mean="token"):
-    packing = Packing(row_tokens=row_tokens, rows=rows)
-    return pack_groups([groups], Aggregation(mean=mean), packing=packing, fill=Fill())
+    packing = Packing(row_tokens=row_tokens)
+    return pack_groups(
+        [groups], Aggregation(mean=mean), packing=packing, microbatch_rows=rows, fill=Fill()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +186,8 @@ def test_the_loss_is_the_mean_over_all_tokens_and_no_mean_of_means(tolerance):
     """On-policy every ratio is 1, so that a token costs -A, whatever the network."""
     batch = packed(uneven(), row_tokens=13, rows=1)
     assert batch.advantage.shape == (2, 13), "one rollout in a row, the rows in two micro-batches"
-    for part_rows in (1, 2):
-        loss = float(step_of(part_rows=part_rows)(fresh(), batch)[1]["loss"])
+    for microbatch_rows in (1, 2):
+        loss = float(step_of(microbatch_rows=microbatch_rows)(fresh(), batch)[1]["loss"])
         assert loss != pytest.approx(0.0), "0 is the mean of micro-batch means"
         assert loss != pytest.approx(-4 / 26), "-0.154 divides by padding too"
         assert loss != pytest.approx(-4 / 22), "-0.182 divides by prompts too"
@@ -200,15 +205,15 @@ def test_other_means_say_so(mean, want):
 def test_padding_row_order_packing_and_parts_change_nothing(tolerance):
     cfg, groups = PolicyLoss(importance="sequence"), scored(prompts=3)
     longest = max(len(one.group.trie) for one in groups)
-    want, metrics = step_of(cfg, part_rows=1)(fresh(), packed(groups, longest, rows=1))
+    want, metrics = step_of(cfg, microbatch_rows=1)(fresh(), packed(groups, longest, rows=1))
     others = {
         "padding": (packed(groups, longest + 50, rows=4), 4),
         "order": (packed(groups[::-1], longest, rows=1), 1),
         "packing": (packed(groups, 3 * longest, rows=1), 1),
         "parts": (packed(groups, longest, rows=3), 3),
     }
-    for name, (batch, part_rows) in others.items():
-        got, values = step_of(cfg, part_rows=part_rows)(fresh(), batch)
+    for name, (batch, microbatch_rows) in others.items():
+        got, values = step_of(cfg, microbatch_rows=microbatch_rows)(fresh(), batch)
         assert set(values) == set(metrics)
         for key, value in metrics.items():
             assert float(values[key]) == pytest.approx(
@@ -268,7 +273,7 @@ def test_p6_an_on_policy_step_runs_each_part_through_the_model_once(batch, inner
 
     step = make_step(
         NETWORK._replace(apply=apply), OPTIM, PolicyLoss(), steps=50, chunk_tokens=64,
-        temperature=1.0, part_rows=1, inner_steps=inner_steps,
+        temperature=1.0, microbatch_rows=1, inner_steps=inner_steps,
     )  # fmt: skip
     jax.block_until_ready(jax.jit(step)(fresh(), batch))
     jax.effects_barrier()
@@ -290,8 +295,10 @@ def test_inner_steps_move_away_clip_more_and_do_not_touch_the_mismatch(batch):
 
 def test_inner_steps_in_one_program_are_updates_one_after_another(tolerance):
     first, second = scored(prompts=2), scored(prompts=4, seed=1)
-    packing = Packing(row_tokens=384, rows=2)
-    batch = pack_groups([first, second], Aggregation(), packing=packing, fill=Fill())
+    packing = Packing(row_tokens=384)
+    batch = pack_groups(
+        [first, second], Aggregation(), packing=packing, microbatch_rows=2, fill=Fill()
+    )
     got, metrics = step_of(PolicyLoss(), inner_steps=2)(fresh(), batch)
     want, lines = fresh(), []
     for groups in (first, second):
@@ -302,12 +309,88 @@ def test_inner_steps_in_one_program_are_updates_one_after_another(tolerance):
     assert distance(got.opt_state, want.opt_state) < tolerance["equality_gradient"]
     assert distance(got.params, want.params) < tolerance["equality_gradient"]
     assert int(got.step) == 1
-    combine = {"tokens": sum, "ratio_min": min, "ratio_max": max}
+    tokens = [line["tokens"] for line in lines]
+    assert tokens[0] != tokens[1]
+    combine = {"tokens": sum, "ratio_min": min, "ratio_max": max, "skipped": np.mean}
     assert set(metrics) == set(lines[0])
     for name, value in metrics.items():
-        found = combine.get(name, np.mean)([line[name] for line in lines])
+        mean = functools.partial(np.average, weights=tokens)
+        found = combine.get(name, mean)([line[name] for line in lines])
         assert float(value) == pytest.approx(found, rel=tolerance["model"], abs=1e-6), name
     assert lines[0]["update_kl"] != 0 or lines[1]["update_kl"] != 0
+
+
+def test_an_update_without_signal_has_no_part_in_the_numbers_of_its_step(tolerance):
+    """One inner step has a group, the other none; the step reports what the group alone does."""
+    groups, _ = sampled_by(
+        PARAMS, [rollouts(seed, 2, longest=5, blocks=1) for seed in range(2)], np.array([0.2, 0.3])
+    )
+    packing = Packing(row_tokens=384)
+    batch = pack_groups(
+        [groups, []], Aggregation(), packing=packing, microbatch_rows=2, fill=Fill()
+    )
+    state, metrics = step_of(PolicyLoss(), inner_steps=2)(fresh(), batch)
+    told = {name: float(value) for name, value in metrics.items()}
+    assert 1.2 < told["ratio_min"] < told["ratio_max"] < 1.4, "1 belongs to no token"
+    alone, line = step_of(PolicyLoss())(fresh(), packed(groups, row_tokens=384))
+    for name in set(told) - {"skipped"}:
+        assert told[name] == pytest.approx(
+            float(line[name]), rel=tolerance["model"], abs=tolerance["rounding"]
+        ), name
+    assert told["skipped"] == 0.5
+    assert distance(state.params, alone.params) < tolerance["equality_gradient"]
+    with pytest.raises(ValueError, match="nats of KL apart, want at most"):
+        refuse_mismatch(0.02, 1, told)
+
+
+@pytest.mark.parametrize(
+    ("kl", "near", "advice"),
+    [
+        (float("nan"), 0.0, "the parameters have diverged"),
+        (0.02, 0.99, "a few that the sampler thought improbable"),
+        (0.057, 0.1, "Most tokens disagree"),
+    ],
+)
+def test_the_mismatch_guard_gives_the_advice_of_its_case(kl, near, advice):
+    numbers = {"mismatch_kl": kl, "ratio_min": 0.5, "ratio_max": 1.5, "mismatch_within_5": near}
+    with pytest.raises(ValueError, match=advice):
+        refuse_mismatch(0.01, 7, numbers)
+    refuse_mismatch(0.01, 7, numbers | {"mismatch_kl": 0.01})
+
+
+def test_rows_that_no_token_has_have_no_part_in_log_probs_kl_and_entropy(tolerance):
+    """A table of 64 rows for 40 ids, against a softmax over 40 columns in numpy."""
+    wide = path_network(64, stub.WIDTH, num_ids=40)
+    params = wide.init(jax.random.key(4))
+    columns = {**params, "out": params["out"][:, :40]}
+    groups, _ = sampled_by(
+        columns, [rollouts(seed, 2, longest=5, blocks=1) for seed in range(2)], np.zeros(1)
+    )
+    batch = packed(groups, row_tokens=384)
+    reference = jax.tree.map(lambda leaf: leaf * 1.1, columns)
+    ref_logp, kls, entropies = np.zeros(batch.advantage.shape, np.float32), [], []
+    for b, node in np.argwhere(batch.trie.weight > 0):
+        token = batch.trie.tokens[b, node]
+        said = oracle(columns, batch.trie, b, node, 1.0)
+        ref_logp[b, node] = oracle(reference, batch.trie, b, node, 1.0)[token]
+        gap = ref_logp[b, node] - said[token]
+        kls.append(np.exp(gap) - gap - 1)
+        entropies.append(-(np.exp(said) * said).sum())
+    cfg = PolicyLoss(kl_coef=0.5, entropy_coef=0.25)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        given = batch.replace(ref_logp=ref_logp)
+        return loss_sums(wide, params, given, cfg, chunk_tokens=64, temperature=1.0)
+
+    (_, sums), gradient = loss(params)
+    told = {name: float(value) / float(sums["tokens"]) for name, value in sums.items()}
+    assert told["mismatch_mean"] < tolerance["model"]
+    assert told["reference_kl"] == pytest.approx(np.mean(kls), rel=tolerance["model"])
+    assert told["entropy"] == pytest.approx(np.mean(entropies), rel=tolerance["model"])
+    assert np.abs(gradient["out"][:, :40]).max() > 0
+    assert not gradient["out"][:, 40:].any()
 
 
 def test_parts_without_a_trained_token_are_not_run(batch):
@@ -323,11 +406,11 @@ def test_parts_without_a_trained_token_are_not_run(batch):
     order = [0, 2, 1, 3]  # strided: parts are rows 0 and 2, 1 and 3
     more = jax.tree.map(lambda x: x[order], more)
     step = make_step(
-        poison, OPTIM, NO_CORRECTION, steps=50, chunk_tokens=64, temperature=1.0, part_rows=2
+        poison, OPTIM, NO_CORRECTION, steps=50, chunk_tokens=64, temperature=1.0, microbatch_rows=2
     )
     got, want = jax.jit(step)(fresh(), more)[1], step_of()(fresh(), batch)[1]
     assert float(got["loss"]) == float(want["loss"])
-    logp = make_logp(poison, chunk_tokens=64, temperature=1.0, part_rows=2)
+    logp = make_logp(poison, chunk_tokens=64, temperature=1.0, microbatch_rows=2)
     assert np.isfinite(jax.jit(logp)(PARAMS, more.trie)).all()
 
 
@@ -347,7 +430,7 @@ def test_steps_make_good_rollouts_likelier_than_bad_ones(batch):
 def test_the_extra_pass_gives_log_probs_in_the_order_of_the_rows(tolerance):
     groups = scored(prompts=4)
     batch = packed(groups, row_tokens=max(len(one.group.trie) for one in groups), rows=2)
-    got = np.asarray(logp_of(part_rows=2, temperature=0.7)(PARAMS, batch.trie))
+    got = np.asarray(logp_of(microbatch_rows=2, temperature=0.7)(PARAMS, batch.trie))
     assert (got[batch.trie.weight == 0] == 0).all()
     trained = np.argwhere(batch.trie.weight > 0)
     assert len(set(trained[:, 0])) > 2, "rows are in two parts"
@@ -403,8 +486,8 @@ def test_the_mismatch_is_told_as_range_shares_and_kl(tolerance):
     assert set(off) == set(gaps)
     batch = packed(groups, row_tokens=max(len(one.group.trie) for one in groups), rows=1)
     assert len(batch.advantage) == 4, "three rows, and an empty one that is never run"
-    for part_rows in (1, 2, 4):
-        metrics = step_of(PolicyLoss(), part_rows=part_rows)(fresh(), batch)[1]
+    for microbatch_rows in (1, 2, 4):
+        metrics = step_of(PolicyLoss(), microbatch_rows=microbatch_rows)(fresh(), batch)[1]
         ratio = np.exp(gaps)
         want = {
             "tokens": len(gaps),
@@ -473,11 +556,13 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(sizes, tolerance):
     cfg = PolicyLoss(importance="sequence")
     batch = packed(scored(prompts=3), row_tokens=384, rows=8)
     batch = batch.replace(old_logp=batch.sampler_logp)
-    want, want_metrics = step_of(cfg, part_rows=8)(fresh(), batch)
+    want, want_metrics = step_of(cfg, microbatch_rows=8)(fresh(), batch)
     sizes = {"fsdp": 2, **sizes}
     mesh, rules = sharding.make_mesh(sharding.Mesh(**sizes)), sharding.Rules()
     abstract = abstract_state(NETWORK, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=1.0, part_rows=8)
+    step = make_step(
+        NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=1.0, microbatch_rows=8
+    )
     with sharding.use(mesh, rules):
         compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
         state = jax.device_put(fresh(), jax.tree.map(lambda leaf: leaf.sharding, abstract))
@@ -494,7 +579,7 @@ def test_data_parallel_devices_exchange_sums_and_no_tokens():
     abstract = abstract_state(NETWORK, OPTIM, mesh=mesh, rules=rules)
     step = make_step(
         NETWORK, OPTIM, PolicyLoss(importance="sequence"), steps=50, chunk_tokens=384,
-        temperature=1.0, part_rows=8,
+        temperature=1.0, microbatch_rows=8,
     )  # fmt: skip
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     with sharding.use(mesh, rules):
@@ -537,5 +622,5 @@ def test_losses_that_cannot_be_computed_are_refused(batch: PolicyBatch, cfg, tem
 
 
 def test_parts_that_do_not_divide_the_rows_are_refused(batch):
-    with pytest.raises(ValueError, match="part_rows = 3: want a divisor of the batch's 2 rows"):
-        step_of(part_rows=3)(fresh(), batch)
+    with pytest.raises(ValueError, match="microbatch_rows = 3 does not divide the batch's 2 rows"):
+        step_of(microbatch_rows=3)(fresh(), batch)

@@ -22,7 +22,7 @@ def random_tries(seed: int, count: int = 12):
 def test_every_trie_lands_in_exactly_one_row(seed):
     tries = random_tries(seed)
     fill = pack.Fill()
-    rows = pack.pack(tries, pack.Packing(row_tokens=40, rows=1), fill)
+    rows = pack.pack(tries, pack.Packing(row_tokens=40), fill)
     assert sorted(id(t) for row in rows for t in row) == sorted(map(id, tries))
     assert all(sum(map(len, row)) <= 40 for row in rows)
     assert fill.rows == len(rows)
@@ -33,7 +33,7 @@ def test_every_trie_lands_in_exactly_one_row(seed):
 def test_packing_many_tries_fills_rows_almost_wholly():
     tries = random_tries(0, count=400)
     fill = pack.Fill()
-    pack.pack(tries, pack.Packing(row_tokens=64, rows=1), fill)
+    pack.pack(tries, pack.Packing(row_tokens=64), fill)
     assert fill.rows_filled > 0.97
 
 
@@ -64,12 +64,12 @@ def test_roots_and_padding_point_at_themselves_without_weight():
 def test_a_trie_longer_than_a_row_is_refused_dropped_or_truncated():
     sequences = [np.arange(10, dtype=np.int32), np.array([0, 1, 9], np.int32)]
     trie = tree.build(sequences, [None, None])
-    refuse = pack.Packing(row_tokens=6, rows=1)
+    refuse = pack.Packing(row_tokens=6)
     with pytest.raises(ValueError, match="line 7 makes a trie of 11 nodes and a row holds 6"):
         pack.fit(trie, refuse, pack.Fill(), name="line 7")
     fill = pack.Fill()
-    assert pack.fit(trie, pack.Packing(row_tokens=6, rows=1, too_long="drop"), fill) is None
-    cut = pack.fit(trie, pack.Packing(row_tokens=6, rows=1, too_long="truncate"), fill)
+    assert pack.fit(trie, pack.Packing(row_tokens=6, too_long="drop"), fill) is None
+    cut = pack.fit(trie, pack.Packing(row_tokens=6, too_long="truncate"), fill)
     assert cut is not None
     assert cut.tokens.tolist() == [0, 1, 2, 3, 4, 5]
     assert cut.end.tolist() == [6] * 6
@@ -86,3 +86,10 @@ def test_stacking_too_much_into_a_row_is_refused():
     trie = tree.build([np.arange(5, dtype=np.int32)], [None])
     with pytest.raises(ValueError, match="Row 0 holds tries of 10 tokens together"):
         batch.stack_rows([[trie, trie]], 9)
+
+
+def test_packing_says_how_long_rows_are_and_not_how_many():
+    """How many there are is `Sft.batch_rows`, or `Pgrpo.microbatch_rows` and the groups."""
+    with pytest.raises(TypeError, match="rows"):
+        pack.Packing(row_tokens=8, rows=2)
+    assert set(vars(pack.Packing(row_tokens=8))) == {"row_tokens", "too_long", "window"}

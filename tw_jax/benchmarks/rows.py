@@ -62,7 +62,7 @@ def run(case: RowsCase) -> Report:
         steps=STEPS,
         chunk_tokens=CHUNK_TOKENS,
         temperature=_TEMPERATURE,
-        part_rows=1,
+        microbatch_rows=1,
     )
     ways = {name: repeated(step, params, batch) for name, batch in batches.items()}
     times = interleave(ways, case.repeats)
@@ -95,7 +95,8 @@ def batches_of(case: RowsCase) -> dict[str, PolicyBatch]:
     trie = pack_groups(
         [[Scored(group, advantages(reward)[0])]],
         Aggregation(),
-        packing=Packing(row_tokens=len(group.trie), rows=1),
+        packing=Packing(row_tokens=len(group.trie)),
+        microbatch_rows=1,
         fill=Fill(),
     )
     return {"trie": trie, "rows": _of_calls(made, group, trie)}

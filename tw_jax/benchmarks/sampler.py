@@ -33,7 +33,7 @@ def run(case: SamplerCase) -> Report:
     timed. Tokens are given, and the draw is made nevertheless. Every cache has the bucket that its
     last token needs from the start on, so nothing grows on the clock.
     """
-    net = network(case.model)
+    net = network(case.model, num_ids=workloads.table().num_ids)
     params = net.init(jax.random.key(0))
     times: dict[str, Times] = {}
     values: dict[str, float] = {}

@@ -1,35 +1,28 @@
 """What is kept between programs: problems, written trajectories and sampled ones, in three formats.
 
 A file holds one record a line (JSONL), a row (Parquet) or an entry (ArrayRecord, the bytes of the
-same JSON); its suffix says which. Rows that others wrote, Hugging Face columns and ThreadWeaver's
-tables, are read as well. A sampled trajectory is kept by ids and never encoded again. This file
-knows no tokenizer and no grammar; it hands on `Problem`, `Example` and `Rollout`.
+same JSON); its suffix says which (`data/formats.py`). Rows that others wrote, Hugging Face columns
+and ThreadWeaver's tables, are read as well. A sampled trajectory is kept by ids and never encoded
+again. This file knows no tokenizer and no grammar; it hands on `Problem`, `Example` and `Rollout`.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import mmap
 import operator
 import os
 import re
-import threading
 import warnings
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from tw_jax.data import formats
 from tw_jax.forkjoin.calls import Hit, Trajectory
 
 
@@ -159,10 +152,11 @@ def read(path: str | Path) -> Iterator[Record]:
     return iter(open_records(path))
 
 
-def open_records(path: str | Path) -> Sequence[Record]:
+def open_records(path: str | Path) -> Records:
     """Opens a file for random access, without holding its records in memory.
 
-    The sequence may be shared by threads and pickled. Reading Parquet out of order decodes a row
+    The sequence may be shared by threads and pickled. A file that is overwritten while it is read
+    is refused by the next read; one that is replaced under its name goes on as it was. Reading Parquet out of order decodes a row
     group for a row; write ArrayRecord where records are shuffled.
 
     Args:
@@ -178,7 +172,7 @@ def open_records(path: str | Path) -> Sequence[Record]:
       FileNotFoundError: the file is not there.
       ValueError: an unknown suffix, or a file of another format than its suffix says.
     """
-    return _Records(Path(path))
+    return Records(Path(path))
 
 
 def write(path: str | Path, records: Iterable[Record]) -> None:
@@ -192,11 +186,11 @@ def write(path: str | Path, records: Iterable[Record]) -> None:
       ValueError: an unknown suffix, or a record that JSON cannot hold.
     """
     path = Path(path)
-    write_file = _WRITERS[_suffix(path)]
+    write_file = formats.WRITERS[_suffix(path)]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write_file(part, records)
+        write_file(part, map(_json_bytes, records))
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -244,7 +238,8 @@ def _mend(path: Path) -> None:
             return
         try:
             # Only the newline is missing: no part of an object is an object.
-            json.loads(tail)
+            with contextlib.suppress(RecursionError):  # whoever reads the line refuses it
+                json.loads(tail)
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         except ValueError:
@@ -300,7 +295,7 @@ def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> R
             _require(whole, "counts", counts, "an object of integers")
             fields |= {"prompt": _ids(row["prompt"], "prompt"), "calls": tuple(map(_call, calls))}
         return _KINDS[kind](**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -312,7 +307,10 @@ def _call(row: Any) -> CallRecord:
     _require(logp is None or _is_list(logp, int, float), "calls: logp", logp, "numbers or null")
     hits = [member.value for member in Hit]
     _require(hit in hits, "calls: hit", hit, f"one of {', '.join(hits)}")
-    logp = None if logp is None else np.array(logp, np.float32)
+    with np.errstate(over="ignore"):  # refused on the next line
+        logp = None if logp is None else np.array(logp, np.float32)
+    finite = logp is None or bool(np.isfinite(logp).all())
+    _require(finite, "calls: logp", row["logp"], "finite float32 numbers")
     return CallRecord(tuple(path), _ids(row["sampled"], "calls: sampled"), logp, Hit(hit))
 
 
@@ -418,140 +416,55 @@ def _from_messages(prompt: Any) -> str:
     )
 
 
-# Formats: how many mappings a file holds, and how to get at one.
-
-_Row = tuple[Mapping[str, Any], str]  # a mapping, and where it stands
-_NESTED = ("extra", "prompt", "calls", "counts")  # fields that are JSON text in Parquet
-_GROUP_ROWS = 256  # of a Parquet row group; few, for all of them are decoded to read one
+# A file of records.
 
 
-class _Records(Sequence[Record]):
-    """Random access to a file; thread-safe, and reopened where it is unpickled."""
+class Records(Sequence[Record]):
+    """Random access to a file; thread-safe. A pickled copy reads the same file or refuses."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, facts: formats.Facts | None = None) -> None:
+        """Opens the file; see `open_records`. `facts` are of the file that must be there."""
         self._path = path
         suffix = _suffix(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file. Write it, or mend the path.")
-        self._length, self._row = _OPENERS[suffix](path)
+        self._rows = formats.OPENERS[suffix](path, facts)
 
-    def __reduce__(self) -> tuple[type[_Records], tuple[Path]]:
-        return _Records, (self._path,)
+    def __reduce__(self) -> tuple[type[Records], tuple[Path, formats.Facts]]:
+        return Records, (self._path, self._rows.facts)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         i = operator.index(index)
-        if not -self._length <= i < self._length:
-            raise IndexError(f"{self._path}: record {i} of {self._length}.")
-        i %= self._length
-        row, where = self._row(i)
-        return from_json(row, where=where, task=self._path.stem, index=i)
-
-
-def _open_jsonl(path: Path) -> tuple[int, Callable[[int], _Row]]:
-    starts, numbers, at = array("q"), array("q"), 0
-    # A file opened for bytes breaks lines at \n alone, and so not at U+2028 inside a string.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                starts.append(at)
-                numbers.append(number)
-            at += len(line)
-
-    def row(index: int) -> _Row:
-        with path.open("rb") as file:
-            file.seek(starts[index])
-            where = f"{path}:{numbers[index]}"
-            return _parse(file.readline(), where), where
-
-    return len(starts), row
-
-
-def _open_parquet(path: Path) -> tuple[int, Callable[[int], _Row]]:
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({error}). Write it again.") from None
-    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    ends = list(itertools.accumulate(sizes, initial=0))
-    table_of = functools.lru_cache(maxsize=4)(file.read_row_group)
-    lock = threading.Lock()
-
-    def row(index: int) -> _Row:
-        group = bisect.bisect_right(ends, index) - 1
-        with lock:
-            table = table_of(group)
-        fields = table.slice(index - ends[group], 1).to_pylist()[0]
-        if fields.get("kind") in _KINDS:
-            texts = (name for name in _NESTED if isinstance(fields.get(name), str))
-            fields |= {name: json.loads(fields[name]) for name in texts}
-        return fields, f"{path}: row {index}"
-
-    return ends[-1], row
-
-
-def _open_array_record(path: Path) -> tuple[int, Callable[[int], _Row]]:
-    # Records are read one by one in any order, so reading ahead is in vain.
-    reader = array_record_module.ArrayRecordReader(
-        str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
-    )
-    if not reader.ok():
-        raise ValueError(f"{path}: not an ArrayRecord file, or cut short. Write it again.")
-
-    def row(index: int) -> _Row:
-        where = f"{path}: record {index}"
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self._path}: record {i} of {len(self)}.")
+        i %= len(self)
+        row, where = self._rows.row(i), self.where(i)
         try:
-            data = reader.read([index])[0]
-        except RuntimeError as error:
-            raise ValueError(f"{where}: damaged ({error}). Write the file again.") from None
-        return _parse(data, where), where
+            return from_json(row, where=where, task=self._path.stem, index=i)
+        except RecursionError:  # of a fault that quotes what it found
+            raise ValueError(f"{where}: lists or objects are nested too deeply.") from None
 
-    return reader.num_records(), row
+    def where(self, index: int) -> str:
+        """File and line, row or record, to begin a sentence with; 0 <= index < len."""
+        return self._rows.where(index)
 
+    def require_unchanged(self) -> None:
+        """Refuses a file that was overwritten or replaced since it was opened.
 
-def _write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    with path.open("wb") as file:
-        file.writelines(_json_bytes(record) + b"\n" for record in records)
-
-
-def _write_array_record(path: Path, records: Iterable[Record]) -> None:
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    with contextlib.closing(writer):
-        for record in records:
-            writer.write(_json_bytes(record))
-
-
-def _write_parquet(path: Path, records: Iterable[Record]) -> None:
-    rows = (json.loads(_json_bytes(record)) for record in records)
-    group = list(itertools.islice(rows, _GROUP_ROWS))
-    kind = group[0]["kind"] if group else "problem"
-    names = ["kind", *(f.name for f in dataclasses.fields(_KINDS[kind]))]
-    schema = pa.schema([(name, pa.string()) for name in names])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while group:
-            for row in group:
-                if row["kind"] != kind:
-                    raise ValueError(
-                        f"{path}: a Parquet file holds one kind of record, got {kind} and "
-                        f"{row['kind']}. Write two files, or a .jsonl file."
-                    )
-                nested = (name for name in _NESTED if name in row)
-                row |= {name: json.dumps(row[name], ensure_ascii=False) for name in nested}
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            group = list(itertools.islice(rows, _GROUP_ROWS))
-
-
-_OPENERS = {".jsonl": _open_jsonl, ".parquet": _open_parquet, ".array_record": _open_array_record}
-_WRITERS = dict(zip(_OPENERS, (_write_jsonl, _write_parquet, _write_array_record), strict=True))
+        Raises:
+          ValueError: the file of this name is not the one that was opened.
+        """
+        self._rows.require_unchanged()
 
 
 def _suffix(path: Path) -> str:
-    if path.suffix not in _OPENERS:
+    if path.suffix not in formats.OPENERS:
         raise ValueError(
-            f"{path}: want a file name that ends in {', '.join(_OPENERS)}. Rename it; a .json file "
-            "of one object a line is .jsonl."
+            f"{path}: want a file name that ends in {', '.join(formats.OPENERS)}. Rename it; a "
+            ".json file of one object a line is .jsonl."
         )
     return path.suffix
 
@@ -559,39 +472,8 @@ def _suffix(path: Path) -> str:
 def _json_bytes(record: Record) -> bytes:
     try:
         return json.dumps(to_json(record), ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{type(record).__name__} {record.id!r} does not fit into JSON: {error}. Keep to "
             "finite numbers, strings, lists and mappings."
         ) from None
-
-
-def _parse(data: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        text = data.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        text = data[: error.start].decode()
-        if error.reason != "unexpected end of data":  # else a cut, which JSON reports below
-            fault = f"byte {error.start} is not UTF-8 (…{text[-20:]}). Save the file as UTF-8."
-            raise ValueError(f"{where}: {fault}") from None
-    try:
-        row = json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        fault = f"no JSON at column {error.colno}, {error.msg} ({text[:60]}). Mend that line."
-        inside = "string" if error.msg.startswith("Unterminated string") else "object"
-        is_open = error.pos >= len(text) or (text[:1] == "{" and text[-1:] != "}")
-        if is_open or inside == "string":
-            fault = (
-                f"the line ends inside a JSON {inside} (…{text[-20:]}). The file was cut short; "
-                "delete that line or write the file again."
-            )
-        raise ValueError(f"{where}: {fault}") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}. Write that number as a string.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: want a JSON object, got {text[:40]}. Give each value a name.")
-    return row
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")

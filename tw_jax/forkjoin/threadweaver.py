@@ -116,6 +116,11 @@ class Table:
     label_length: np.ndarray
 
     @property
+    def num_ids(self) -> int:
+        """Number of ids of the tokenizer."""
+        return self.next_state.shape[1]
+
+    @property
     def closer(self) -> np.ndarray:
         """Ids forced after a thread that did not close itself."""
         return np.array([self.newline, self.end_thread], np.int32)

@@ -30,6 +30,9 @@ from tw_jax.sharding import LogicalAxes, constrain, current, mesh_axes, spec
 
 Dtype = Literal["float32", "bfloat16"]
 
+_NO_TOKEN = -1e30
+"""Logit of a row that no token has; it stays finite when it is divided by a low temperature."""
+
 _KV_AXES = ("layer", "rows", "kv_heads", "slots", "head")
 
 
@@ -304,16 +307,27 @@ class Decoder(nn.Module):
         return constrain(logits, (*leading, "vocab"))
 
 
-def network(cfg: Model) -> Network:
+def network(cfg: Model, *, num_ids: int | None = None) -> Network:
     """The decoder as pure functions; see `Network` for what each takes and returns.
 
     Args:
       cfg: sizes and numerics.
+      num_ids: number of ids of the tokenizer. The logits of all rows behind these are set to a
+        floor. None keeps all `Model.vocab_size` rows, as PyTorch does.
 
     Returns:
       A `Network`. `init` consumes its key and runs under jit, so sharded results may be asked of
       an enclosing `jax.jit`; `empty_kv` gives a cache in the compute dtype.
+
+    Raises:
+      ValueError: there are fewer rows than ids.
     """
+    rows, num_ids = cfg.vocab_size, cfg.vocab_size if num_ids is None else num_ids
+    if not 0 < num_ids <= rows:
+        raise ValueError(
+            f"num_ids = {num_ids}: the table has {rows} rows. Give 1 to {rows} ids, or raise "
+            "Model.vocab_size."
+        )
     # Flax types what apply returns as a union with mutated collections, of which there are none.
     decoder: Any = Decoder(cfg)
 
@@ -339,7 +353,11 @@ def network(cfg: Model) -> Network:
         return sequence.spread(whole, tokens, depth, span), None
 
     def unembed(params: Params, hidden: jax.Array) -> jax.Array:
-        return decoder.apply({"params": params}, hidden, method="unembed")
+        logits = decoder.apply({"params": params}, hidden, method="unembed")
+        if num_ids == rows:
+            return logits
+        # A select is elementwise, so a vocabulary that is split over devices stays split.
+        return jnp.where(jnp.arange(rows) < num_ids, logits, _NO_TOKEN)
 
     def boxed(key: jax.Array) -> Params:
         one = jnp.zeros((1, 1), jnp.int32)
@@ -365,7 +383,7 @@ def network(cfg: Model) -> Network:
         axes=axes,
         empty_kv=empty_kv,
         table="embed" if cfg.tie_embeddings else "unembed",
-        vocab_size=cfg.vocab_size,
+        num_ids=num_ids,
     )
 
 

@@ -251,7 +251,8 @@ def _decoded(
     """Ids after each prompt, by the jitted sampler."""
     longest = max(map(len, prompts))
     sampler = Sampler(rows=len(prompts), max_prompt=longest, temperature=0.0)
-    made = make_sampler(network(model), protocol, sampler)(params, prompts)
+    net = network(model, num_ids=protocol.table.num_ids)
+    made = make_sampler(net, protocol, sampler)(params, prompts)
     return [t.ids[t.prompt_tokens :].tolist() for t in made]
 
 

@@ -51,14 +51,14 @@ class SftStep:
 
     Attributes:
       optim: the optimiser, whose moments take memory.
-      rows: rows of a batch, over all devices.
+      batch_rows: rows of a batch, over all devices.
       row_tokens: T.
       chunk_tokens: nodes per row that are unembedded at a time.
       accumulation_steps: parts of a batch that are run one after another.
     """
 
     optim: Optim
-    rows: int
+    batch_rows: int
     row_tokens: int
     chunk_tokens: int = 2048
     accumulation_steps: int = 1
@@ -71,16 +71,16 @@ class PgrpoStep:
     Attributes:
       optim: the optimiser, whose moments take memory.
       loss: the loss.
-      rows: rows of a batch, over all devices.
-      part_rows: rows run at a time.
+      batch_rows: rows of a batch, over all devices.
+      microbatch_rows: rows that are run at a time, over all devices.
       row_tokens: T.
       chunk_tokens: nodes per row that are unembedded at a time.
     """
 
     optim: Optim
     loss: PolicyLoss
-    rows: int
-    part_rows: int
+    batch_rows: int
+    microbatch_rows: int
     row_tokens: int
     chunk_tokens: int = 2048
 
@@ -137,7 +137,7 @@ def run(cfg: Aot) -> None:
     """
     devices = _devices(cfg.topology)
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    net = network(cfg.model)
+    net = network(cfg.model, num_ids=workloads.table().num_ids)
     prepare: Callable[..., Any] = {SftStep: _sft, PgrpoStep: _pgrpo, Sampling: _sampling}[
         type(cfg.program)
     ]
@@ -209,9 +209,9 @@ def _sft(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
         chunk_tokens=how.chunk_tokens,
         accumulation_steps=how.accumulation_steps,
     )
-    batch = _trie_batch(how.rows, how.row_tokens, mesh, rules)
+    batch = _trie_batch(how.batch_rows, how.row_tokens, mesh, rules)
     program = jit_step(step, state, mesh=mesh, rules=rules)
-    return program, (state, batch), _work(cfg.model, how.rows, how.row_tokens)
+    return program, (state, batch), _work(cfg.model, how.batch_rows, how.row_tokens)
 
 
 def _pgrpo(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
@@ -225,14 +225,14 @@ def _pgrpo(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
         steps=1000,
         chunk_tokens=how.chunk_tokens,
         temperature=1.0,
-        part_rows=how.part_rows,
+        microbatch_rows=how.microbatch_rows,
     )
-    trie = _trie_batch(how.rows, how.row_tokens, mesh, rules)
+    trie = _trie_batch(how.batch_rows, how.row_tokens, mesh, rules)
     batch = PolicyBatch(
         trie=trie, advantage=trie.weight, sampler_logp=trie.weight, rollout=trie.tokens
     )
     program = jit_step(step, state, mesh=mesh, rules=rules)
-    return program, (state, batch), _work(cfg.model, how.rows, how.row_tokens)
+    return program, (state, batch), _work(cfg.model, how.batch_rows, how.row_tokens)
 
 
 def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):

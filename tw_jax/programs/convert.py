@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from tw_jax import sharding
+from tw_jax import sharding, workdir
 from tw_jax.checkpoint import Checkpoints, newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.models import hf, hf_config
@@ -101,6 +101,7 @@ def run(cfg: Convert) -> None:
         case Export():
             step = export_folder(cfg.job, folder / "hf")
             print(f"{folder}/hf: step {step}, {_described(cfg.job.model)}, as {cfg.job.dtype}")
+    workdir.record(cfg)
 
 
 def import_folder(job: Import, folder: Path) -> Model:

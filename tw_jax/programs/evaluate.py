@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax import workdir
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
@@ -78,6 +79,7 @@ def run(cfg: Evaluate) -> None:
     summary["seconds"] = summary.get("train_seconds", 0.0) + summary["evaluate_seconds"]
     costs = costs_of(cfg, trajectories, loaded.tokenizer)
     _write(Path(cfg.workdir), summary, found, trajectories, verdicts, costs)
+    workdir.record(cfg)
     _print(summary)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from tw_jax import figures
+from tw_jax import figures, workdir
 from tw_jax.checkpoint import restore_params
 from tw_jax.config import config
 from tw_jax.contracts import Params
@@ -226,6 +226,7 @@ def run(cfg: Parity) -> int:
             }
             if dtype == "float32":
                 found[dtype] |= _matches(cfg, model, params, oracle, material)
+    workdir.record(cfg)
     return _conclude(cfg, found)
 
 
@@ -327,7 +328,7 @@ def _forked(own: np.ndarray, other: np.ndarray) -> Trie:
 
 def _packed(tries: Sequence[Trie], row_tokens: int) -> TrieBatch:
     """Rows of tries; which trie goes where depends on lengths alone."""
-    rows = pack(tries, Packing(row_tokens=row_tokens, rows=1), Fill())
+    rows = pack(tries, Packing(row_tokens=row_tokens), Fill())
     return stack_rows(rows, max(sum(map(len, row)) for row in rows))
 
 

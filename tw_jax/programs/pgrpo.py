@@ -7,37 +7,46 @@ Sampler and trainer read the same arrays. Run the same command again to go on wh
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tw_jax import hosts, sharding
-from tw_jax.checkpoint import Checkpoints, restore_params
-from tw_jax.config import config, operative
+from tw_jax import hosts, sharding, workdir
+from tw_jax.checkpoint import Checkpoints
+from tw_jax.config import config
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
-from tw_jax.data.stored import fingerprint, problem_of, trajectory_of, unfinished
+from tw_jax.data.prompts import Problems
+from tw_jax.data.stored import fingerprint, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import of_group, of_trajectory
 from tw_jax.metrics import Metrics
-from tw_jax.models.lora import adapters, overlay, trained, without_adapters
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import settings
-from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool
-from tw_jax.tasks.reward import CUT, Parts, Reward, are_finite, reward, summary, totals, trains
+from tw_jax.tasks.reward import (
+    CUT,
+    Parts,
+    Reward,
+    are_finite,
+    leave_out_long,
+    reward,
+    summary,
+    totals,
+    trains,
+)
+from tw_jax.tasks.score import Evaluation, held_out
 from tw_jax.tokenizer import (
     Bytes,
     Chat,
@@ -55,42 +64,21 @@ from tw_jax.train.groups import (
     has_signal,
     pack_groups,
 )
+from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import fit, resume
 from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step, refuse_mismatch
-from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
+from tw_jax.train.reference import of_reference
+from tw_jax.train.state import (
+    Optim,
+    TrainState,
+    abstract_state,
+    initial_state,
+    jit_step,
+    schedule,
+)
 from tw_jax.trie.pack import Fill, Packing
 
 MANY_HOSTS = True
-
-
-@config
-class Evaluation:
-    """Held-out problems that are sampled while training.
-
-    Attributes:
-      problems: a file of problems or examples.
-      count: how many of them, from the start of the file.
-      samples: rollouts of each; with more than one, pass@k is reported for powers of two.
-      every: steps between evaluations; the last step is followed by one too.
-      temperature: of these rollouts.
-    """
-
-    problems: str
-    count: int = 200
-    samples: int = 1
-    every: int = 10
-    temperature: float = 0.0
-
-    def check(self) -> None:
-        """Refuses evaluations of nothing."""
-        for name in ("count", "samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
-        if self.samples > 1 and self.temperature <= 0:
-            raise ValueError(
-                f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
-                f"{self.temperature}: want a temperature above 0, or all samples are the same."
-            )
 
 
 @config
@@ -112,13 +100,18 @@ class Pgrpo:
       most_prompts: prompts that a step draws at most to find its groups, as many at a time as the
         sampler has rows for; groups whose rewards are all equal teach nothing.
       inner_steps: updates of a step, each with its share of the groups; 1 is on-policy.
+      long_prompts: what happens to a problem whose prompt is longer than `Sampler.max_prompt` or
+        fills `ForkJoin.max_context`: "refuse" stops at the start with its line, "drop" leaves it
+        out and counts it. Held-out problems are always refused.
       sampler: rows, temperature and seed; `rollouts` divides its rows.
       grader: how answers are judged.
       reward: what a rollout earns.
       normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
       loss: clipping and importance weights.
       aggregation: how tokens are averaged.
-      packing: rows run at a time, and their length.
+      packing: tokens of a row.
+      microbatch_rows: rows that are run at a time, over all devices; an update has as many
+        microbatches as its groups fill.
       optim: optimiser and schedule.
       most_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
         that has more stops the run.
@@ -148,8 +141,10 @@ class Pgrpo:
     loss: PolicyLoss
     aggregation: Aggregation
     packing: Packing
+    microbatch_rows: int
     optim: Optim
     inner_steps: int = 1
+    long_prompts: Literal["refuse", "drop"] = "refuse"
     normalise: Literal["mean", "std"] = "mean"
     most_mismatch: float = 0.01
     evaluation: Evaluation | None = None
@@ -162,7 +157,7 @@ class Pgrpo:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
-        for name in ("steps", "prompts", "chunk_tokens", "save_every", "keep"):
+        for name in ("steps", "prompts", "microbatch_rows", "chunk_tokens", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Pgrpo.{name} = {getattr(self, name)}: want at least 1.")
         if self.rollouts < 2:
@@ -207,7 +202,9 @@ def run(cfg: Pgrpo) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
     _check_mesh(cfg, mesh)
-    net = network(cfg.model)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    check_rows(tokenizer, cfg.model.vocab_size)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
         net,
@@ -216,7 +213,7 @@ def run(cfg: Pgrpo) -> None:
         steps=cfg.steps,
         chunk_tokens=cfg.chunk_tokens,
         temperature=cfg.sampler.temperature,
-        part_rows=cfg.packing.rows,
+        microbatch_rows=cfg.microbatch_rows,
         inner_steps=cfg.inner_steps,
     )
     compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
@@ -228,9 +225,18 @@ def run(cfg: Pgrpo) -> None:
     ):
         # A step with more parts than any before is compiled for twice as many; no mistake here.
         warnings.filterwarnings("ignore", message="Step .* was compiled anew")
-        rollouts = Rollouts(cfg, pool, mesh)
+        rollouts = Rollouts(cfg, pool, mesh, net=net, tokenizer=tokenizer)
+        who = establish(
+            cfg,
+            checkpoints,
+            needs_init=cfg.loss.kl_coef > 0,
+            schedule=schedule(cfg.optim, steps=cfg.steps),
+            **rollouts.contents,
+        )
         state = resume(checkpoints, abstract, rollouts)
-        rollouts.forget_later()
+        rollouts.begin(who.digest)
+        assert who.origin is not None  # Pgrpo.init names a checkpoint
+        began = partial(origin_params, cfg.init, who.origin, abstract.params)
         if state is None:
             state = initial_state(
                 net,
@@ -238,14 +244,19 @@ def run(cfg: Pgrpo) -> None:
                 mesh=mesh,
                 rules=cfg.rules,
                 key=jax.random.key(cfg.seed),
-                params=_restored(cfg, abstract.params),
+                params=began(),
             )
-        place = _placing(cfg, net, abstract.params, rollouts)
         first = int(state.step)
         if hosts.is_first():
             where = f"{mesh.size} device(s) of {jax.process_count()} process(es)"
             print(f"{folder}: step {first} of {cfg.steps}, {where}")
+            print(standing(who, first=first, steps=cfg.steps), end="")
+        if first < cfg.steps:
+            workdir.record(cfg)
         rollouts.take(state)
+        place = sharding.put_rows
+        if cfg.loss.kl_coef:
+            place = _placing(cfg, net, began(), rollouts)
         with Metrics(folder, step=first) as metrics:
             fit(
                 state,
@@ -258,7 +269,7 @@ def run(cfg: Pgrpo) -> None:
                 place=place,
                 hooks=(rollouts.after_step,),
                 guard=lambda index, numbers: refuse_mismatch(cfg.most_mismatch, index, numbers),
-                note={"config": operative(cfg)},
+                note=who.note,
             )
 
 
@@ -266,48 +277,26 @@ def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
     samples = 1 if cfg.evaluation is None else cfg.evaluation.samples
     sampling = sharding.sampling(cfg.rules)
     for name, rows, rules in (
-        ("Packing.rows", cfg.packing.rows, cfg.rules),
+        ("Pgrpo.microbatch_rows", cfg.microbatch_rows, cfg.rules),
         ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts, sampling),
         ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples, sampling),
     ):
-        split = math.prod(mesh.shape[axis] for axis in rules.rows)
-        if rows % split:
-            raise ValueError(
-                f"{name} = {rows}: want a multiple of {split}, the devices that rows are split "
-                "over. Change the rows, or Mesh."
-            )
+        sharding.check_split(name, rows, mesh, rules)
 
 
-def _restored(cfg: Pgrpo, abstract: Params) -> Params:
-    """The parameters that the run begins with, without adapters where the checkpoint has none."""
-    return restore_params(cfg.init, abstract=abstract, core=without_adapters(abstract))
-
-
-def _placing(cfg: Pgrpo, net: Network, abstract: Params, rollouts: Rollouts) -> Any:
-    """What puts a batch on the devices, with the reference's log-probs where the loss reads them.
-
-    The reference of the KL term is the model that the run began with. What training moves is kept
-    of it, and the rest is read where it is.
-    """
-    if not cfg.loss.kl_coef:
-        return sharding.put_rows
-    # Fresh adapters add nothing, and neither do those of zeros.
-    nothing = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), adapters(abstract)
+def _placing(cfg: Pgrpo, net: Network, began: Params, rollouts: Rollouts) -> Any:
+    """Puts a batch on the devices, with the log-probs of the model that the run began with."""
+    logp = make_logp(
+        net,
+        chunk_tokens=cfg.chunk_tokens,
+        temperature=cfg.sampler.temperature,
+        microbatch_rows=cfg.microbatch_rows * cfg.inner_steps,
     )
-    reference = trained(overlay(nothing, _restored(cfg, abstract)))
-    logp = jax.jit(
-        make_logp(
-            net,
-            chunk_tokens=cfg.chunk_tokens,
-            temperature=cfg.sampler.temperature,
-            part_rows=cfg.packing.rows * cfg.inner_steps,
-        )
-    )
+    reference = of_reference(logp, began, rollouts.params)
 
     def place(batch: PolicyBatch) -> PolicyBatch:
         placed = sharding.put_rows(batch)
-        return placed.replace(ref_logp=logp(overlay(rollouts.params, reference), placed.trie))
+        return placed.replace(ref_logp=reference(rollouts.params, placed.trie))
 
     return place
 
@@ -327,29 +316,47 @@ class Rollouts:
     with the rollouts that it had.
     """
 
-    def __init__(self, cfg: Pgrpo, pool: GraderPool, mesh: jax.sharding.Mesh) -> None:
-        """Reads tokenizer and problems; samples nothing yet.
+    def __init__(
+        self,
+        cfg: Pgrpo,
+        pool: GraderPool,
+        mesh: jax.sharding.Mesh,
+        *,
+        net: Network,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Reads the problems; samples nothing yet.
 
         Raises:
-          ValueError: the model has fewer rows than the tokenizer has ids, or there is no problem.
+          ValueError: there is no problem, or a prompt is too long.
         """
         self._cfg, self._pool, self._mesh = cfg, pool, mesh
-        self._tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer)
-        check_rows(self._tokenizer, cfg.model.vocab_size)
-        self._problems = records.open_records(cfg.problems)
-        if not len(self._problems):
-            raise ValueError(f"{cfg.problems} has no problem: want at least one.")
+        self._tokenizer = tokenizer
+        read = partial(
+            Problems,
+            prompt=partial(cfg.chat.prompt, tokenizer),
+            limits=prompt_limits(cfg.sampler, cfg.forkjoin),
+        )
+        self._problems = read(cfg.problems, too_long=cfg.long_prompts, option="Pgrpo.long_prompts")
+        if self._problems.dropped and hosts.is_first():
+            print(f"{cfg.problems}: {self._problems.dropped} problems with long prompts left out")
+        aside = cfg.evaluation
+        self._held_out = [] if aside is None else list(read(aside.problems, count=aside.count))
         # Each process of a job does all that is drawn.
-        files = [cfg.problems, *([] if cfg.evaluation is None else [cfg.evaluation.problems])]
-        told = ", ".join(map(fingerprint, files))
-        hosts.agree(problems=told, tokenizer=self._tokenizer.fingerprint)
+        self.contents = {
+            "problems": fingerprint(cfg.problems),
+            "tokenizer": self._tokenizer.fingerprint,
+        }
+        if cfg.evaluation is not None:
+            self.contents["held-out problems"] = fingerprint(cfg.evaluation.problems)
+        hosts.agree(**self.contents)
         self._sampler: ForkJoinSampler = make_sampler(
-            network(cfg.model), ThreadWeaver(make_table(self._tokenizer), cfg.forkjoin), cfg.sampler
+            net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
         self._params: Params | None = None
+        self._run = ""
         self._step = self._prompts = 0
-        self._pass, self._order = -1, np.zeros(0, int)
         self._numbers: dict[str, float] = {}
         self._clock = time.monotonic()
 
@@ -361,8 +368,13 @@ class Rollouts:
         """Goes to a position."""
         self._step, self._prompts = state["step"], state["prompts"]
 
-    def forget_later(self) -> None:
-        """Deletes what a crash left of later steps, whose parameters are made anew."""
+    def begin(self, run: str) -> None:
+        """Deletes what a crash left of later steps, whose parameters are made again.
+
+        Args:
+          run: tells this run's unfinished rollouts from those of another, as `Identity.digest`.
+        """
+        self._run = run
         if not hosts.is_first():
             return
         folder = Path(self._cfg.workdir) / "rollouts"
@@ -411,6 +423,7 @@ class Rollouts:
             ],
             cfg.aggregation,
             packing=cfg.packing,
+            microbatch_rows=cfg.microbatch_rows,
             fill=fill,
         )
         told = {
@@ -439,6 +452,7 @@ class Rollouts:
             "groups_with_signal": len(found),
             "groups_not_finite": float((~finite).sum()),
             "untrained": sum(not one.is_trained for group in parts for one in group),
+            "problems_dropped": self._problems.dropped,
             "timeouts": verdicts["timeout"],
             "rows_filled": fill.rows_filled,
             "token_sharing": fill.token_sharing,
@@ -454,13 +468,17 @@ class Rollouts:
         parts: list[list[Parts]] = []
         verdicts: Counter[str] = Counter()
         good = 0
-        with unfinished(file) as (have, add):
+        with unfinished(file) as (left, add):
+            # An attempt before the first checkpoint may have had other settings.
+            have = {name: one for name, one in left.items() if self._is_own(one)}
             while good < cfg.prompts and len(drawn) < cfg.most_prompts:
                 # Rows that stand empty take as long as others, so all are filled.
                 count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
                 some = self._sample(count, have, add)
-                judged = self._judge(some, verdicts)
-                self._leave_out_long(some, judged)
+                judged = [
+                    leave_out_long(parts, group.trajectories, cfg.packing.row_tokens)
+                    for group, parts in zip(some, self._judge(some, verdicts), strict=True)
+                ]
                 values = totals(judged, cfg.reward)
                 good += int((are_finite(values) & has_signal(values) & trains(judged)).sum())
                 drawn += some
@@ -473,7 +491,7 @@ class Rollouts:
         """Groups of the next problems; those that a crash left finished are not sampled again."""
         cfg, first = self._cfg, self._prompts
         self._prompts += count
-        problems = [self._problem(first + n) for n in range(count)]
+        problems = self._problems.drawn(first, count, seed=cfg.seed)
         names = [
             [f"{self._step}/{first + n}/{problem.id}/{k}" for k in range(cfg.rollouts)]
             for n, problem in enumerate(problems)
@@ -492,8 +510,11 @@ class Rollouts:
         for group in groups:
             for k, name in enumerate(group.names):
                 if name not in have:
-                    add(self._record(group, k, {}))
+                    add(self._record(group, k, {"run": self._run}))
         return groups
+
+    def _is_own(self, record: records.Record) -> bool:
+        return isinstance(record, records.Rollout) and record.extra.get("run") == self._run
 
     def _rollouts(
         self, problems: Sequence[records.Problem], samples: int, temperature: float, seed: int
@@ -508,14 +529,6 @@ class Rollouts:
         )
         with sharding.use(self._mesh, sharding.sampling(self._cfg.rules)):
             return self._sampler(self.params, prompts, how, repeats=samples)
-
-    def _problem(self, number: int) -> records.Problem:
-        """The problem at a place of the endless order: a new permutation for every pass."""
-        size = len(self._problems)
-        if self._pass != number // size:
-            self._pass = number // size
-            self._order = np.random.default_rng([self._cfg.seed, self._pass]).permutation(size)
-        return problem_of(self._problems[int(self._order[number % size])])
 
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
@@ -533,13 +546,6 @@ class Rollouts:
                 ]
             )
         return judged
-
-    def _leave_out_long(self, groups: Sequence[Drawn], judged: list[list[Parts]]) -> None:
-        """Keeps the rewards of rollouts that are longer than a row, and does not train them."""
-        for group, parts in zip(groups, judged, strict=True):
-            for k, made in enumerate(group.trajectories):
-                if len(of_trajectory(made)) > self._cfg.packing.row_tokens:
-                    parts[k] = parts[k]._replace(is_trained=False)
 
     def _refuse_short_rows(self, drawn: Sequence[Drawn]) -> None:
         shortest = min(len(of_trajectory(made)) for group in drawn for made in group.trajectories)
@@ -571,8 +577,7 @@ class Rollouts:
 
     def evaluate(self, cfg: Evaluation) -> dict[str, float]:
         """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
-        found = records.open_records(cfg.problems)
-        problems = [problem_of(found[n]) for n in range(min(cfg.count, len(found)))]
+        problems = self._held_out
         made: list[Trajectory] = []
         each = self._cfg.sampler.rows // cfg.samples
         for first in range(0, len(problems), each):
@@ -585,14 +590,9 @@ class Rollouts:
         ]
         parts = self._judge(groups, Counter())
         correct = np.array([[one.is_correct for one in group] for group in parts])
-        share = score.wilson(float(correct.mean()), len(correct))
-        passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= cfg.samples]
         numbers = summary(parts, totals(parts, self._cfg.reward))
         return {
-            "eval_correct": share.value,
-            "eval_correct_low": share.low,
-            "eval_correct_high": share.high,
-            **{f"eval_pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
+            **held_out(correct),
             **{
                 f"eval_{n}": numbers[n] for n in ("longest_tokens", "total_tokens", "latency_ratio")
             },

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tw_jax import figures, metrics
+from tw_jax import figures, metrics, workdir
 from tw_jax.config import config
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
@@ -84,6 +84,7 @@ def run(cfg: Plot) -> None:
     for name, figure in pictures.items():
         figures.save(figure, folder / name, "png")
         print(folder / name)
+    workdir.record(cfg)
 
 
 # What the files hold.

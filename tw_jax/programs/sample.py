@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tw_jax import workdir
 from tw_jax.checkpoint import newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
@@ -92,7 +93,7 @@ def load(cfg: Sample) -> Loaded:
     """
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
-    net = network(cfg.model)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
     step = newest(cfg.checkpoint)
     abstract = jax.eval_shape(net.init, jax.random.key(0))
     params = restore_params(cfg.checkpoint, step=step, abstract=abstract)
@@ -154,6 +155,7 @@ def run(cfg: Sample) -> None:
     for _, made in rollouts(cfg, load(cfg)):
         finishes[made.finish] += 1
         counts.update(made.counts)
+    workdir.record(cfg)
     print(f"{cfg.workdir}/rollouts.jsonl: {sum(finishes.values())} new rollouts")
     print("ended by: " + (_listed(finishes) or "nothing new"))
     if counts:

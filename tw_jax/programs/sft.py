@@ -14,20 +14,21 @@ from typing import Any
 
 import jax
 
-from tw_jax import hosts, sharding
-from tw_jax.checkpoint import Checkpoints, restore_params
-from tw_jax.config import config, operative
+from tw_jax import files, hosts, sharding, workdir
+from tw_jax.checkpoint import Checkpoints
+from tw_jax.config import config
 from tw_jax.contracts import Params
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import Metrics
-from tw_jax.models.lora import trained, without_adapters
+from tw_jax.models.lora import trained
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, check_rows, load_tokenizer
+from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import fit, resume
 from tw_jax.train.sft import make_step
-from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step
+from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step, schedule
 from tw_jax.trie.pack import Fill, Packing
 
 MANY_HOSTS = True
@@ -45,7 +46,8 @@ class Sft:
       tokenizer: text to ids.
       data: which trajectories, and which of their tokens are trained.
       forkjoin: limits of the protocol that the trajectories are replayed through.
-      packing: rows of the global batch and what happens to long trajectories.
+      packing: tokens of a row and what happens to long trajectories.
+      batch_rows: rows of the global batch, over all devices, processes and accumulation steps.
       optim: optimiser and schedule.
       mesh: devices.
       rules: which logical axis is split over which axis of the mesh.
@@ -65,6 +67,7 @@ class Sft:
     data: Data
     forkjoin: ForkJoin
     packing: Packing
+    batch_rows: int
     optim: Optim
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
@@ -77,13 +80,20 @@ class Sft:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
-        for name in ("steps", "accumulation_steps", "chunk_tokens", "save_every", "keep"):
+        for name in (
+            "steps",
+            "batch_rows",
+            "accumulation_steps",
+            "chunk_tokens",
+            "save_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"Sft.{name} = {getattr(self, name)}: want at least 1.")
-        if self.packing.rows % self.accumulation_steps:
+        if self.batch_rows % self.accumulation_steps:
             raise ValueError(
                 f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "
-                f"Packing.rows = {self.packing.rows}."
+                f"Sft.batch_rows = {self.batch_rows}."
             )
         if self.model.lora is not None and self.init is None:
             raise ValueError(
@@ -95,8 +105,8 @@ class Sft:
 def run(cfg: Sft) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh = sharding.make_mesh(cfg.mesh)
-    net = network(cfg.model)
     batches = open_batches(cfg, mesh)
+    net = network(cfg.model, num_ids=load_tokenizer(cfg.tokenizer).vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
         net,
@@ -108,13 +118,18 @@ def run(cfg: Sft) -> None:
     compiled = jit_step(step, abstract, mesh=mesh, rules=cfg.rules)
     folder, began = Path(cfg.workdir), time.monotonic()
     with Checkpoints(folder / "checkpoints", keep=cfg.keep) as checkpoints:
+        who = establish(
+            cfg,
+            checkpoints,
+            tokenizer=load_tokenizer(cfg.tokenizer).fingerprint,
+            schedule=schedule(cfg.optim, steps=cfg.steps),
+        )
         state = resume(checkpoints, abstract, batches)
         first = 0 if state is None else int(state.step)
         if state is None:
             params = None
-            if cfg.init is not None:
-                core = without_adapters(abstract.params)
-                params = restore_params(cfg.init, abstract=abstract.params, core=core)
+            if cfg.init is not None and who.origin is not None:
+                params = origin_params(cfg.init, who.origin, abstract.params)
             key = jax.random.key(cfg.seed)
             state = initial_state(
                 net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key, params=params
@@ -124,6 +139,9 @@ def run(cfg: Sft) -> None:
             told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
             where = f"{mesh.size} device(s) of {jax.process_count()} process(es)"
             print(f"{folder}: {told} on {where}, step {first} of {cfg.steps}")
+            print(standing(who, first=first, steps=cfg.steps), end="")
+        if first < cfg.steps:
+            workdir.record(cfg)
         with Metrics(folder, step=first) as metrics, sharding.use(mesh, cfg.rules):
             fit(
                 state,
@@ -134,7 +152,7 @@ def run(cfg: Sft) -> None:
                 metrics=metrics,
                 checkpoints=checkpoints,
                 place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
-                note={"config": operative(cfg)},
+                note=who.note,
             )
         packed = _of_all_shares(batches, mesh, cfg.rules)
         # A run that was killed behind its last checkpoint has not written it.
@@ -157,9 +175,9 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh) -> Batches:
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
     share, shares = sharding.row_share(mesh, cfg.rules)
-    if cfg.packing.rows % shares:
+    if cfg.batch_rows % shares:
         raise ValueError(
-            f"Packing.rows = {cfg.packing.rows}: want a multiple of {shares}, for so many "
+            f"Sft.batch_rows = {cfg.batch_rows}: want a multiple of {shares}, for so many "
             "processes pack a share of the rows each."
         )
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
@@ -167,7 +185,7 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh) -> Batches:
         cfg.data,
         cfg.packing,
         Builder(cfg.data, tokenizer, protocol),
-        rows=cfg.packing.rows // shares,
+        rows=cfg.batch_rows // shares,
         host=share,
         num_hosts=shares,
     )
@@ -197,5 +215,5 @@ def write_packing(folder: Path, fill: Fill, unusable: int, *, seconds: float) ->
         "unusable": unusable,
         "train_seconds": seconds,
     }
-    (folder / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")
+    files.write_text(folder / "packing.json", json.dumps(counts, indent=2) + "\n")
     print(f"rows filled {fill.rows_filled:.3f}, tokens saved by sharing {fill.token_sharing:.3f}")

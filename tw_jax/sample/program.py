@@ -95,9 +95,6 @@ class Program:
         ready = (state.queue.at >= state.queue.length) & (state.phase != DONE)
         active = state.lanes.live & ready[:, None]
         logits = self.network.unembed(params, state.lanes.hidden)
-        # A model may have more rows than its tokenizer has ids, to shard; those are never drawn.
-        is_id = jnp.arange(logits.shape[-1]) < self.table.next_state.shape[1]
-        logits = jnp.where(is_id, logits, jnp.finfo(logits.dtype).min)
         lane = jnp.arange(self.sizes.lanes, dtype=jnp.int32)
         tokens, logp = self.draw(logits, how, state.call[:, None] + lane, state.lanes.length)
         state = self.record(state, active, tokens, logp)

@@ -28,7 +28,7 @@ from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ThreadWeaver
+from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ForkJoin, ThreadWeaver
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
 from tw_jax.sample.draw import draw, settings
@@ -63,6 +63,12 @@ class Sampler:
         for name in ("rows", "max_prompt", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Sampler.{name} = {getattr(self, name)}: want at least 1.")
+
+
+def prompt_limits(cfg: Sampler, limits: ForkJoin) -> dict[str, int]:
+    """The most tokens that a prompt may have, by the config field that says so."""
+    # A prompt that fills the context would end before its first token is drawn.
+    return {"Sampler.max_prompt": cfg.max_prompt, "ForkJoin.max_context": limits.max_context - 1}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,11 +158,11 @@ class ForkJoinSampler:
                 f"Prompt {number} has {len(ids)} tokens: want 1 to {cfg.max_prompt}. Raise "
                 "Sampler.max_prompt, or shorten the prompt."
             )
-        vocabulary = self.network.vocab_size
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            bad = int(ids[(ids < 0) | (ids >= vocabulary)][0])
+        num_ids = self.network.num_ids
+        if ids.min() < 0 or ids.max() >= num_ids:
+            bad = int(ids[(ids < 0) | (ids >= num_ids)][0])
             raise ValueError(
-                f"Prompt {number} holds token {bad}: want ids from 0 to {vocabulary - 1}. The "
+                f"Prompt {number} holds token {bad}: want ids from 0 to {num_ids - 1}. The "
                 "prompt was made with another tokenizer than the model's."
             )
 
@@ -268,7 +274,15 @@ def make_sampler(
       cfg: sizes and the default settings.
       draw: (logits [B, C, V], how, call [B, C], position [B, C]) -> tokens, logp [B, C]; another
         one forces given tokens.
+
+    Raises:
+      ValueError: the network gives probability to other ids than the tokenizer has.
     """
+    if network.num_ids != protocol.table.num_ids:
+        raise ValueError(
+            f"The network has {network.num_ids} ids and the tokenizer {protocol.table.num_ids}. "
+            "Both need the same number. Build it with network(model, num_ids=tokenizer.vocab_size)."
+        )
     limits = protocol.limits
     lanes = limits.max_threads if limits.parallel else 1
     header = 4 + max(MAX_LABEL, protocol.table.label.shape[1])

@@ -15,6 +15,7 @@ import numpy as np
 from tw_jax.config import config
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import Cost, Tags, of_calls, of_ids
+from tw_jax.forkjoin.tries import of_trajectory
 
 CUT = frozenset({"length", "rounds", "budget"})
 """`Trajectory.finish` of rollouts that a limit ended, not the model."""
@@ -187,6 +188,16 @@ def reward(
         is_trained=not (cfg.overlong == "filter" and trajectory.finish in CUT),
         cost=cost,
     )
+
+
+def leave_out_long(
+    parts: Sequence[Parts], made: Sequence[Trajectory], most_tokens: int
+) -> list[Parts]:
+    """Keeps the rewards of rollouts whose tries are longer than a row, and does not train them."""
+    return [
+        one._replace(is_trained=one.is_trained and len(of_trajectory(trajectory)) <= most_tokens)
+        for one, trajectory in zip(parts, made, strict=True)
+    ]
 
 
 def totals(groups: Sequence[Sequence[Parts]], cfg: Reward) -> np.ndarray:

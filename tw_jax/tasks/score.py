@@ -12,6 +12,38 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tw_jax.config import config
+
+
+@config
+class Evaluation:
+    """Held-out problems that are sampled while training.
+
+    Attributes:
+      problems: a file of problems or examples.
+      count: how many of them, from the start of the file.
+      samples: rollouts of each; with more than one, pass@k is reported for powers of two.
+      every: steps between evaluations; the last step is followed by one too.
+      temperature: of these rollouts.
+    """
+
+    problems: str
+    count: int = 200
+    samples: int = 1
+    every: int = 10
+    temperature: float = 0.0
+
+    def check(self) -> None:
+        """Refuses evaluations of nothing."""
+        for name in ("count", "samples", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
+        if self.samples > 1 and self.temperature <= 0:
+            raise ValueError(
+                f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
+                f"{self.temperature}: want a temperature above 0, or all samples are the same."
+            )
+
 
 class Estimate(NamedTuple):
     """A mean and its confidence interval, all in the unit of the values."""
@@ -56,6 +88,25 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     # Exact integers, divided once: a product of floats loses digits, and n is small.
     table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
     return table[counts]
+
+
+def held_out(correct: np.ndarray) -> dict[str, float]:
+    """What a line of metrics says of the answers of an evaluation while training.
+
+    Args:
+      correct: [P, K] bool, P problems with K samples each.
+
+    Returns:
+      Accuracy with its 95 % interval, and pass@k for powers of two up to K.
+    """
+    share = wilson(float(correct.mean()), len(correct))
+    passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= correct.shape[1]]
+    return {
+        "eval_correct": share.value,
+        "eval_correct_low": share.low,
+        "eval_correct_high": share.high,
+        **{f"eval_pass_at_{k}": float(pass_at_k(correct, k).mean()) for k in passes},
+    }
 
 
 def wilson(share: float, trials: int, *, confidence: float = 0.95) -> Estimate:

@@ -192,16 +192,22 @@ class PolicyBatch(struct.PyTreeNode):
 
 
 def pack_groups(
-    updates: Sequence[Sequence[Scored]], cfg: Aggregation, *, packing: Packing, fill: Fill
+    updates: Sequence[Sequence[Scored]],
+    cfg: Aggregation,
+    *,
+    packing: Packing,
+    microbatch_rows: int,
+    fill: Fill,
 ) -> PolicyBatch:
     """Weighs the tokens of a step's groups and lays the groups into rows.
 
     Args:
       updates: for each inner step its groups; those without signal left out.
       cfg: how tokens are averaged, within an inner step.
-      packing: `row_tokens`, and `rows`: those run at a time, one part of an inner step. All inner
-        steps have as many parts, a power of two; those behind the last group hold nothing. So a
-        few programs serve batches of every size.
+      packing: only `row_tokens` is read.
+      microbatch_rows: rows that are run at a time, one part of an inner step. All inner steps have
+        as many parts, a power of two; those behind the last group hold nothing. So a few programs
+        serve batches of every size.
       fill: totals to add to.
 
     Returns:
@@ -223,12 +229,12 @@ def pack_groups(
             laid[trie] = advantage, one.group.logp, rollout
             tries.append(trie)
         packed.append(pack(tries, packing, fill))
-    needed = max(-(-len(rows) // packing.rows) for rows in packed)
+    needed = max(-(-len(rows) // microbatch_rows) for rows in packed)
     parts = 1 << max(needed - 1, 0).bit_length()
-    filled = [rows + [[]] * (parts * packing.rows - len(rows)) for rows in packed]
+    filled = [rows + [[]] * (parts * microbatch_rows - len(rows)) for rows in packed]
     rows = [
-        rows[part * packing.rows + slot]
-        for slot in range(packing.rows)
+        rows[part * microbatch_rows + slot]
+        for slot in range(microbatch_rows)
         for part in range(parts)
         for rows in filled
     ]

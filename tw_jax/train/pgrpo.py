@@ -7,6 +7,7 @@ that the sampler recorded; it hands on a pure step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ from tw_jax.trie.batch import TrieBatch
 
 MAX_LOG_RATIO = 20.0
 """Where log-ratios are cut before `exp`, in nats; so does ThreadWeaver's trainer."""
+
+_MOST_AGREE = 0.9
+"""Share of tokens within 5 % above which a mismatch is due to a few tokens."""
 
 
 @config
@@ -206,7 +210,7 @@ def make_step(
     steps: int,
     chunk_tokens: int,
     temperature: float,
-    part_rows: int,
+    microbatch_rows: int,
     inner_steps: int = 1,
 ) -> Step:
     """Builds the train step: `inner_steps` updates of the optimiser for one `PolicyBatch`.
@@ -222,8 +226,8 @@ def make_step(
       steps: steps of the whole run, for the schedule; the updates of one step share its rate.
       chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
       temperature: at which the rollouts were sampled.
-      part_rows: rows run at a time; divides the rows of every update. Parts behind the last row
-        that trains anything are not run.
+      microbatch_rows: rows run at a time; divides the rows of every update. Microbatches behind the
+        last row that trains anything are not run.
       inner_steps: update i takes rows i, i + inner_steps, ..., as `pack_groups` lays them.
 
     Returns:
@@ -235,11 +239,11 @@ def make_step(
       ratio_min and ratio_max, of the probabilities, mismatch_mean of the absolute
       difference in nats, mismatch_kl (k3), and mismatch_within_0.1, _1 and _5, shares of tokens
       whose ratio is so many per cent from 1. And those of `state.update`. Of several updates
-      tokens are summed, extremes are extremes, and all else is the mean.
+      see `_of_updates`.
     """
     axes = network.axes()
     logp = make_logp(
-        network, chunk_tokens=chunk_tokens, temperature=temperature, part_rows=part_rows
+        network, chunk_tokens=chunk_tokens, temperature=temperature, microbatch_rows=microbatch_rows
     )
 
     def move(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
@@ -252,22 +256,21 @@ def make_step(
             objective,
             state.params,
             batch,
-            accumulation_steps=_parts(batch.trie, part_rows),
+            accumulation_steps=_parts(batch.trie, microbatch_rows),
             axes=axes,
             extremes=EXTREMES,
-            count=_trained_parts(batch.trie, part_rows),
+            count=_trained_parts(batch.trie, microbatch_rows),
         )
         tokens = sums.pop("tokens")
         state, moved = update(state, gradients, optim, steps=steps, is_empty=tokens == 0)
         whole = {name: sums.pop(name) for name in ("policy_loss", *EXTREMES)}
-        # A batch that trains nothing has no extremes.
-        whole |= {name: jnp.where(tokens > 0, whole[name], 1) for name in EXTREMES}
         means = {name: weighted_mean(x, denominator=tokens) for name, x in sums.items()}
         return state, {"loss": total, "tokens": tokens, **whole, **means, **moved}
 
     def step(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Numbers]:
         if inner_steps == 1:
-            return move(state, batch)
+            state, numbers = move(state, batch)
+            return state, _without_infinities(numbers)
         batches = split_rows(batch, inner_steps)
         if batches.old_logp is None:
             batches = batches.replace(
@@ -279,15 +282,36 @@ def make_step(
             return now.replace(step=state.step), numbers
 
         moved, numbers = jax.lax.scan(one, state, batches)
-        combine = {"tokens": jnp.sum, "ratio_min": jnp.min, "ratio_max": jnp.max}
-        numbers = {name: combine.get(name, jnp.mean)(x) for name, x in numbers.items()}
-        return moved.replace(step=state.step + 1), numbers
+        return moved.replace(step=state.step + 1), _without_infinities(_of_updates(numbers))
 
     return step
 
 
+def _of_updates(numbers: Numbers) -> Numbers:
+    """One number for the updates of a step, [inner_steps] -> [] each.
+
+    Tokens are summed, extremes are extremes, and `skipped` is the share of updates that moved
+    nothing. All else is the mean over updates, weighted by their tokens. So an update without a
+    trained token has no part in it, and a mean over tokens is that over all tokens of the step.
+    """
+    tokens = numbers["tokens"]
+    weight = jnp.where(tokens.sum() > 0, tokens, 1)
+    combine = {"tokens": jnp.sum, "skipped": jnp.mean}
+    combine |= {"ratio_min": jnp.min, "ratio_max": jnp.max}
+
+    def mean(values: jax.Array) -> jax.Array:
+        return weighted_mean((weight * values).sum(), denominator=weight.sum())
+
+    return {name: combine.get(name, mean)(x) for name, x in numbers.items()}
+
+
+def _without_infinities(numbers: Numbers) -> Numbers:
+    """A step that trains nothing has no extremes, and reports ratios of 1."""
+    return numbers | {name: jnp.where(numbers["tokens"] > 0, numbers[name], 1) for name in EXTREMES}
+
+
 def make_logp(
-    network: Network, *, chunk_tokens: int, temperature: float, part_rows: int
+    network: Network, *, chunk_tokens: int, temperature: float, microbatch_rows: int
 ) -> Callable[[Params, TrieBatch], jax.Array]:
     """Builds the extra pass that inner steps and a reference model need.
 
@@ -295,7 +319,7 @@ def make_logp(
       network: the model.
       chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
       temperature: at which the rollouts were sampled.
-      part_rows: rows run at a time; divides the rows of every batch.
+      microbatch_rows: rows run at a time; divides the rows of every batch.
 
     Returns:
       logp(params, batch [R, T]) -> [R, T] float32 nats, 0 where weight is 0: `old_logp` of the
@@ -303,7 +327,7 @@ def make_logp(
     """
 
     def logp(params: Params, batch: TrieBatch) -> jax.Array:
-        parts = split_rows(batch, _parts(batch, part_rows))
+        parts = split_rows(batch, _parts(batch, microbatch_rows))
 
         def one(number: jax.Array, found: jax.Array) -> jax.Array:
             part = part_of(parts, number)
@@ -311,7 +335,7 @@ def make_logp(
             return found.at[number].set(jnp.where(part.weight > 0, said.logp, 0))
 
         empty = constrain(jnp.zeros(parts.tokens.shape, jnp.float32), (None, "rows", "tokens"))
-        found = jax.lax.fori_loop(0, _trained_parts(batch, part_rows), one, empty)
+        found = jax.lax.fori_loop(0, _trained_parts(batch, microbatch_rows), one, empty)
         return found.swapaxes(0, 1).reshape(batch.tokens.shape)
 
     return logp
@@ -371,16 +395,19 @@ def _check(cfg: PolicyLoss, batch: PolicyBatch, temperature: float) -> None:
         )
 
 
-def _parts(batch: TrieBatch, part_rows: int) -> int:
+def _parts(batch: TrieBatch, microbatch_rows: int) -> int:
     rows = batch.tokens.shape[0]
-    if part_rows < 1 or rows % part_rows:
-        raise ValueError(f"part_rows = {part_rows}: want a divisor of the batch's {rows} rows.")
-    return rows // part_rows
+    if microbatch_rows < 1 or rows % microbatch_rows:
+        raise ValueError(
+            f"microbatch_rows = {microbatch_rows} does not divide the batch's {rows} rows. Set it "
+            "to a divisor of them."
+        )
+    return rows // microbatch_rows
 
 
-def _trained_parts(batch: TrieBatch, part_rows: int) -> jax.Array:
+def _trained_parts(batch: TrieBatch, microbatch_rows: int) -> jax.Array:
     """How many parts to run: none behind the last one that trains anything."""
-    trains = split_rows((batch.weight > 0).any(axis=1), _parts(batch, part_rows)).any(axis=1)
+    trains = split_rows((batch.weight > 0).any(axis=1), _parts(batch, microbatch_rows)).any(axis=1)
     return jnp.max(jnp.arange(1, len(trains) + 1) * trains)
 
 
@@ -388,16 +415,40 @@ def refuse_mismatch(most: float, index: int, numbers: Mapping[str, float]) -> No
     """Stops a run whose trainer and sampler disagree.
 
     The mean decides, not the extremes: in bfloat16 one token of a million may be off by a factor of
-    two where nothing is wrong.
+    two where nothing is wrong. The advice depends on how many tokens disagree.
+
+    Args:
+      most: nats of KL that are allowed.
+      index: number of the step.
+      numbers: its metrics.
 
     Raises:
       ValueError: the KL is above `most`, or is no number.
     """
-    if not numbers["mismatch_kl"] <= most:
-        raise ValueError(
-            f"Step {index}: sampler and trainer are {numbers['mismatch_kl']:.3g} nats of KL apart, "
-            f"want at most {most:g}; the trainer's probability of a token is "
-            f"{numbers['ratio_min']:.4g} to {numbers['ratio_max']:.4g} times the sampler's. They "
-            "compute the same function, so look at Model.compute_dtype and at the sampler's "
-            "settings; Pgrpo.most_mismatch allows more."
+    if (kl := numbers["mismatch_kl"]) <= most:
+        return
+    near = numbers["mismatch_within_5"]
+    if not math.isfinite(kl):
+        advice = (
+            "A log-prob is not a number, so the parameters have diverged. Look at grad_norm of the "
+            "steps before, and resume from an earlier checkpoint with a lower Optim.peak_lr."
         )
+    elif near >= _MOST_AGREE:
+        advice = (
+            "Most tokens agree, and a few that the sampler thought improbable make up the "
+            "difference. Look at their logp in this step's file in rollouts/. If it is rounding, "
+            'Model.compute_dtype = "float32" removes it, and Pgrpo.most_mismatch allows it.'
+        )
+    else:
+        advice = (
+            "Most tokens disagree. If the run was resumed before this step, its rollouts may be of "
+            "other settings. Run the same command again, which samples the step once more. "
+            'Otherwise run one step with Model.compute_dtype = "float32" in another workdir. If '
+            "ratios are near 1 there, it is rounding. If not, it is a fault; please report it."
+        )
+    raise ValueError(
+        f"Step {index}: sampler and trainer are {kl:.3g} nats of KL apart, want at most {most:g}; "
+        f"the trainer's probability of a token is {numbers['ratio_min']:.4g} to "
+        f"{numbers['ratio_max']:.4g} times the sampler's, and for {near:.1%} of the tokens it is "
+        f"within 5 % of it. {advice}"
+    )

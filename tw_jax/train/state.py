@@ -35,10 +35,12 @@ class Optim:
         all else (embeddings, unembedding, norms, biases) moves by AdamW. It is for training from
         scratch; models that AdamW pretrained are usually finetuned by AdamW.
       peak_lr: learning rate at the end of the warm-up.
-      schedule: what follows the warm-up until the last step: "cosine" or "linear" down to end_lr,
-        or "constant".
-      end_lr: learning rate that "cosine" and "linear" reach after the last step.
-      warmup_ratio: share of all steps in which the rate rises linearly from 0; rounded up.
+      schedule: what follows the warm-up until the end of the schedule: "cosine" or "linear" down to
+        end_lr, or "constant".
+      decay_steps: Length of the schedule in steps, warm-up included, as in optax. After it the rate
+        stays at end_lr. None takes the steps of the run.
+      end_lr: learning rate that "cosine" and "linear" reach at the end of the schedule.
+      warmup_ratio: share of the schedule in which the rate rises linearly from 0; rounded up.
       warmup_steps: the same as a number of steps; where it is set, warmup_ratio is not used.
       beta1: decay of the mean of the gradient; Muon's momentum, where 0.95 is usual.
       beta2: decay of the mean of its square.
@@ -50,6 +52,7 @@ class Optim:
     algorithm: Literal["adamw", "muon"] = "adamw"
     peak_lr: float
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    decay_steps: int | None = None
     end_lr: float = 0.0
     warmup_ratio: float = 0.05
     warmup_steps: int | None = None
@@ -65,6 +68,7 @@ class Optim:
             ("end_lr", 0, self.peak_lr),
             ("warmup_ratio", 0, 1),
             ("warmup_steps", 0, math.inf),
+            ("decay_steps", 1, math.inf),
             ("weight_decay", 0, math.inf),
         ):
             value = getattr(self, name)
@@ -227,25 +231,43 @@ def learning_rate(step: jax.Array | int, optim: Optim, *, steps: int) -> jax.Arr
     """The rate of the update that makes step `step` + 1.
 
     With w warm-up steps it is peak * step / w for step < w: the first update of a warm-up has rate
-    0, as in HF's schedulers. After that, with x = (step - w) / (steps - w) in [0, 1], constant:
-    peak; linear: end + (peak - end) (1 - x); cosine: end + (peak - end) (1 + cos(pi x)) / 2.
+    0, as in HF's schedulers. After that, with x = (step - w) / (n - w) cut to [0, 1] and n the
+    length of the schedule, constant: peak; linear: end + (peak - end) (1 - x); cosine:
+    end + (peak - end) (1 + cos(pi x)) / 2.
 
     Args:
       step: [] int32, steps taken before this one.
       optim: `Optim`.
-      steps: steps of the whole run.
+      steps: steps of the whole run; the length of the schedule if `Optim.decay_steps` is None.
 
     Returns:
       [] float32.
     """
-    warmup = optim.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(steps * optim.warmup_ratio)
+    length, warmup = _lengths(optim, steps)
     now = jnp.asarray(step, jnp.float32)
-    x = jnp.clip((now - warmup) / max(1, steps - warmup), 0, 1)
+    x = jnp.clip((now - warmup) / max(1, length - warmup), 0, 1)
     share = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + jnp.cos(jnp.pi * x)) / 2}
     after = optim.end_lr + (optim.peak_lr - optim.end_lr) * share[optim.schedule]
     return jnp.where(now < warmup, optim.peak_lr * now / max(1, warmup), after)
+
+
+def schedule(optim: Optim, *, steps: int) -> str:
+    """The learning rate's course in words, equal for configs of the same lengths.
+
+    Args:
+      optim: `Optim`.
+      steps: steps of the whole run.
+    """
+    length, warmup = _lengths(optim, steps)
+    after = "" if optim.schedule == "constant" else f" until step {length}"
+    return f"{optim.schedule}{after} after {warmup} warm-up steps"
+
+
+def _lengths(optim: Optim, steps: int) -> tuple[int, int]:
+    """Steps of the schedule, and of its warm-up."""
+    length = steps if optim.decay_steps is None else optim.decay_steps
+    warmup = optim.warmup_steps
+    return length, math.ceil(length * optim.warmup_ratio) if warmup is None else warmup
 
 
 def update(

@@ -22,7 +22,6 @@ class Packing:
 
     Attributes:
       row_tokens: T, tokens of a row.
-      rows: B, rows of a global batch (of one accumulation step).
       too_long: what happens to a trie longer than a row: "refuse" stops with a sentence, "drop"
         leaves it out and counts it, "truncate" keeps the first row_tokens nodes, which cuts branch
         copies of the first blocks before it cuts the joined path (the reference's way).
@@ -31,13 +30,12 @@ class Packing:
     """
 
     row_tokens: int
-    rows: int
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     window: int = 256
 
     def check(self) -> None:
         """Refuses sizes that cannot hold a token."""
-        for name in ("row_tokens", "rows", "window"):
+        for name in ("row_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Packing.{name} = {getattr(self, name)}: want at least 1.")
 

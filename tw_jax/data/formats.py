@@ -1,0 +1,306 @@
+"""Files of rows in three formats: JSON lines, Parquet and ArrayRecord.
+
+The door to pyarrow and array_record. A row is a mapping; `data/records.py` says which record it is.
+Every error names the file and the line (or row, or record) that it is about.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import itertools
+import json
+import os
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+Facts = tuple[int, int, int]
+"""Inode, size and modification time in nanoseconds of a file."""
+
+_NESTED = ("extra", "prompt", "calls", "counts")  # fields that are JSON text in Parquet
+_GROUP_ROWS = 256  # of a Parquet row group; few, for all of them are decoded to read one
+
+
+class Rows:
+    """The rows of one file, for threads and in any order.
+
+    The file is held open, so one that takes its name later is not read. A file that is overwritten
+    while it is held open is refused by the next read.
+
+    Attributes:
+      facts: of the file that was opened.
+    """
+
+    def __init__(self, path: Path, facts: Facts | None = None) -> None:
+        """Opens the file.
+
+        Args:
+          path: the file.
+          facts: of the file that must be found there; None for any.
+
+        Raises:
+          ValueError: it is not of this format, or not the file of these facts.
+        """
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.facts = _facts(os.fstat(self._descriptor))
+        if facts is not None:
+            self._require(facts == self.facts)
+        try:
+            self._length = self._index()
+        finally:
+            self.require_unchanged()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """One row, 0 <= index < len.
+
+        Raises:
+          ValueError: it cannot be read, or the file has changed since it was opened.
+        """
+        try:
+            data = self._data(index)
+        finally:
+            # A damaged row of a file that was overwritten is told as what it is.
+            self._require(_facts(os.fstat(self._descriptor)) == self.facts)
+        return data if isinstance(data, Mapping) else parse(data, self.where(index))
+
+    def where(self, index: int) -> str:
+        """File and place of a row, to begin a sentence with."""
+        raise NotImplementedError
+
+    def require_unchanged(self) -> None:
+        """Refuses a file that was overwritten or replaced since it was opened.
+
+        Raises:
+          ValueError: the file of this name is not the one that was opened.
+        """
+        self._require(_facts(os.fstat(self._descriptor)) == self.facts)
+        with contextlib.suppress(FileNotFoundError):
+            self._require(_facts(os.stat(self._path)) == self.facts)
+
+    def _require(self, same: bool) -> None:
+        if not same:
+            raise ValueError(
+                f"{self._path} was changed while it was being read. Old and new records would be "
+                "mixed, so reading stops. Start the same command again, and write a changed file "
+                "under another name."
+            )
+
+    def _index(self) -> int:
+        """Finds the rows; returns their number."""
+        raise NotImplementedError
+
+    def _data(self, index: int) -> bytes | Mapping[str, Any]:
+        """A row, or the JSON text of it."""
+        raise NotImplementedError
+
+
+def _facts(stat: os.stat_result) -> Facts:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class _Jsonl(Rows):
+    def _index(self) -> int:
+        self._starts, self._ends, self._numbers, at = array("q"), array("q"), array("q"), 0
+        # A file opened for bytes breaks lines at \n alone, and so not at U+2028 inside a string.
+        with open(self._descriptor, "rb", closefd=False) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self._starts.append(at)
+                    self._ends.append(at + len(line))
+                    self._numbers.append(number)
+                at += len(line)
+        return len(self._starts)
+
+    def where(self, index: int) -> str:
+        return f"{self._path}:{self._numbers[index]}"
+
+    def _data(self, index: int) -> bytes:
+        # Reads at a place, which threads and forked processes may do at once.
+        start, parts = self._starts[index], []
+        while start < self._ends[index]:
+            part = os.pread(self._descriptor, self._ends[index] - start, start)
+            if not part:
+                break
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts).rstrip(b"\r\n")
+
+
+class _Parquet(Rows):
+    def _index(self) -> int:
+        try:
+            file = pq.ParquetFile(self._path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{self._path}: not a Parquet file ({error}). Write it again."
+            ) from None
+        sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        self._ends = list(itertools.accumulate(sizes, initial=0))
+        self._table_of = functools.lru_cache(maxsize=4)(file.read_row_group)
+        self._lock = threading.Lock()
+        return self._ends[-1]
+
+    def where(self, index: int) -> str:
+        return f"{self._path}: row {index}"
+
+    def _data(self, index: int) -> Mapping[str, Any]:
+        group, where = bisect.bisect_right(self._ends, index) - 1, self.where(index)
+        try:
+            with self._lock:
+                table = self._table_of(group)
+            fields = table.slice(index - self._ends[group], 1).to_pylist()[0]
+        except (pa.ArrowException, OSError, ValueError, TypeError, ArithmeticError) as error:
+            raise ValueError(
+                f"{where}: a column cannot be read ({error}). Write the file again with columns "
+                "of text, numbers, lists and structs."
+            ) from None
+        if "kind" in fields:
+            texts = (name for name in _NESTED if isinstance(fields.get(name), str))
+            fields |= {n: _load(fields[n], f"{where}, column {n}") for n in texts}
+        return fields
+
+
+class _ArrayRecord(Rows):
+    def _index(self) -> int:
+        # Records are read one by one in any order, so reading ahead is in vain.
+        self._reader = array_record_module.ArrayRecordReader(
+            str(self._path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+        )
+        if not self._reader.ok():
+            raise ValueError(
+                f"{self._path}: not an ArrayRecord file, or cut short. Write it again."
+            )
+        return self._reader.num_records()
+
+    def where(self, index: int) -> str:
+        return f"{self._path}: record {index}"
+
+    def _data(self, index: int) -> bytes:
+        try:
+            return self._reader.read([index])[0]
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.where(index)}: damaged ({error}). Write the file again."
+            ) from None
+
+
+# Writing: one JSON object for each row.
+
+
+def _write_jsonl(path: Path, rows: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(row + b"\n" for row in rows)
+
+
+def _write_array_record(path: Path, rows: Iterable[bytes]) -> None:
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    with contextlib.closing(writer):
+        for row in rows:
+            writer.write(row)
+
+
+def _write_parquet(path: Path, rows: Iterable[bytes]) -> None:
+    read: Iterator[dict[str, Any]] = map(json.loads, rows)
+    group = list(itertools.islice(read, _GROUP_ROWS))
+    names = list(group[0]) if group else ["kind"]
+    kind = group[0]["kind"] if group else ""
+    schema = pa.schema([(name, pa.string()) for name in names])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group:
+            for row in group:
+                if row["kind"] != kind:
+                    raise ValueError(
+                        f"{path}: a Parquet file holds one kind of record, got {kind} and "
+                        f"{row['kind']}. Write two files, or a .jsonl file."
+                    )
+                nested = (name for name in _NESTED if name in row)
+                row |= {name: json.dumps(row[name], ensure_ascii=False) for name in nested}
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            group = list(itertools.islice(read, _GROUP_ROWS))
+
+
+OPENERS: dict[str, type[Rows]] = {
+    ".jsonl": _Jsonl,
+    ".parquet": _Parquet,
+    ".array_record": _ArrayRecord,
+}
+WRITERS: dict[str, Callable[[Path, Iterable[bytes]], None]] = {
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+    ".array_record": _write_array_record,
+}
+
+
+# JSON as it is found.
+
+
+def parse(data: bytes, where: str) -> Mapping[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+      ValueError: begins with `where`; it is no UTF-8, no JSON or no object, has a key twice, or is
+        nested too deeply.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        text = data[: error.start].decode()
+        if error.reason != "unexpected end of data":  # else a cut, which JSON reports below
+            fault = f"byte {error.start} is not UTF-8 (…{text[-20:]}). Save the file as UTF-8."
+            raise ValueError(f"{where}: {fault}") from None
+    row = _load(text, where)
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: want a JSON object, got {text[:40]}. Give each value a name.")
+    return row
+
+
+def _load(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        fault = f"no JSON at column {error.colno}, {error.msg} ({text[:60]}). Mend that line."
+        inside = "string" if error.msg.startswith("Unterminated string") else "object"
+        is_open = error.pos >= len(text) or (text[:1] == "{" and text[-1:] != "}")
+        if is_open or inside == "string":
+            fault = (
+                f"the line ends inside a JSON {inside} (…{text[-20:]}). The file was cut short; "
+                "delete that line or write the file again."
+            )
+        raise ValueError(f"{where}: {fault}") from None
+    except RecursionError:
+        raise ValueError(
+            f"{where}: lists or objects are nested too deeply ({text[:40]}…). Remove that record, "
+            "or nest it less."
+        ) from None
+    except KeyError as error:
+        raise ValueError(
+            f"{where}: the key {error.args[0]!r:.60} stands twice in one object. Keep one of them."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Write that number as a string.") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
