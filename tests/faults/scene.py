@@ -46,10 +46,14 @@ def _runner(folder: Path, verb: str) -> Runner:
     name = verb.capitalize()
     sets = [f"{name}.steps={STEPS[verb]}", f"{name}.save_every={SAVE_EVERY}", "Mesh.data=1"]
     if verb == "sft":
-        sets += [f"Data.path='{folder}/problems.jsonl'", "Packing.rows=4", "Packing.row_tokens=256"]
+        sets += [
+            f"Data.path='{folder}/problems.jsonl'",
+            "Sft.batch_rows=4",
+            "Packing.row_tokens=256",
+        ]
         sets += ["Optim.peak_lr=2e-2"]
     else:
-        sets += [f"Pgrpo.init='{folder}/whole_sft/checkpoints'", "Packing.rows=4"]
+        sets += [f"Pgrpo.init='{folder}/whole_sft/checkpoints'", "Pgrpo.microbatch_rows=4"]
         sets += [f"Pgrpo.problems='{folder}/problems.jsonl'", "Evaluation.every=8"]
         # One group at a time, so that a batch is kept in pieces.
         sets += ["Sampler.rows=4", "Pgrpo.rollouts=4", "Pgrpo.prompts=2", "Grader.workers=1"]
