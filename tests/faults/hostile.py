@@ -1,0 +1,245 @@
+"""Hostile responses: valid ones that were damaged, and answers that nobody should write.
+
+Everything is drawn from one random generator, so a seed and a number name a text. Most texts are
+short, because there are to be many; a few are long.
+"""
+
+import functools
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tw_jax.forkjoin import grammar
+from tw_jax.tasks import multiplication
+
+TASK = multiplication.Multiplication(
+    min_value=0, max_value=99, min_factors=2, max_factors=4, parallel=True, lone_pair="fork"
+)
+TAGS = tuple(
+    f"<{slash}{name}>"
+    for name in ("Parallel", "Outlines", "Outline", "Thread", "Conclusion")
+    for slash in ("", "/")
+)
+ODD = (
+    *("\0", "\ud800", "\udfff", "\u2028", "\r\n", "\x85", "\ufeff", "\u200b", "\U0001f9f5"),
+    *("</s>", "<s>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"),
+    *("</Think>", "\\boxed{", "\\boxed{}", "}", "{", "$", "\\", "<thread>", "< Thread >", "<Tool>"),
+)
+DIGITS = ("\u0661", "\u0967", "\uff11", "\u00b2", "\u2460", "\U0001d7cf")
+"""What `str.isdigit` takes for digits and a response should not be numbered with."""
+NUMBERS = ("0", "00", "01", "0" * 12 + "1", "1.1", "1.", ".1", "-1", "1e3", "9" * 5000, "0" * 5000)
+LATEX = (
+    *("\\frac{1}{", "\\frac{a}{0}", "\\sqrt{-1}", "\\sqrt[0]{x}", "x^{x^{x}}", "9^{9^{9^9}}"),
+    *("10!", "99999!!", "\\binom{5}{2}", "\\sum_{n=1}^{10^9} n", "\\int_0^1", "\\infty"),
+    *("\\left(", "\\right)", "(1,2]", "\\{1,2\\}", "\\{", "1 \\pm", "12_{8}", "\\text{cat}"),
+    *("\\mathrm{d}x", "5\\%", "5 \\text{ cm}", "\\pi", "e^{i\\pi}", "1/0", "0/0", "-\\frac12"),
+    *("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}", "x=5", "1=1", "=", "\\\\"),
+    *("__import__('os').system('false')", "lambda: 0", "1;2", "1,2", "[0]*10**10", "nan", "inf"),
+)
+
+
+class Hostile(NamedTuple):
+    """One response with the question and the truth that it is graded against.
+
+    Attributes:
+      question: what was asked.
+      response: the text; any code points.
+      truth: the right answer, a decimal integer.
+      is_wrong: whether the answer it gives, if it gives one, certainly is not the truth.
+      answer: the content of its box where that is known, for mathematics mode; or None.
+    """
+
+    question: str
+    response: str
+    truth: str
+    is_wrong: bool
+    answer: str | None
+
+
+def hostile(seed: int, number: int) -> Hostile:
+    """Text `number` of a seed."""
+    rng = random.Random(f"{seed} {number}")
+    problem, gold = _valid(rng.randrange(512))
+    kind = rng.random()
+    if kind < 0.4:
+        answer, is_wrong = _answer(rng, problem)
+        inside = f"\\boxed{{{answer}}}"
+        around = rng.choice(("</think>{}", "x</think>\n\\[{}\\]", "</think>{}.", "{}</think>{}"))
+        response = around.replace("{}", inside)
+        return Hostile(problem.question, response, problem.answer, is_wrong, answer)
+    small = f"{_small(rng)}\n</think>\n\n\\boxed{{{problem.answer}}}"
+    response = gold if kind < 0.5 else small
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 8))):
+        response = rng.choice(MUTATIONS)(rng, response)
+    return Hostile(problem.question, response, problem.answer, False, None)
+
+
+@functools.cache
+def _valid(index: int) -> tuple[multiplication.Problem, str]:
+    problem = multiplication.problem(TASK, 0, index)
+    return problem, multiplication.gold(problem, TASK)
+
+
+# Trajectories.
+
+
+def _small(rng: random.Random) -> str:
+    """A document of the grammar, with short texts."""
+    segments: list[grammar.Prose | grammar.Block] = []
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+        numbers = [str(n + 1) for n in range(rng.choice((1, 2, 2, 3, 5, 9, 60)))]
+        if rng.random() < 0.1:
+            numbers = [f"{rng.randrange(9)}.{n}" for n in numbers]
+        outlines = tuple(grammar.Outline(n, _words(rng)) for n in numbers)
+        threads = tuple(grammar.Thread(n, _words(rng)) for n in numbers)
+        segments += [grammar.Prose(_words(rng) + "\n"), grammar.Block(outlines, threads)]
+    return grammar.render(grammar.Document((*segments, grammar.Prose("\n" + _words(rng)))))
+
+
+def _words(rng: random.Random) -> str:
+    return " ".join(rng.choices(("a", "12", "so", "= 3", "é", "数", "x: y"), k=rng.randrange(4)))
+
+
+def _place(rng: random.Random, text: str) -> int:
+    """Anywhere; half of the time at a tag, if there is one."""
+    if rng.random() < 0.5 and (at := text.find(rng.choice(TAGS), rng.randrange(len(text) + 1))) > 0:
+        return at
+    return rng.randrange(len(text) + 1)
+
+
+def _delete(rng: random.Random, text: str) -> str:
+    tag = rng.choice(TAGS)
+    return text.replace(tag, "", rng.choice((1, 1, -1)))
+
+
+def _double(rng: random.Random, text: str) -> str:
+    tag = rng.choice(TAGS)
+    return text.replace(tag, tag + tag, rng.choice((1, 1, -1)))
+
+
+def _swap(rng: random.Random, text: str) -> str:
+    one, other = rng.sample(TAGS, 2)
+    return text.replace(one, "\1", 1).replace(other, one, 1).replace("\1", other)
+
+
+def _exchange(rng: random.Random, text: str) -> str:
+    a, b, c, d = sorted(_place(rng, text) for _ in range(4))
+    return text[:a] + text[c:d] + text[b:c] + text[a:b] + text[d:]
+
+
+def _nest(rng: random.Random, text: str) -> str:
+    start, stop = sorted((_place(rng, text), _place(rng, text)))
+    part = text[start:stop]
+    return text[:start] + part + part + text[start:] if len(part) < 400 else text + part
+
+
+def _deep(rng: random.Random, text: str) -> str:
+    at, tag, times = _place(rng, text), rng.choice((*TAGS, "{", "\\boxed{", "\\frac{", "(")), 5
+    times = rng.choice((5, 50, 2000)) if rng.random() < 0.1 else times
+    return text[:at] + tag * times + text[at:]
+
+
+def _cut(rng: random.Random, text: str) -> str:
+    """Cuts between bytes, which leaves half a character as a lone surrogate."""
+    data = text.encode("utf-8", "surrogatepass")
+    at = rng.randrange(len(data) + 1)
+    data = data[:at] if rng.random() < 0.7 else data[at:]
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _flip(rng: random.Random, text: str) -> str:
+    data = bytearray(text.encode("utf-8", "surrogatepass"))
+    for _ in range(rng.choice((1, 1, 3))):
+        if data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _renumber(rng: random.Random, text: str) -> str:
+    old = f"{rng.randrange(1, 4)}:"
+    number = rng.choice((*NUMBERS[:-2], *DIGITS)) if rng.random() < 0.98 else rng.choice(NUMBERS)
+    return text.replace(old, number + rng.choice((":", " :", "", "::")), rng.choice((1, 2, -1)))
+
+
+def _insert(rng: random.Random, text: str) -> str:
+    at = _place(rng, text)
+    return text[:at] + rng.choice((*ODD, *TAGS, *DIGITS)) + text[at:]
+
+
+def _blanks(rng: random.Random, text: str) -> str:
+    at = _place(rng, text)
+    times = 20_000 if rng.random() < 0.01 else rng.randrange(1, 9)
+    return text[:at] + rng.choice((" ", "\n", "\t", "\u00a0", "\u3000")) * times + text[at:]
+
+
+def _long(rng: random.Random, text: str) -> str:
+    at = _place(rng, text)
+    times = 5000 if rng.random() < 0.02 else 40
+    return text[:at] + rng.choice(("a", "1", "<", "0", "\\", "é")) * times + text[at:]
+
+
+Mutation = Callable[[random.Random, str], str]
+MUTATIONS: tuple[Mutation, ...] = (
+    *(_delete, _double, _swap, _exchange, _nest, _deep, _cut, _flip, _renumber, _insert),
+    *(_blanks, _long),
+)
+
+
+# Answers.
+
+
+def _answer(rng: random.Random, problem: multiplication.Problem) -> tuple[str, bool]:
+    """An answer, and whether its value certainly differs from the truth."""
+    truth = int(problem.answer)
+    if rng.random() < 0.5:
+        return _wrong(rng, truth, problem), True
+    text = rng.choice((str(truth), f"{truth:,}", f"{truth}.0", rng.choice(LATEX)))
+    for _ in range(rng.choice((0, 1, 1, 2, 4))):
+        at, odd = rng.randrange(len(text) + 1), rng.choice((*LATEX, *ODD, *DIGITS, *NUMBERS[:-2]))
+        text = text[:at] + odd + text[at:]
+    if rng.random() < 0.002:
+        text = rng.choice((*NUMBERS[-2:], "{" * 3000, "\\frac{" * 500, "(" * 2000, "2^" * 500))
+    return text, False
+
+
+def _wrong(rng: random.Random, truth: int, problem: multiplication.Problem) -> str:
+    """A text that is not the number `truth` by any reading, or the question instead of a number."""
+    digits = str(truth)
+    other = truth + rng.choice((1, -1, 2, 10, -10, 10**6, 2**64))
+    at = rng.randrange(len(digits))
+    changed = digits[:at] + str((int(digits[at]) + rng.randrange(1, 10)) % 10) + digits[at + 1 :]
+    times = rng.choice(("*", " * ", "\\times ", "\\cdot ", " x "))
+    product = times.join(map(str, problem.factors))
+    return rng.choice(
+        (
+            str(other),
+            f"{other:,}",
+            f"{other}.0",
+            f"\\frac{{{2 * other}}}{{2}}",
+            f"{other}\\%",
+            f"\\text{{{other}}}",
+            changed,
+            f"{digits}{rng.randrange(1, 10)}",
+            f"{rng.randrange(1, 10)}{digits}",
+            f"{digits}.{rng.randrange(1, 10)}",
+            f"{digits}.{'0' * 30}1",
+            f"{digits}+0.5",
+            f"1={digits}",
+            f"{other}={digits}",
+            product,
+            f"{product}={other}",
+            f"{product}={digits}",
+            f"{digits}+0",
+            f"{digits}-0",
+            f"{digits}\\cdot 1",
+            f"({digits},{other})",
+            f"{digits}, {other}",
+            f"{other}, {digits}",
+            f"{digits} or {other}",
+            f"{digits}_8",
+            f"{digits}!!+{other}",
+            f"{other} \\pm 1",
+            f"{digits} cm {other}",
+            "9" * rng.choice((30, 300, 5000)) if rng.random() < 0.05 else "9" * 30,
+        )
+    )
