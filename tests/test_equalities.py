@@ -404,9 +404,7 @@ def sampled_log_probs(trajectory, logp, trie):
     ("qk_norm", "temperature", "lora", "spare_rows"),
     [(True, 1.0, None, 0), (False, 0.6, None, 30), (True, 1.0, LORA, 0)],
 )
-def test_b_sampler_log_probs_equal_those_of_the_loss(
-    qk_norm, temperature, lora, spare_rows, close
-):
+def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora, spare_rows, close):
     net, params = model(TOKENIZER.vocab_size, qk_norm, lora=lora, spare_rows=spare_rows)
     protocol = protocol_of(
         TOKENIZER, threadweaver.ForkJoin(max_new=300, max_thread=24, max_threads=4)
