@@ -21,7 +21,8 @@ def test_a_bound_is_three_times_the_worst_error_in_every_setting(tolerance) -> N
     assert {row for row, _, _ in rows} == set(tolerance)
     for row, bound, worst in rows:
         assert len(worst) == len(tolerances.SETTINGS)
-        assert 0 < tolerances.ROOM * max(worst) <= bound, row
+        assert tolerances.ROOM * max(worst) <= bound, row
+    assert all(max(worst) > 0 for row, _, worst in rows if row != "bf16_sums"), "not measured"
 
 
 def test_every_row_of_the_table_is_in_use(tolerance) -> None:
