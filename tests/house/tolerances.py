@@ -40,7 +40,7 @@ def worst_in(flags: str, words: list[str]) -> dict[str, tuple[float, str]]:
     found: dict[str, tuple[float, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         here = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        command = [sys.executable, "-m", "pytest", "-q", *WORKERS, "--worst", folder, *words]
+        command = [sys.executable, "-m", "pytest", "-q", *WORKERS, f"--worst={folder}", *words]
         subprocess.run(command, env=here, cwd=ROOT, check=False)
         for file in pathlib.Path(folder).iterdir():
             for row, (error, test) in json.loads(file.read_text(encoding="utf-8")).items():
@@ -84,4 +84,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:] or ["tests"]))
