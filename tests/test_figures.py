@@ -88,7 +88,7 @@ def test_a_long_run_is_its_running_mean_over_its_raw_values(close) -> None:
     raw, mean = (line.get_ydata() for line in ax.lines)
     np.testing.assert_array_equal(raw, loss)
     want = [np.mean(loss[max(n - 5, 0) : n + 6]) for n in range(400)]
-    close("rounding", mean, np.array(want))
+    close("rounding", mean, want)
     assert ax.get_yscale() == "linear", "the loss spans less than a factor of ten"
 
 

@@ -104,7 +104,7 @@ class Runner:
             "JAX_COMPILATION_CACHE_DIR": str(self.programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        environment = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"} | here
+        environment = os.environ | here
         folder.mkdir(exist_ok=True)
         with (folder.parent / f"{folder.name}.log").open("ab") as log:
             return subprocess.Popen(

@@ -20,8 +20,8 @@ def test_a_pair_turns_by_its_frequency_times_its_depth(close) -> None:
     pairs = x[..., :4] + 1j * x[..., 4:]
     angle = depth[:, None, :, None] * 10_000.0 ** (-np.arange(4) / 4)
     want = pairs * np.exp(1j * angle)
-    close("rope", got[..., :4], want.real)
-    close("rope", got[..., 4:], want.imag)
+    close("module", got[..., :4], want.real)
+    close("module", got[..., 4:], want.imag)
 
 
 def test_scores_depend_on_the_distance_of_depths_alone(close) -> None:
@@ -35,7 +35,7 @@ def test_scores_depend_on_the_distance_of_depths_alone(close) -> None:
         )
         return float(jnp.vdot(left, right))
 
-    close("rope", score(40, 33), score(7, 0), of=np.linalg.norm(q) * np.linalg.norm(k))
+    close("module", score(40, 33), score(7, 0), of=np.linalg.norm(q) * np.linalg.norm(k))
     assert score(40, 33) != pytest.approx(score(8, 0), abs=1e-2)
 
 

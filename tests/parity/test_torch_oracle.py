@@ -135,7 +135,7 @@ def test_on_policy_pgrpo_is_reinforce(oracle, calls, close):
     old = [logp[n, len(c) : len(c) + len(s)] for n, (c, s) in enumerate(calls)]
     loss, gradients = oracle.pgrpo(calls, advantages, old)
     tokens = sum(len(s) for _, s in calls)
-    close("rounding", loss, -rows.weight.sum() / tokens)
+    close("equality_loss", loss, -rows.weight.sum() / tokens)
     recipe = torch_oracle.Recipe(0.0, "cosine", 0, 1, (0.9, 0.95), 1e-8, 0.0, None)
     plain = oracle.train([rows], recipe).gradients
     for name, gradient in gradients.items():

@@ -40,7 +40,7 @@ class Job:
                 "JAX_NUM_PROCESSES": str(PROCESSES),
                 "JAX_PROCESS_ID": str(index),
             }
-            environment = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"} | here
+            environment = os.environ | here
             with log.open("wb") as out:
                 self.processes.append(
                     subprocess.Popen(

@@ -134,7 +134,7 @@ def test_length_costs_in_groups_that_are_mostly_right(close):
     got = length_penalty(right, length, cfg)
     # 3 of 4 right: alpha = 0.2 * (0.75 - 0.5) / (1 - 0.5) = 0.1, shortest right 50; a wrong rollout
     # pays for length too. 1 of 4 is below the threshold; 2 of 4 is at it, where alpha is 0.
-    close("rounding", got[0], np.array([0, 0.03, 0.1, 0]))
+    close("rounding", got[0], [0, 0.03, 0.1, 0])
     assert (got[1:] == 0).all()
 
 
@@ -158,7 +158,7 @@ def test_totals_subtract_the_penalty_of_the_group(counted, excess, close):
     group = [reward(made(10, 10), True, cfg), reward(made(40, 50), True, cfg)]
     got = totals([group], cfg)
     want = [group[0].total, group[1].total - 0.2 * excess / 100]
-    close("rounding", got[0], np.array(want))
+    close("rounding", got[0], want)
 
 
 def test_totals_are_the_sums_of_the_parts():

@@ -33,7 +33,7 @@ def test_advantages_are_centred_and_not_scaled(close):
 def test_the_ablation_divides_by_the_unbiased_deviation(close):
     got = advantages(np.array([[1.0, 3.0], [1.0, 1.0]]), "std")
     unit = 1 / (np.sqrt(2) + 1e-6)
-    close("rounding", got, np.array([[-unit, unit], [0, 0]]))
+    close("rounding", got, [[-unit, unit], [0, 0]])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -112,7 +112,7 @@ def test_tokens_weigh_what_the_mean_says(two_groups, cfg, want, close):
     calls = {(0, 0, 0): 3, (0, 1, 0): 2, (0, 1, 1): 1, (1, 0, 0): 4}
     assert {call: len(weights) for call, weights in found.items()} == calls
     for call, weight in zip(calls, want, strict=True):
-        close("rounding", np.array(found[call]), weight)
+        close("rounding", found[call], weight)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_rollout_left_out_is_in_no_denominator(two_groups, mean, want, close):
     assert found.pop((0, 1, 0)) == [0, 0]
     assert found.pop((0, 1, 1)) == [0]
     one, other = want if isinstance(want, list) else (want, want)
-    close("rounding", np.array(found[0, 0, 0]), one)
-    close("rounding", np.array(found[1, 0, 0]), other)
+    close("rounding", found[0, 0, 0], one)
+    close("rounding", found[1, 0, 0], other)
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence_mean", "sequence_sum", "micro_batch"])

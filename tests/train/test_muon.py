@@ -72,7 +72,7 @@ def test_a_matrix_moves_along_the_singular_vectors_of_its_nesterov_momentum(two_
         u, _, v = np.linalg.svd(ahead[layer], full_matrices=False)
         inside = u.T @ moved[layer] @ v.T / (0.2 * np.sqrt(max(shape)))
         values = np.diag(inside)
-        close("newton_schulz", inside, np.diag(values), of=1.0)
+        close("module", inside, np.diag(values), of=1.0)
         # Newton-Schulz with the usual coefficients ends between 0.68 and 1.14; small values lower.
         assert values.max() < 1.2
         assert np.median(values) > 0.68

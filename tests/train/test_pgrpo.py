@@ -148,11 +148,11 @@ def test_importance_weights_are_truncated_by_token_or_by_rollout(close):
     rollout = jnp.array([[0, 0, 1, 1, 1, 2, 2, 0]])
     weights, capped = importance(gap, rollout, PolicyLoss())
     want = [2, 0.5, 1, 1.5, 1.2, 0.25, 1, 1]
-    close("rounding", list(weights[0]), want)
+    close("rounding", weights[0], want)
     assert capped[0].tolist() == [True] + [False] * 7
     weights, capped = importance(gap, rollout, PolicyLoss(importance="sequence"))
     want = [1.5, 1.5, 1.8, 1.8, 1.8, 0.25, 0.25, 1.5]
-    close("rounding", list(weights[0]), want)
+    close("rounding", weights[0], want)
     assert not capped.any()
     weights, capped = importance(
         gap, rollout, PolicyLoss(importance="sequence", importance_cap=1.6)

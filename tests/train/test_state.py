@@ -134,7 +134,7 @@ def test_rates_follow_the_formula(schedule, end_lr, close):
     optim = Optim(peak_lr=1e-3, schedule=schedule, end_lr=end_lr, warmup_ratio=0.05)
     rates = jax.jit(jax.vmap(partial(learning_rate, optim=optim, steps=90)))(jnp.arange(100))
     want = [formula(step, optim, 90, warmup=5) for step in range(100)]  # 4.5 is rounded up
-    close("rounding", rates, np.array(want))
+    close("rounding", rates, want)
     assert rates.dtype == jnp.float32
 
 
