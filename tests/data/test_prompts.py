@@ -33,7 +33,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_file_and_line(path):
         Problems(path, encode, limits=limits, option="Pgrpo.long_prompts")
     message = str(caught.value)
     assert message.startswith(f"{path}:3: the prompt of the problem 'p1' has 9 tokens")
-    assert "set Pgrpo.long_prompts to 'drop'" in message
+    assert "Or set Pgrpo.long_prompts to 'drop'" in message
 
 
 def test_the_shorter_of_two_limits_is_named(path):

@@ -2,11 +2,17 @@
 
 import json
 import re
+import types
 
+import numpy as np
 import pytest
+import rollouts
 
 from tw_jax.cli import main
 from tw_jax.data import records
+from tw_jax.forkjoin.calls import Call, Hit, Trajectory
+from tw_jax.programs.evaluate import summarise
+from tw_jax.tasks import reward
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,45 @@ def test_means_are_those_of_the_graded_rollouts(summary, graded, close):
     close("rounding", summary["longest_tokens"], longest)
     close("rounding", summary["latency_ratio"], longest / total)
     assert sum(summary["finish"].values()) == 6
+
+
+def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_of_its_own(
+    tolerance,
+):
+    """One call wrote a block by itself; in another rollout two threads drew 7 and 4 tokens."""
+    nothing = np.zeros(0, np.int32)
+
+    def call(path, ids):
+        return Call(path, nothing, nothing.astype(np.int8), ids, None, Hit.STOP)
+
+    text = "ab<Parallel><Thread>aaaa</Thread><Thread>bbbb</Thread></Parallel>ab"
+    ids = rollouts.TOKENIZER.encode("abc" + text)
+    zeros = np.zeros(len(ids), np.int8)
+    written = Trajectory(3, (call((), ids[3:]),), ids, zeros, 0, "eos", {})
+    threads = (call((), ids[3:15]), call((0, "1"), ids[:7]), call((0, "2"), ids[:4]))
+    forked = Trajectory(3, threads, ids, zeros, 1, "eos", {})
+    made = [written, forked]
+    told = summarise(
+        types.SimpleNamespace(
+            prompt_in_text=False,
+            sample=types.SimpleNamespace(samples=1, sampler=types.SimpleNamespace(temperature=0.0)),
+        ),
+        [types.SimpleNamespace(text=text, answer="1")] * 2,
+        made,
+        ["correct", "wrong"],
+        types.SimpleNamespace(tokenizer=rollouts.TOKENIZER),
+    )
+    drawn = len(ids) - 3
+    longest, total = (drawn + 12 + 7) / 2, (drawn + 12 + 7 + 4) / 2
+    assert told["longest_tokens"] == pytest.approx(longest, rel=tolerance["rounding"])
+    assert told["total_tokens"] == pytest.approx(total, rel=tolerance["rounding"])
+    assert told["latency_ratio"] == pytest.approx(longest / total, rel=tolerance["rounding"])
+    assert told["text_total_tokens"] == pytest.approx(drawn, rel=tolerance["rounding"])
+    assert told["text_longest_tokens"] == pytest.approx(drawn - 4, rel=tolerance["rounding"])
+    parts = [[reward.reward(t, True, reward.Reward()) for t in made]]
+    of_reward = reward.summary(parts, np.zeros((1, 2)))
+    for name in ("longest_tokens", "total_tokens", "latency_ratio"):
+        assert told[name] == pytest.approx(of_reward[name], rel=tolerance["rounding"])
 
 
 def test_graded_lines_show_the_calls_of_each_rollout(runs, graded):

@@ -92,7 +92,11 @@ def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(close)
     close("rounding", by_text.acceleration, saved)
     with_prompt = reward(written, True, Reward(counted="prompt_and_response", **wide), tags=tags)
     close("rounding", with_prompt.acceleration, 4 / (total + 3))
-    assert with_prompt.cost.total == by_text.cost.total + 3
+    assert with_prompt.text.total == by_text.text.total + 3
+    assert with_prompt.cost == by_text.cost == cost.of_calls(written)
+    numbers = summary([[by_text]], np.zeros((1, 1)))
+    assert numbers["latency_ratio"] == 1, "one call drew it all"
+    assert numbers["text_latency_ratio"] < 1
 
 
 def test_reading_text_needs_tags():

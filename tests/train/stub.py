@@ -28,6 +28,17 @@ def logp_after(params, prefix: np.ndarray, temperature: float = 1.0) -> np.ndarr
     return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
 
 
+def logp_of_node(params, trie, row, node, temperature=1.0):
+    """[V] float64 log-probs of what follows the ancestors of a node, one plain sequence."""
+    path, at = [], trie.parent[row, node]
+    while True:
+        path.append(int(trie.tokens[row, at]))
+        if trie.parent[row, at] == at:
+            break
+        at = trie.parent[row, at]
+    return logp_after(params, np.array(path[::-1]), temperature)
+
+
 def nll(params, calls: list[Call]) -> float:
     """Sum of weight * nll over calls, token by token."""
     return -sum(

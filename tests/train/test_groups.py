@@ -115,6 +115,48 @@ def test_tokens_weigh_what_the_mean_says(two_groups, cfg, want, close):
         close("rounding", found[call], weight)
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_item_32_weights_differ_from_the_releases_by_the_factors_of_the_page(
+    two_groups, padding, tolerance
+):
+    """The release averages over rows, which are calls and padding, and weighs micro-batches."""
+    calls = {(0, 0, 0): 3, (0, 1, 0): 2, (0, 1, 1): 1, (1, 0, 0): 4}
+    micro_batches = [[(0, 0, 0), (1, 0, 0)], [(0, 1, 0), (0, 1, 1)]]  # of 12 tokens at most
+    rows, longest = len(calls) + padding, 50
+    of_rollout = {key[:2]: sum(n for k, n in calls.items() if k[:2] == key[:2]) for key in calls}
+
+    def ours(mean, **sizes):
+        found = by_call(two_groups, token_weights(two_groups, Aggregation(mean=mean, **sizes)))
+        return {key: weights[0] for key, weights in found.items()}
+
+    micro_batch = ours("micro_batch", micro_batch_tokens=12)
+    sequence_mean = ours("sequence_mean")
+    sequence_sum = ours("sequence_sum", norm_tokens=longest)
+    for batch in micro_batches:
+        share, tokens = len(batch) / rows, sum(calls[key] for key in batch)
+        for key in batch:
+            # Means over the rows of a micro-batch, times its share of all rows.
+            theirs = {
+                "token-mean": share / tokens,
+                "seq-mean-token-mean": share * 1 / len(batch) / calls[key],
+                "seq-mean-token-sum": share * 1 / len(batch),
+                "seq-mean-token-sum-norm": share / longest,
+            }
+            factors = {
+                "token-mean": (micro_batch, 4 / rows),
+                "seq-mean-token-mean": (sequence_mean, 3 * of_rollout[key[:2]] / rows / calls[key]),
+                "seq-mean-token-sum": (sequence_sum, 3 * longest / rows),
+                "seq-mean-token-sum-norm": (
+                    sequence_sum,
+                    3 * len(batch) * longest / rows / longest,
+                ),
+            }
+            for name, (weights, factor) in factors.items():
+                assert theirs[name] == pytest.approx(
+                    factor * weights[key], rel=tolerance["rounding"]
+                ), name
+
+
 @pytest.mark.parametrize(
     ("mean", "want"),
     [("token", 1 / 7), ("sequence_mean", [1 / 6, 1 / 8]), ("micro_batch", 1 / 7)],

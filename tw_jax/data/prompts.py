@@ -59,10 +59,11 @@ class Problems:
             if length <= most:
                 kept.append(index)
             elif too_long == "refuse":
-                drops = "" if option is None else f", or set {option} to 'drop'"
+                drops = "" if option is None else f" Or set {option} to 'drop'."
                 raise ValueError(
                     f"{found.where(index)}: the prompt of the problem {problem.id!r} has {length} "
-                    f"tokens, and {field} allows at most {most}. Raise it, remove the problem{drops}."
+                    f"tokens, and {field} allows at most {most}. Raise it or remove the problem."
+                    f"{drops}"
                 )
         if not size:
             raise ValueError(f"{path} has no problem: want at least one.")

@@ -1,8 +1,10 @@
 """`tw evaluate`: sample held-out problems, grade them, and report accuracy and latency together.
 
-Token latency is the longest path (`forkjoin/cost.py`, prompt out); wall clock is the decoding time
-of the same trajectories as threads and as one lane, warm, interleaved, one request at a time. Every
-mean comes with its interval and the number of problems.
+Token latency is the longest chain of the calls that were made (`cost.of_calls`), as in the reward.
+What the text looks like (`cost.of_ids`, the release's reading) is reported beside it, under names
+that begin with text_. Wall clock is the decoding time of the same trajectories as threads and as
+one lane, warm, interleaved, one request at a time. Every mean comes with its interval and the
+number of problems.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Evaluate:
       workdir: where `summary.json` and `graded.jsonl` go.
       sample: what to sample; finished rollouts of an earlier attempt are kept.
       grader: how answers are judged.
-      prompt_in_cost: counts prompt tokens in totals and longest paths, as the reference does.
+      prompt_in_text: counts prompt tokens in the numbers that are read from the text, as the
+        reference does.
       timed: trajectories whose decoding is timed; 0 leaves wall clock out.
       training: folder of the training run, whose packing is quoted in the summary; None for none.
       before: folder of an evaluation of the same problems to compare with, whose summary is quoted
@@ -51,7 +54,7 @@ class Evaluate:
     workdir: str
     sample: Sample
     grader: Grader
-    prompt_in_cost: bool = False
+    prompt_in_text: bool = False
     timed: int = 8
     training: str | None = None
     before: str | None = None
@@ -77,18 +80,18 @@ def run(cfg: Evaluate) -> None:
         summary["before"] = before
     summary["evaluate_seconds"] = time.monotonic() - began
     summary["seconds"] = summary.get("train_seconds", 0.0) + summary["evaluate_seconds"]
-    costs = costs_of(cfg, trajectories, loaded.tokenizer)
-    _write(Path(cfg.workdir), summary, found, trajectories, verdicts, costs)
+    texts = texts_of(cfg, trajectories, loaded.tokenizer)
+    _write(Path(cfg.workdir), summary, found, trajectories, verdicts, texts)
     workdir.record(cfg)
     _print(summary)
 
 
-def costs_of(
+def texts_of(
     cfg: Evaluate, trajectories: list[Trajectory], tokenizer: Tokenizer
 ) -> list[cost.Cost]:
-    """What each trajectory cost, with or without its prompt."""
+    """What each trajectory costs by its text, with or without its prompt."""
     tags = cost.tags_of(tokenizer)
-    skipped = [0 if cfg.prompt_in_cost else t.prompt_tokens for t in trajectories]
+    skipped = [0 if cfg.prompt_in_text else t.prompt_tokens for t in trajectories]
     return [cost.of_ids(t.ids[n:], tags) for t, n in zip(trajectories, skipped, strict=True)]
 
 
@@ -100,18 +103,12 @@ def summarise(
     loaded: Loaded,
 ) -> dict[str, Any]:
     """Accuracy, format and token latency with 95 % intervals over problems."""
-    costs = costs_of(cfg, trajectories, loaded.tokenizer)
+    texts = texts_of(cfg, trajectories, loaded.tokenizer)
     correct = np.array([v == "correct" for v in verdicts]).reshape(-1, cfg.sample.samples)
     reports = [grammar.well_formed(rollout.text) for rollout in found]
     well = np.array([report.trajectory_well_formed for report in reports])
     accuracy = score.wilson(float(score.mean_at_n(correct).mean()), len(correct))
     samples = cfg.sample.samples
-    # Samples of one problem resemble each other: intervals are over problems.
-    longest, total = (
-        score.bootstrap(np.array(values, float).reshape(-1, samples).mean(axis=1))
-        for values in ([c.longest for c in costs], [c.total for c in costs])
-    )
-    scheduled = [cost.of_calls(t) for t in trajectories]
     passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= samples]
     return {
         "problems": len(correct),
@@ -125,17 +122,33 @@ def summarise(
         "has_block": float(np.mean([report.has_block for report in reports])),
         "blocks_well_formed": sum(report.blocks_well_formed for report in reports)
         / max(sum(report.blocks for report in reports), 1),
-        "longest_tokens": longest.value,
-        "longest_tokens_interval": [longest.low, longest.high],
-        "total_tokens": total.value,
-        "latency_ratio": longest.value / total.value,
-        "parallel_ratio": float(np.mean([c.parallel_ratio for c in costs])),
-        "threads_per_block": sum(c.threads for c in costs) / max(sum(c.blocks for c in costs), 1),
-        "sampled_latency_ratio": sum(c.longest for c in scheduled)
-        / sum(c.total for c in scheduled),
+        **latency([cost.of_calls(t) for t in trajectories], samples),
+        **{f"text_{name}": value for name, value in latency(texts, samples).items()},
         "finish": dict(Counter(t.finish for t in trajectories)),
         "events": dict(sum((Counter(t.counts) for t in trajectories), Counter())),
         "temperature": cfg.sample.sampler.temperature,
+    }
+
+
+def latency(costs: list[cost.Cost], samples: int) -> dict[str, Any]:
+    """Means of token counts with a 95 % interval, their ratio, and the shape of the blocks.
+
+    Args:
+      costs: of all rollouts, those of one problem side by side, all counted in one way.
+      samples: rollouts of each problem.
+    """
+    # Samples of one problem resemble each other: intervals are over problems.
+    longest, total = (
+        score.bootstrap(np.array(values, float).reshape(-1, samples).mean(axis=1))
+        for values in ([c.longest for c in costs], [c.total for c in costs])
+    )
+    return {
+        "longest_tokens": longest.value,
+        "longest_tokens_interval": [longest.low, longest.high],
+        "total_tokens": total.value,
+        "latency_ratio": longest.value / max(total.value, 1.0),
+        "parallel_ratio": float(np.mean([c.parallel_ratio for c in costs])),
+        "threads_per_block": sum(c.threads for c in costs) / max(sum(c.blocks for c in costs), 1),
     }
 
 
@@ -233,7 +246,7 @@ def _write(
     found: list[records.Rollout],
     trajectories: list[Trajectory],
     verdicts: list[Any],
-    costs: list[cost.Cost],
+    texts: list[cost.Cost],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -244,12 +257,16 @@ def _write(
                 "answer": rollout.answer,
                 "longest": spent.longest,
                 "total": spent.total,
+                "text_longest": read.longest,
+                "text_total": read.total,
                 "finish": made.finish,
                 "calls": [[list(c.path), len(c.sampled), c.hit.value] for c in made.calls],
                 "text": rollout.text,
             }
         )
-        for rollout, made, verdict, spent in zip(found, trajectories, verdicts, costs, strict=True)
+        for rollout, made, verdict, spent, read in zip(
+            found, trajectories, verdicts, map(cost.of_calls, trajectories), texts, strict=True
+        )
     ]
     (folder / "graded.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

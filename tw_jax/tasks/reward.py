@@ -130,7 +130,13 @@ class Parts(NamedTuple):
     acceleration: float
     overlong: float  # 0 or less
     is_trained: bool  # False where the rollout's tokens are to be left out of the loss
-    cost: Cost  # what acceleration was read from
+    cost: Cost  # of the calls that were made
+    text: Cost | None  # of the text, where `Reward.counted` reads it
+
+    @property
+    def counted(self) -> Cost:
+        """What acceleration and the penalty on length are computed from."""
+        return self.cost if self.text is None else self.text
 
     @property
     def total(self) -> float:
@@ -150,6 +156,11 @@ class Parts(NamedTuple):
             **{name: float(x) if np.isfinite(x) else None for name, x in numbers.items()},
             "longest": int(self.cost.longest),
             "total": int(self.cost.total),
+            **(
+                {}
+                if self.text is None
+                else {"text_longest": int(self.text.longest), "text_total": int(self.text.total)}
+            ),
         }
 
 
@@ -171,8 +182,9 @@ def reward(
     Raises:
       ValueError: the text is to be read and there are no tags.
     """
-    cost = _cost(trajectory, cfg, tags)
-    saved = cost.acceleration if cfg.acceleration == "saved" else _speedup(cost)
+    cost, text = of_calls(trajectory), _text(trajectory, cfg, tags)
+    counted = cost if text is None else text
+    saved = counted.acceleration if cfg.acceleration == "saved" else _speedup(counted)
     earned = cfg.acceleration_factor * min(saved, cfg.acceleration_clip) if is_correct else 0.0
     overlong = 0.0
     if isinstance(cfg.overlong, SoftOverlong):
@@ -187,6 +199,7 @@ def reward(
         overlong=overlong,
         is_trained=not (cfg.overlong == "filter" and trajectory.finish in CUT),
         cost=cost,
+        text=text,
     )
 
 
@@ -214,7 +227,7 @@ def totals(groups: Sequence[Sequence[Parts]], cfg: Reward) -> np.ndarray:
     if cfg.group_length is None:
         return summed
     counted = cfg.group_length.counted
-    length = np.array([[getattr(parts.cost, counted) for parts in group] for group in groups])
+    length = np.array([[getattr(parts.counted, counted) for parts in group] for group in groups])
     is_correct = np.array([[parts.is_correct for parts in group] for group in groups])
     return summed - length_penalty(is_correct, length, cfg.group_length)
 
@@ -266,7 +279,9 @@ def summary(groups: Sequence[Sequence[Parts]], reward: np.ndarray) -> dict[str, 
       reward: [P, K], the `totals`.
 
     Returns:
-      Numbers by name; reward_std is the mean of the groups' deviations.
+      Numbers by name; reward_std is the mean of the groups' deviations. Tokens and their ratio are
+      those of the calls. Where `Reward.counted` reads the text, that reading has names of its own,
+      which begin with text_.
     """
     flat = [one for group in groups for one in group]
     finite = reward[are_finite(reward)]
@@ -275,7 +290,12 @@ def summary(groups: Sequence[Sequence[Parts]], reward: np.ndarray) -> dict[str, 
         found = np.array([number for number in numbers if np.isfinite(number)])
         return float(found.mean()) if found.size else 0.0
 
-    longest, total = mean(one.cost.longest for one in flat), mean(one.cost.total for one in flat)
+    def tokens(costs: Sequence[Cost]) -> dict[str, float]:
+        longest, total = mean(one.longest for one in costs), mean(one.total for one in costs)
+        ratio = longest / max(total, 1.0)
+        return {"longest_tokens": longest, "total_tokens": total, "latency_ratio": ratio}
+
+    texts = [one.text for one in flat if one.text is not None]
     return {
         "reward": mean(finite.ravel()),
         "reward_std": mean(finite.std(axis=1)),
@@ -283,17 +303,17 @@ def summary(groups: Sequence[Sequence[Parts]], reward: np.ndarray) -> dict[str, 
         "reward_correctness": mean(one.correctness for one in flat),
         "reward_acceleration": mean(one.acceleration for one in flat),
         "reward_overlong": mean(one.overlong for one in flat),
-        "longest_tokens": longest,
+        **tokens([one.cost for one in flat]),
+        **({f"text_{name}": x for name, x in tokens(texts).items()} if texts else {}),
         "longest_tokens_max": float(max(one.cost.longest for one in flat)),
-        "total_tokens": total,
-        "latency_ratio": longest / max(total, 1.0),
         "blocks": mean(one.cost.blocks for one in flat),
     }
 
 
-def _cost(trajectory: Trajectory, cfg: Reward, tags: Tags | None) -> Cost:
+def _text(trajectory: Trajectory, cfg: Reward, tags: Tags | None) -> Cost | None:
+    """What the text says, where the reward reads it."""
     if cfg.counted == "calls":
-        return of_calls(trajectory)
+        return None
     if tags is None:
         raise ValueError(
             f"Reward.counted = {cfg.counted!r} reads the text: want the ids of its tags. Give "

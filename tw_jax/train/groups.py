@@ -119,7 +119,8 @@ def token_weights(scored: Sequence[Scored], cfg: Aggregation) -> list[np.ndarray
     means depend on the company of a token. Its number of micro-batches is kept, the least one for
     `micro_batch_tokens`; calls go, the longest first, to the shortest micro-batch, where the
     trainer balances by Karmarkar-Karp, over ranks, and lets its padding rows count as calls. Which
-    of two calls of one length goes where depends on the order of the groups.
+    of two calls of one length goes where depends on the order of the groups. The trainer's sequence
+    means are over calls, and its normalised sum has no 1 / R; docs/decisions.md has all factors.
 
     Args:
       scored: all groups of the step. Parts of a group count as if they were whole.
