@@ -115,7 +115,7 @@ class Rollout(_Record):
       finish: why the rollout ended.
       counts: events of interest by name.
       text: the joined path behind the prompt, decoded for readers and graders.
-      extra: what was made of it, as JSON: reward parts, group, advantage.
+      extra: what else is known, as JSON: the hash of its problem; reward parts, group, advantage.
     """
 
     id: str
@@ -156,8 +156,9 @@ def open_records(path: str | Path) -> Records:
     """Opens a file for random access, without holding its records in memory.
 
     The sequence may be shared by threads and pickled. A file that is overwritten while it is read
-    is refused by the next read; one that is replaced under its name goes on as it was. Reading Parquet out of order decodes a row
-    group for a row; write ArrayRecord where records are shuffled.
+    is refused by the next read; one that is replaced under its name is read on as it was. Reading
+    Parquet out of order decodes a row group for a row; write ArrayRecord where records are
+    shuffled.
 
     Args:
       path: a .jsonl, .parquet or .array_record file. A row without a `kind` is somebody else's:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from tw_jax import files
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.metrics import progress
@@ -93,7 +94,7 @@ def run(cfg: Make) -> None:
         "tokens_max": int(lengths.max()),
         **{f"share_under_{n}": float((lengths < n).mean()) for n in _THRESHOLDS},
     }
-    (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    files.write_text(folder / "statistics.json", json.dumps(statistics, indent=2) + "\n")
     print(f"{folder}: {len(train)} training and {len(held_out)} held-out examples")
     print(
         f"question and answer: {lengths.min()} to {lengths.max()} tokens, mean {lengths.mean():.1f}"

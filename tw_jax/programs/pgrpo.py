@@ -24,6 +24,7 @@ from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
+from tw_jax.data.problems import read_answered, require_answers
 from tw_jax.data.stored import fingerprint, problem_of, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
@@ -331,14 +332,14 @@ class Rollouts:
         """Reads tokenizer and problems; samples nothing yet.
 
         Raises:
-          ValueError: the model has fewer rows than the tokenizer has ids, or there is no problem.
+          ValueError: the model has fewer rows than the tokenizer has ids; or there is no problem,
+            two have one id, or the answer of one is not known.
         """
         self._cfg, self._pool, self._mesh = cfg, pool, mesh
         self._tokenizer: Tokenizer = load_tokenizer(cfg.tokenizer)
         check_rows(self._tokenizer, cfg.model.vocab_size)
         self._problems = records.open_records(cfg.problems)
-        if not len(self._problems):
-            raise ValueError(f"{cfg.problems} has no problem: want at least one.")
+        require_answers(cfg.problems, self._problems)
         # Each process of a job does all that is drawn.
         files = [cfg.problems, *([] if cfg.evaluation is None else [cfg.evaluation.problems])]
         told = ", ".join(map(fingerprint, files))
@@ -347,6 +348,9 @@ class Rollouts:
             network(cfg.model), ThreadWeaver(make_table(self._tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
+        held = cfg.evaluation
+        self._held_out = read_answered(held.problems, held.count) if held else ([], 0)
+        self._problems.require_unchanged()
         self._params: Params | None = None
         self._step = self._prompts = 0
         self._pass, self._order = -1, np.zeros(0, int)
@@ -571,8 +575,7 @@ class Rollouts:
 
     def evaluate(self, cfg: Evaluation) -> dict[str, float]:
         """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
-        found = records.open_records(cfg.problems)
-        problems = [problem_of(found[n]) for n in range(min(cfg.count, len(found)))]
+        problems, without_answer = self._held_out
         made: list[Trajectory] = []
         each = self._cfg.sampler.rows // cfg.samples
         for first in range(0, len(problems), each):
@@ -589,6 +592,7 @@ class Rollouts:
         passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= cfg.samples]
         numbers = summary(parts, totals(parts, self._cfg.reward))
         return {
+            "eval_without_answer": without_answer,
             "eval_correct": share.value,
             "eval_correct_low": share.low,
             "eval_correct_high": share.high,
