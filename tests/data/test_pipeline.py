@@ -193,8 +193,7 @@ def test_a_file_that_is_overwritten_within_an_epoch_ends_it(tmp_path):
     with path.open("r+") as file:
         file.write(text.replace("multiplication", "subtraction   "))
     with pytest.raises(ValueError, match="was changed while it was being read"):
-        for _ in range(20):
-            next(batches)
+        list(itertools.islice(batches, 20))
 
 
 def test_a_truncated_file_names_its_line_and_the_remedy(tmp_path):

@@ -1,4 +1,4 @@
-"""Facts about problems: no id stands for two of them, and a changed one is told from what it was."""
+"""Facts about problems: an id names one of them, and a changed one is told from the old one."""
 
 import re
 

@@ -51,6 +51,30 @@ def trajectory_of(protocol: ThreadWeaver, rollout: Rollout) -> Trajectory:
     return rebuild(protocol, rollout.prompt, calls)
 
 
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[tuple[dict[str, Record], Callable[[Record], None]]]:
+    """What an interrupted program had finished, and what adds to it; see `records.append`.
+
+    Process 0 of a job reads and writes the file and tells the others, for a disk that hosts share
+    may show them what it held a while ago.
+
+    Yields:
+      (the records by their ids, add), `add` being told of the same records in every process.
+    """
+    if not hosts.is_first():
+        rows = hosts.gather(None)[0]
+        had = [
+            records.from_json(row, where=f"{path}:{n + 1}", task="", index=n)
+            for n, row in enumerate(rows)
+        ]
+        yield {record.id: record for record in had}, lambda record: None
+        return
+    with records.append(path) as add:
+        had = list(records.read(path))
+        hosts.gather([records.to_json(record) for record in had])
+        yield {record.id: record for record in had}, add
+
+
 def fingerprint(path: str | Path) -> str:
     """The size of a file and a hash of all its bytes.
 

@@ -129,9 +129,10 @@ def finished(cfg: Sample, asked: list[records.Problem]) -> Iterator[records.Roll
         problem = wanted.get(record.id)
         if problem is None:
             continue
-        is_same = isinstance(record, records.Rollout)
-        is_same = is_same and record.extra.get("problem") == hashes[problem.id]
-        if not is_same:
+        if not (
+            isinstance(record, records.Rollout)
+            and record.extra.get("problem") == hashes[problem.id]
+        ):
             raise ValueError(
                 f"{found.where(index)} was not sampled for the problem that now has the id "
                 f"{problem.id!r} in {cfg.problems}: the hash of its question, answer and task "
@@ -200,9 +201,7 @@ def run(cfg: Sample) -> None:
         print("events: " + _listed(counts))
 
 
-def _prompts(
-    cfg: Sample, tokenizer: Tokenizer, asked: list[records.Problem]
-) -> list[np.ndarray]:
+def _prompts(cfg: Sample, tokenizer: Tokenizer, asked: list[records.Problem]) -> list[np.ndarray]:
     """The prompt of each problem; all are checked before anything is sampled."""
     prompts = [cfg.chat.prompt(tokenizer, problem.question) for problem in asked]
     for name, most in (
