@@ -12,15 +12,17 @@ from typing import Literal
 
 import numpy as np
 
+from tw_jax.data.problems import distinct, has_answer
 from tw_jax.data.records import Problem, open_records
 from tw_jax.data.stored import problem_of
 
 
 class Problems:
-    """The problems of a file whose prompts are short enough, in the order of the file.
+    """The problems of a file that can be asked, in the order of the file.
 
     Attributes:
-      dropped: number of problems that were left out.
+      dropped: number of problems that were left out because their prompts are too long.
+      without_answer: number of problems that were left out because their answer is not known.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Problems:
         prompt: Callable[[str], np.ndarray],
         *,
         limits: Mapping[str, int],
+        unanswered: Literal["refuse", "drop", "keep"],
         too_long: Literal["refuse", "drop"] = "refuse",
         option: str | None = None,
         count: int | None = None,
@@ -39,6 +42,8 @@ class Problems:
           path: a file of problems, examples or rollouts.
           prompt: a question to its ids, [n] int32.
           limits: the most tokens that a prompt may have, by the config field that says so.
+          unanswered: what happens to a problem whose answer is not known: "refuse" stops with its
+            place, "drop" leaves it out and counts it, "keep" takes it like others.
           too_long: what happens to a problem whose prompt is longer: "refuse" stops with its place,
             "drop" leaves it out and counts it.
           option: the config field that holds `too_long`, which a message may name.
@@ -46,34 +51,56 @@ class Problems:
 
         Raises:
           FileNotFoundError: the file is not there.
-          ValueError: a prompt is too long and `too_long` is "refuse", or no problem is left.
+          ValueError: two problems have one id, an answer is not known and `unanswered` is "refuse",
+            a prompt is empty, a prompt is too long and `too_long` is "refuse", or no problem is
+            left.
         """
         found, kept = open_records(path), []
         self._found = found
-        most = min(limits.values())
+        self.dropped = self.without_answer = 0
         field = min(limits, key=lambda name: limits[name])
-        size = len(found) if count is None else min(count, len(found))
-        for index in range(size):
-            problem = problem_of(found[index])
+        for index, (problem, where) in enumerate(distinct(found, count)):
             length = len(prompt(problem.question))
-            if length <= most:
+            if unanswered != "keep" and not has_answer(problem):
+                if unanswered == "refuse":
+                    raise ValueError(
+                        f"{where}: the answer of the problem {problem.id!r} is not known, so no "
+                        "rollout of it can be rewarded. Add the answer, or remove the problem."
+                    )
+                self.without_answer += 1
+            elif 1 <= length <= limits[field]:
                 kept.append(index)
-            elif too_long == "refuse":
+            elif too_long == "drop" and length:
+                self.dropped += 1
+            else:
                 drops = "" if option is None else f" Or set {option} to 'drop'."
                 raise ValueError(
-                    f"{found.where(index)}: the prompt of the problem {problem.id!r} has {length} "
-                    f"tokens, and {field} allows at most {most}. Raise it or remove the problem."
-                    f"{drops}"
+                    f"{where}: the prompt of the problem {problem.id!r} has {length} tokens, and "
+                    f"{field} allows 1 to {limits[field]}. Raise it or remove the problem.{drops}"
                 )
-        if not size:
-            raise ValueError(f"{path} has no problem: want at least one.")
         if not kept:
-            raise ValueError(
-                f"{found.where(0)} and all other problems of the file have prompts of more than "
-                f"{most} tokens, and {field} allows no more. Raise it."
-            )
+            raise ValueError(self._nothing(path, field, limits[field]))
         self._kept = np.array(kept, np.int64)
-        self.dropped = size - len(kept)
+
+    def _nothing(self, path: str | Path, field: str, most: int) -> str:
+        """Why no problem is left."""
+        if not len(self._found):
+            return f"{path} has no problem: want at least one."
+        reasons = []
+        if self.without_answer:
+            reasons.append(f"the answers of {self.without_answer} problems are not known")
+        if self.dropped:
+            reasons.append(
+                f"the prompts of {self.dropped} problems are longer than {field} = {most} allows"
+            )
+        return (
+            f"{path} has no problem that can be asked: {', and '.join(reasons)}. Add answers, "
+            f"raise {field}, or name another file."
+        )
+
+    def require_unchanged(self) -> None:
+        """Refuses a file that was overwritten or replaced since it was read; see `Records`."""
+        self._found.require_unchanged()
 
     def __len__(self) -> int:
         return len(self._kept)

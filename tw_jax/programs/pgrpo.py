@@ -328,7 +328,8 @@ class Rollouts:
         """Reads the problems; samples nothing yet.
 
         Raises:
-          ValueError: there is no problem, or a prompt is too long.
+          ValueError: there is no problem, two have one id, the answer of one is not known, or a
+            prompt is too long.
         """
         self._cfg, self._pool, self._mesh = cfg, pool, mesh
         self._tokenizer = tokenizer
@@ -337,11 +338,16 @@ class Rollouts:
             prompt=partial(cfg.chat.prompt, tokenizer),
             limits=prompt_limits(cfg.sampler, cfg.forkjoin),
         )
-        self._problems = read(cfg.problems, too_long=cfg.long_prompts, option="Pgrpo.long_prompts")
+        self._problems = read(
+            cfg.problems,
+            unanswered="refuse",
+            too_long=cfg.long_prompts,
+            option="Pgrpo.long_prompts",
+        )
         if self._problems.dropped and hosts.is_first():
             print(f"{cfg.problems}: {self._problems.dropped} problems with long prompts left out")
         aside = cfg.evaluation
-        self._held_out = [] if aside is None else list(read(aside.problems, count=aside.count))
+        self._held_out = aside and read(aside.problems, count=aside.count, unanswered="drop")
         # Each process of a job does all that is drawn.
         self.contents = {
             "problems": fingerprint(cfg.problems),
@@ -354,6 +360,7 @@ class Rollouts:
             net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
+        self._problems.require_unchanged()
         self._params: Params | None = None
         self._run = ""
         self._step = self._prompts = 0
@@ -577,7 +584,7 @@ class Rollouts:
 
     def evaluate(self, cfg: Evaluation) -> dict[str, float]:
         """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
-        problems = self._held_out
+        problems = list(self._held_out or ())
         made: list[Trajectory] = []
         each = self._cfg.sampler.rows // cfg.samples
         for first in range(0, len(problems), each):
@@ -592,6 +599,7 @@ class Rollouts:
         correct = np.array([[one.is_correct for one in group] for group in parts])
         numbers = summary(parts, totals(parts, self._cfg.reward))
         return {
+            "eval_without_answer": self._held_out.without_answer if self._held_out else 0,
             **held_out(correct),
             **{
                 f"eval_{n}": numbers[n] for n in ("longest_tokens", "total_tokens", "latency_ratio")
