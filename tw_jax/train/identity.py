@@ -173,7 +173,7 @@ def _refuse_changes(
     kept = before.get("contents", {})
     for name, value in now.contents.items():
         if kept.get(name) != value:
-            refused.append(f"the {name} is {value} (was {kept.get(name, 'not recorded')})")
+            refused.append(f"{name}: {value} (was {kept.get(name, 'not recorded')})")
     advice = ""
     if kept.get("schedule") != now.contents.get("schedule"):
         advice = f" Set Optim.decay_steps = {_length(before['config'], root)} to keep the schedule."
