@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from house.sources import ROOT
 
+from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import describe, load, operative
 from tw_jax.programs.pgrpo import Pgrpo
@@ -173,6 +174,10 @@ def test_more_steps_that_would_make_the_rate_jump_are_refused():
     ) in sentence
 
 
+def test_a_checkpoint_that_is_not_one_of_a_run_is_refused():
+    assert "schedule: cosine" in refusal({"source": "hub"}, build(), **with_schedule(build()))
+
+
 @pytest.mark.parametrize(
     ("words", "more"),
     [
@@ -190,6 +195,12 @@ def test_more_steps_of_the_same_schedule_are_allowed(words, more):
 def test_fewer_steps_than_are_taken_are_refused():
     cfg = build("Sft.steps=300", "Optim.decay_steps=900")
     assert "Sft.steps = 300 (450 steps are taken)" in refusal(note(build()), cfg, step=450)
+
+
+def test_every_process_of_a_job_is_refused_by_what_process_0_has_read(monkeypatch):
+    read = [[note(build()), 5], [None, 0]]
+    monkeypatch.setattr(hosts, "gather", lambda value: read)
+    assert "Data.seed = 3 (was 0)" in refusal(None, build("Data.seed=3"))
 
 
 # The parameters that a run began with.
