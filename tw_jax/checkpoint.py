@@ -81,10 +81,9 @@ class Checkpoints:
           Its `extra`; None where there is no checkpoint, or no note that can be read.
         """
         self.wait()
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
-                return self._manager.restore(step, args=args)["extra"]["processes"][0]
+        for path in reversed(_paths(self.directory).values()):
+            with contextlib.suppress(DamagedError):
+                return _read_extra(path)["processes"][0]
         return None
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
