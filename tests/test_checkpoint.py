@@ -428,31 +428,37 @@ CHANGES: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
-def test_damage_is_named_and_an_older_checkpoint_is_used_or_nothing_was_lost(saved, tmp_path):
-    files = [str(path.relative_to(saved / "3")) for path in (saved / "3").rglob("*")]
-    files = [file for file in files if (saved / "3" / file).is_file()]
-    # What one process wrote before the merge is never read again, and changes nothing.
-    read = sorted(file for file in files if "ocdbt.process_0/" not in file)
-    counts = {"exact": 0, "damaged": 0}
+def test_damage_is_named_and_an_older_checkpoint_is_used_or_nothing_was_lost(tmp_path):
+    def tiny(step: int) -> dict[str, Any]:
+        return {"params": {"w": jnp.arange(6.0) + step}, "key": jax.random.key(step)}
+
+    saved = tmp_path / "saved"
+    with Checkpoints(saved, keep=2) as out:
+        for step in (1, 3):
+            out.save(step, tiny(step), {"position": step})
+    files = [path for path in (saved / "3").rglob("*") if path.is_file()]
+    # Nobody reads the marks of completion again, nor the files of one process after their merge.
+    unread = ("commit_success.txt", "ocdbt.process_0/")
+    read = sorted(str(path.relative_to(saved / "3")) for path in files)
+    read = [file for file in read if not any(name in file for name in unread)]
+    outcomes = []
     for number, (file, name) in enumerate(itertools.product(read, CHANGES)):
         run = damaged(saved, tmp_path / str(number), file, CHANGES[name])
         with warnings.catch_warnings(record=True) as caught, Checkpoints(run, keep=2) as kept:
             warnings.simplefilter("always")
-            state, extra = kept.restore(None, abstract(make_state()))
+            state, extra = kept.restore(None, abstract(tiny(0)))
         told = [str(w.message) for w in caught if "is damaged" in str(w.message)]
-        if (run / "3.damaged").exists():
-            counts["damaged"] += 1
-            assert told, (file, name)
-            assert str(run / "3") in told[0]
-            assert "It is kept as 3.damaged. The run goes on" in told[0]
-            assert_same(state, make_state(1))
-            assert extra == {"position": [1, 2]}
-        else:
-            counts["exact"] += 1
-            assert_same(state, make_state(3))
-            assert extra["position"] == [3, 4]
-    assert counts["damaged"] >= 20
-    assert counts["exact"] + counts["damaged"] >= 40
+        is_aside = (run / "3.damaged").exists()
+        outcomes.append(is_aside)
+        assert len(told) == is_aside, (file, name, told)
+        for sentence in told:
+            assert str(run / "3") in sentence
+            assert "It is kept as 3.damaged. The run goes on" in sentence
+        step = 1 if is_aside else 3
+        assert_same(state, tiny(step))
+        assert extra == {"position": step}
+    assert len(outcomes) >= 40
+    assert sum(outcomes) >= 30
 
 
 @pytest.fixture
