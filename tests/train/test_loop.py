@@ -387,7 +387,7 @@ def test_a_run_whose_gradients_are_never_finite_stops_and_says_so(run, tmp_path)
 
 @pytest.mark.usefixtures("unguarded")
 def test_a_short_run_without_one_finite_gradient_does_not_end_well(run):
-    with pytest.raises(DivergedError, match="gradients of 2 steps in a row .*at step 1"):
+    with pytest.raises(DivergedError, match=r"gradients of 2 steps in a row .*at step 1"):
         run(2, step=overflowing(range(2)))
 
 
@@ -399,11 +399,11 @@ def test_gradients_that_are_finite_now_and_then_let_a_run_go_on(run, tmp_path):
 
 @pytest.mark.usefixtures("unguarded")
 def test_gradients_that_stop_being_finite_stop_the_run_where_they_began(run):
-    with pytest.raises(DivergedError, match="5 steps in a row .*at step 11"):
+    with pytest.raises(DivergedError, match=r"5 steps in a row .*at step 11"):
         run(20, step=overflowing(range(7, 20)))
 
 
 @pytest.mark.usefixtures("unguarded")
 def test_batches_without_anything_to_train_do_not_hide_gradients_that_are_never_finite(run):
-    with pytest.raises(DivergedError, match="5 steps in a row .*at step 8"):
+    with pytest.raises(DivergedError, match=r"5 steps in a row .*at step 8"):
         run(20, step=overflowing({0, 2, 4, 6, 8}, empty={1, 3, 5, 7}))

@@ -220,11 +220,11 @@ class _Log:
         if self._nonfinite < self._max_nonfinite:
             return
         raise DivergedError(
-            f"The gradients of {self._nonfinite} steps in a row were not finite (grad_norm = {norm} "
-            f"at step {index}), so none of these steps changed the parameters, and the run "
-            "stopped. Look at the lines before them in metrics.jsonl. If grad_norm grew there, start again from an earlier "
-            "checkpoint with a lower Optim.peak_lr; otherwise set Model.compute_dtype = 'float32' "
-            "or look at the batches of these steps."
+            f"The gradients of {self._nonfinite} steps in a row were not finite (grad_norm = "
+            f"{norm} at step {index}), so none of these steps changed the parameters, and the run "
+            "stopped. Look at the lines before them in metrics.jsonl. If grad_norm grew there, "
+            "start again from an earlier checkpoint with a lower Optim.peak_lr; otherwise set "
+            "Model.compute_dtype = 'float32' or look at the batches of these steps."
         )
 
 
