@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from tw_jax import checkpoint
 from tw_jax.checkpoint import Checkpoints, identity, restore_params
+from tw_jax.damage import DamagedError
 from tw_jax.metrics import read
 
 
@@ -392,3 +395,160 @@ def test_an_identity_depends_on_the_parameters_and_not_on_place_mesh_or_optimise
         identity(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder of checkpoints"):
         identity(tmp_path / "nowhere")
+
+
+# Damage.
+
+
+def damaged(folder: Path, target: Path, file: str, change: Callable[[bytes], bytes | None]) -> Path:
+    """A copy of a run, with one file of its newest checkpoint changed, or deleted by None."""
+    shutil.copytree(folder, target)
+    (path,) = sorted(target.glob(f"3/{file}"))
+    content = change(path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    return target
+
+
+def flip(share: float) -> Callable[[bytes], bytes]:
+    def flipped(content: bytes) -> bytes:
+        at = int(share * (len(content) - 1))
+        return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+
+    return flipped
+
+
+CHANGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "flip_start": flip(0),
+    "flip_middle": flip(0.6),
+    "flip_end": flip(1),
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "other": lambda content: b"[]",
+    "gone": lambda content: None,
+}
+
+
+def test_damage_is_named_and_an_older_checkpoint_is_used_or_nothing_was_lost(tmp_path):
+    def tiny(step: int) -> dict[str, Any]:
+        return {"params": {"w": jnp.arange(6.0) + step}, "key": jax.random.key(step)}
+
+    saved = tmp_path / "saved"
+    with Checkpoints(saved, keep=2) as out:
+        for step in (1, 3):
+            out.save(step, tiny(step), {"position": step})
+    files = [path for path in (saved / "3").rglob("*") if path.is_file()]
+    # Nobody reads the marks of completion again, nor the files of one process after their merge.
+    unread = ("commit_success.txt", "ocdbt.process_0/")
+    read = sorted(str(path.relative_to(saved / "3")) for path in files)
+    read = [file for file in read if not any(name in file for name in unread)]
+    outcomes = []
+    for number, (file, name) in enumerate(itertools.product(read, CHANGES)):
+        run = damaged(saved, tmp_path / str(number), file, CHANGES[name])
+        with warnings.catch_warnings(record=True) as caught, Checkpoints(run, keep=2) as kept:
+            warnings.simplefilter("always")
+            state, extra = kept.restore(None, abstract(tiny(0)))
+        told = [str(w.message) for w in caught if "is damaged" in str(w.message)]
+        is_aside = (run / "3.damaged").exists()
+        outcomes.append(is_aside)
+        assert len(told) == is_aside, (file, name, told)
+        for sentence in told:
+            assert str(run / "3") in sentence
+            assert "It is kept as 3.damaged. The run goes on" in sentence
+        step = 1 if is_aside else 3
+        assert_same(state, tiny(step))
+        assert extra == {"position": step}
+    assert len(outcomes) >= 40
+    assert sum(outcomes) >= 30
+
+
+@pytest.fixture
+def flipped(saved, tmp_path):
+    return damaged(saved, tmp_path / "run", "extra/metadata", flip(0.5))
+
+
+def test_a_changed_array_is_not_restored_even_where_the_store_finds_it_well(tmp_path):
+    state = make_state()
+    other = state.replace(params={**state.params, "embed": state.params["embed"].at[3, 2].add(1)})
+    for name, content in (("a", state), ("b", other)):
+        with Checkpoints(tmp_path / name, keep=1) as kept:
+            kept.save(0, content, {})
+    shutil.rmtree(tmp_path / "a/0/state")
+    shutil.copytree(tmp_path / "b/0/state", tmp_path / "a/0/state")
+    sentence = r"a/0 is damaged: the array params\.embed is not what was written\. Put back a copy"
+    with pytest.raises(DamagedError, match=sentence):
+        restore_params(tmp_path / "a")
+    with Checkpoints(tmp_path / "a", keep=1) as kept:
+        with pytest.raises(DamagedError, match=sentence):
+            kept.restore(0, abstract(state))
+        with pytest.raises(DamagedError, match=r"has no sound checkpoint\. Put back"):
+            kept.restore(None, abstract(state))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["0"]
+
+
+def test_a_position_that_was_changed_is_not_restored(saved, tmp_path):
+    run = damaged(
+        saved, tmp_path / "run", "extra/metadata", lambda text: text.replace(b"[3, 4]", b"[3, 5]")
+    )
+    with (
+        Checkpoints(run, keep=2) as kept,
+        pytest.warns(UserWarning, match="3 is damaged: its JSON record is not what was written"),
+    ):
+        assert kept.restore(None, abstract(make_state()))[1] == {"position": [1, 2]}
+
+
+def test_a_reader_of_parameters_never_takes_an_older_checkpoint_by_itself(flipped):
+    before = sorted(flipped.rglob("*"))
+    sentence = r"run/3 is damaged: .* move the folder elsewhere to use step 1, the newest before"
+    for reader in (restore_params, identity):
+        with pytest.raises(DamagedError, match=sentence):
+            reader(flipped)
+    assert sorted(flipped.rglob("*")) == before
+    assert_same(restore_params(flipped, step=1), make_state(1).params)
+
+
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(flipped):
+    with Checkpoints(flipped, keep=2) as kept:
+        with pytest.warns(UserWarning, match="goes on from step 1"):
+            kept.restore(None, abstract(make_state()))
+        assert kept.latest() == 1
+        kept.save(3, make_state(3), {"position": 7})
+        state, extra = kept.restore(None, abstract(make_state()))
+    assert_same(state, make_state(3))
+    assert extra == {"position": 7}
+    assert sorted(path.name for path in flipped.iterdir()) == ["1", "3", "3.damaged"]
+
+
+def test_strays_beside_checkpoints_stop_no_run(saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    for folder in ("12", "abc", "3_old", "12.damaged"):
+        (run / folder).mkdir()
+    for file in ("7", "notes.txt"):
+        (run / file).write_text("x")
+    with warnings.catch_warnings(record=True) as caught, Checkpoints(run, keep=2) as kept:
+        warnings.simplefilter("always")
+        state, _ = kept.restore(None, abstract(make_state()))
+    assert_same(state, make_state(3))
+    told = [str(w.message) for w in caught]
+    assert any("7 has the name of a checkpoint and is no folder" in text for text in told)
+    assert any(f"{run}/12 is damaged" in text and "12.damaged.2" in text for text in told)
+    names = {path.name for path in run.iterdir()}
+    kept_names = {"1", "3", "7.damaged", "12.damaged", "12.damaged.2", "abc", "3_old", "notes.txt"}
+    assert names == kept_names
+
+
+def test_a_folder_of_damaged_checkpoints_alone_is_no_new_run(tmp_path):
+    (tmp_path / "4").write_text("x")
+    with pytest.raises(DamagedError, match="4 has the name of a checkpoint and is no folder"):
+        Checkpoints(tmp_path, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["4"]
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(saved, monkeypatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", fails)
+    with Checkpoints(saved, keep=2) as kept, pytest.raises(OSError, match="no answer"):
+        kept.restore(None, abstract(make_state()))
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "3"]

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,14 +29,11 @@ import orbax.checkpoint as ocp
 from tw_jax import hosts
 from tw_jax.checksums import checksums
 from tw_jax.contracts import Params
+from tw_jax.damage import DamagedError, agreed, damage, first_line, judged, os_error_code
 
 T = TypeVar("T")
 
 _NAMES = ocp.path.step.standard_name_format()
-
-
-class DamagedError(ValueError):
-    """What is stored of a checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -144,23 +141,20 @@ class Checkpoints:
                 return _restored_state(path, abstract)
             except DamagedError as error:
                 raise DamagedError(f"{error} {_advice(path)}") from error
-        newest_path = _existing(self.directory, None)
-        damaged: list[tuple[Any, str]] = []
-        for path in reversed(_paths(self.directory).values()):
+        _existing(self.directory, None)
+        paths = _paths(self.directory)
+        faults: dict[str, str] = {}
+        for step in reversed(hosts.gather(list(paths))[0]):
             try:
-                found = _restored_state(path, abstract)
+                found = _restored_state(paths[step], abstract)
             except DamagedError as error:
-                damaged.append((path, str(error)))
+                faults[paths[step].name] = str(error)
                 continue
-            if damaged:
-                self._set_aside(damaged, f"The run goes on from step {path.name}.")
+            if faults:
+                self._set_aside(faults, f"The run goes on from step {step}.")
                 self._manager.reload()
             return found
-        raise DamagedError(
-            f"{' '.join(fault for _, fault in damaged)} {self.directory} has no other checkpoint "
-            f"than {newest_path.name if len(damaged) == 1 else 'these'}. Put back a copy of one, "
-            "or move them elsewhere to start the run from its beginning."
-        )
+        raise self._hopeless(list(faults.values()))
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -188,7 +182,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            code = _os_error_code(error)
+            code = os_error_code(error)
             if code is None:
                 raise
             self._manager.reload()  # orbax believes in the step it could not save
@@ -207,44 +201,43 @@ class Checkpoints:
 
         Only entries that orbax cannot even list are touched here; `restore` judges the others.
         """
-        if not (_is_local(self.directory) and os.path.isdir(self.directory)):
+        if not _is_local(self.directory):
             return
-        sound = _paths(self.directory)
-        strays = [
-            (path, f"{path} has the name of a checkpoint and is not a folder.")
-            for path in sorted(Path(self.directory).iterdir())
-            if path.name.isdecimal() and not path.is_dir()
-        ]
-        for found in list(_NAMES.find_all(self.directory)):
+        faults: dict[str, str] = {}
+        for path in sorted(Path(self.directory).glob("[0-9]*")):
+            if path.name.isdecimal() and not path.is_dir():
+                faults[path.name] = f"{path} has the name of a checkpoint and is no folder."
+        for found in _NAMES.find_all(self.directory):
             try:
                 _ = found.commit_timestamp  # orbax asks each of them when it opens the folder
             except Exception as error:
-                strays.append((found.path, _damage(found.path, _first_line(error))))
-                del sound[found.step]
-        # All processes must have looked before the first of them renames.
-        strays = [] if not any(hosts.gather(len(strays))) else strays
-        if strays and not sound:
-            raise DamagedError(
-                f"{' '.join(fault for _, fault in strays)} {self.directory} has no other "
-                "checkpoint. Put back a copy of one, or move this elsewhere to start the run from "
-                "its beginning."
-            )
-        if strays:
-            self._set_aside(strays, "The run goes on without it.")
+                faults[found.path.name] = damage(found.path, first_line(error))
+        faults = hosts.gather(faults)[0]
+        if not faults:
+            return
+        if not any(path.name not in faults for path in _paths(self.directory).values()):
+            raise self._hopeless(list(faults.values()))
+        self._set_aside(faults, "The run goes on without it.")
 
-    def _set_aside(self, damaged: list[tuple[Any, str]], then: str) -> None:
+    def _set_aside(self, faults: Mapping[str, str], then: str) -> None:
         """Renames damaged checkpoints, so that their steps can be saved again, and says so."""
-        for path, fault in damaged:
+        folder = ocp.path.step.build_step_path(self.directory, _NAMES, 0).parent
+        for name, fault in faults.items() if hosts.is_first() else ():
+            numbers = itertools.chain([""], map(".{}".format, itertools.count(2)))
             kept = next(
-                name
-                for name in (f"{path.name}.damaged{n}" for n in ["", *map(".{}".format, range(99))])
-                if not (path.parent / name).exists()
+                folder / f"{name}.damaged{number}"
+                for number in numbers
+                if not (folder / f"{name}.damaged{number}").exists()
             )
-            hosts.gather(kept)  # all have chosen the name before it is taken
-            if hosts.is_first():
-                path.rename(path.parent / kept)
-                warnings.warn(f"{fault} It is kept as {kept}. {then}", stacklevel=4)
+            (folder / name).rename(kept)
+            warnings.warn(f"{fault} It is kept as {kept.name}. {then}", stacklevel=4)
         hosts.gather("renamed")
+
+    def _hopeless(self, faults: list[str]) -> DamagedError:
+        return DamagedError(
+            f"{' '.join(faults)} {self.directory} has no sound checkpoint. Put back a copy of one, "
+            "or move these elsewhere to start the run from its beginning."
+        )
 
     def _disk_error(self, code: int) -> OSError:
         step, needed = self._saving
@@ -324,14 +317,14 @@ def restore_params(
     """
     path = _existing(_normalised(directory), step)
     try:
-        arrays = _agreed(lambda: _read_extra(path)["arrays"])
+        arrays = agreed(lambda: _read_extra(path)["arrays"])
         _require_params(path, arrays)
         stored = {name: told for name, told in arrays.items() if name.startswith("params.")}
         if core is not None and _leaves({"params": core}).keys() == stored.keys():
             abstract = core
         if abstract is not None:
             _refuse_misfit(path, stored, {"params": abstract})
-        return _restored(path, arrays, abstract and {"params": abstract}, part="params")["params"]
+        return _restored(path, arrays, abstract and {"params": abstract}, part="params.")["params"]
     except DamagedError as error:
         raise DamagedError(f"{error} {_advice(path)}") from error
 
@@ -375,7 +368,7 @@ def _existing(directory: str, step: int | None) -> Any:
 
 def _restored_state(path: Any, abstract: T) -> tuple[T, dict[str, Any]]:
     """The state of one checkpoint and this process's `extra`; raises as `restore`."""
-    content = _agreed(lambda: _read_extra(path))
+    content = agreed(lambda: _read_extra(path))
     arrays, extras = content["arrays"], content["processes"]
     _refuse_misfit(path, arrays, abstract)
     if len(extras) != jax.process_count():
@@ -398,39 +391,51 @@ def _restored(path: Any, arrays: Mapping[str, str], abstract: Any, part: str = "
       arrays: its record.
       abstract: the tree to read, that of all arrays or of those under `part`; None for the tree
         that orbax finds there.
-      part: the only field of the state to read; "" for all of it.
+      part: the only field of the state to read, with a dot; "" for all of it.
     """
+    arrays = {name: told for name, told in arrays.items() if name.startswith(part)}
+    recorded = {name: _shape(told) for name, told in arrays.items()}
 
     def read() -> Any:
-        with _orbax_errors(path), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             tree = handler.metadata(path / "state").tree
             stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-            stored = {part: stored[part]} if part else stored
-            if _leaves(stored) != {name: _shape(arrays[name]) for name in _leaves(stored)}:
-                raise DamagedError(_damage(path, "its metadata and its record name other arrays"))
+            if part:
+                stored = {part[:-1]: stored[part[:-1]]}
+            if _leaves(stored) != recorded:
+                raise DamagedError(
+                    damage(path, "its metadata and its JSON record name other arrays")
+                )
             wanted = stored if abstract is None else abstract
             args = _reading(wanted, **({"partial_restore": True} if part else {}))
-            return jax.block_until_ready(handler.restore(path / "state", args=args))
+            restored = jax.block_until_ready(handler.restore(path / "state", args=args))
+        for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+            if one.dtype != other.dtype:  # a typed key that came back as its integers
+                raise DamagedError(
+                    damage(path, f"an array is {one.dtype}, and {other.dtype} was written")
+                )
+        return restored
 
-    restored = _agreed(read)
-    found = _described(restored)
-    for name, told in found.items():
+    restored = agreed(lambda: judged(path, read))
+    for name, told in _described(restored).items():
         if told != arrays[name]:
-            raise DamagedError(_damage(path, f"the array {name} is not what was written"))
+            raise DamagedError(damage(path, f"the array {name} is not what was written"))
     return restored
 
 
 def _read_extra(path: Any) -> dict[str, Any]:
-    """The JSON object of a checkpoint: `processes`, `arrays`, and the seal of both."""
-    with _orbax_errors(path), contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-        content = handler.restore(path / "extra")
-        seal = content.pop("sha256", None)
-        if seal is None:
-            raise DamagedError(
-                _damage(path, "its record has no checksums, as those of earlier versions")
-            )
-        if seal != _seal(content):
-            raise DamagedError(_damage(path, "its record is not what was written"))
+    """The JSON object of a checkpoint: `processes` and `arrays`, whose seal is verified."""
+
+    def read() -> Any:
+        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+            return handler.restore(path / "extra")
+
+    content = judged(path, read)
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise DamagedError(damage(path, "it has no checksums, as those of earlier versions"))
+    seal = content.pop("sha256")
+    if seal != _seal(content):
+        raise DamagedError(damage(path, "its JSON record is not what was written"))
     return content
 
 
@@ -498,52 +503,11 @@ def _stored(leaf: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
-# Damage.
-
-
-def _damage(path: Any, fault: str) -> str:
-    return f"Checkpoint {path} is damaged: {fault}."
-
-
 def _advice(path: Any) -> str:
     """How to go on without a damaged checkpoint, for those who asked for this very one."""
     older = [step for step in _paths(str(path.parent)) if step < int(path.name)]
     then = f" to use step {older[-1]}, the newest before it" if older else ""
     return f"Put back a copy of it, or move the folder elsewhere{then}."
-
-
-@contextlib.contextmanager
-def _orbax_errors(path: Any) -> Iterator[None]:
-    """Turns what orbax says of damaged files into a DamagedError.
-
-    What memory, devices and disks say of themselves is no damage and passes.
-    """
-    try:
-        yield
-    except (DamagedError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        if _os_error_code(error) not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-            raise
-        raise DamagedError(_damage(path, _first_line(error))) from error
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (line if len(line) <= 240 else line[:240] + "...").rstrip(".")
-
-
-def _agreed(read: Callable[[], T]) -> T:
-    """Reads in every process; where one of them finds damage, all raise its error."""
-    found, fault = None, None
-    try:
-        found = read()
-    except DamagedError as error:
-        fault = str(error)
-    faults = [one for one in hosts.gather(fault) if one is not None]
-    if faults:
-        raise DamagedError(faults[0])
-    return found  # pyright: ignore[reportReturnType]
 
 
 # Processes and disks.
@@ -560,11 +524,3 @@ def _free_bytes(directory: str) -> float:
 
 def _is_local(directory: str | Path) -> bool:
     return "://" not in str(directory)
-
-
-def _os_error_code(error: Exception) -> int | None:
-    """The number of the system error that made a save fail, None where it was something else."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore raises ValueErrors
-    return int(found[1]) if found else None

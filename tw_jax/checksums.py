@@ -8,6 +8,7 @@ compiler sums the pieces in place: nothing is gathered or copied to the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def checksums(arrays: Sequence[jax.Array]) -> list[str]:
       16 hexadecimal digits each. They depend on shape, position and bits, not on the sharding; the
       dtype counts by its bits alone.
     """
-    groups: dict[frozenset[jax.Device], list[int]] = {}
+    groups: dict[frozenset[Any], list[int]] = {}
     for index, array in enumerate(arrays):
         groups.setdefault(frozenset(array.sharding.device_set), []).append(index)
     found = [""] * len(arrays)

@@ -310,6 +310,52 @@ def test_a_cut_shard_is_named_with_its_size_and_a_remedy(source) -> None:
         hf.read_params(folder, model)
 
 
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ([], "holds a list; want a JSON object"),
+        ({}, "has no weight_map. It must be an object that maps each tensor to its file"),
+        ({"weight_map": ["a"]}, "has a weight_map of type list"),
+        ({"weight_map": 3}, "has a weight_map of type int"),
+        ({"weight_map": {"a": 3}}, "weight_map['a'] is 3. It must be the name of a"),
+        ({"weight_map": {"a": ["b"]}}, "weight_map['a'] is ['b']"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "is '../model.safetensors'. It must be"),
+        ({"weight_map": {"a": "/etc/x.safetensors"}}, "is '/etc/x.safetensors'"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "is 'pytorch_model.bin'"),
+    ],
+)
+def test_an_index_of_the_wrong_shape_is_refused(source, index, sentence) -> None:
+    folder, model, _ = source
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        hf.read_params(folder, model)
+    assert "model.safetensors.index.json" in str(error.value)
+
+
+def test_a_write_that_fails_leaves_the_old_folder_as_it_was(source, monkeypatch) -> None:
+    folder, model, _ = source
+    params = hf.read_params(folder, model)
+    (folder / "tokenizer.json").write_text("kept")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    written = []
+
+    def full(*args, **kwargs):
+        written.append(args[1])
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(hf, "save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            hf.write(folder, params, model, dtype="float32", shard_bytes=40_000)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    hf.write(folder, params, model, dtype="float32", shard_bytes=40_000)
+    assert (folder / "tokenizer.json").read_text() == "kept"
+    assert not (folder / "model.safetensors").exists()
+    assert not list(folder.parent.glob(f".{folder.name}.*"))
+
+
 def test_a_missing_shard_and_an_empty_folder_are_named(source, tmp_path) -> None:
     folder, model, _ = source
     params = hf.read_params(folder, model)

@@ -14,6 +14,7 @@ from tw_jax.cli import main
 from tw_jax.models import hf, hf_config
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model
+from tw_jax.programs import convert as convert_module
 from tw_jax.tokenizer import CONTROL, HuggingFace, load_tokenizer
 
 MODEL = Model(
@@ -181,3 +182,103 @@ def test_exporting_with_another_model_names_what_differs(runs, tmp_path, capsys,
     assert convert(tmp_path, IMPORT, folder=tmp_path / "ours", source=source) == 0
     assert convert(tmp_path, EXPORT, model=tmp_path / "ours" / "model.gin", **places) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+# Nothing by halves.
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_import_that_fails_leaves_the_workdir_as_it_was(source, tmp_path, capsys):
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "notes.txt").write_text("mine")
+    tensors = tensors_of(source)
+    del tensors["lm_head.weight"]
+    hf.save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ValueError, match="tensors are missing: lm_head"):
+        convert_module.import_folder(convert_module.Import(source=str(source)), ours)
+    assert content(ours) == {"notes.txt": b"mine"}
+    assert not [path for path in ours.iterdir() if path.is_dir()]
+
+
+def test_an_import_does_not_touch_what_another_left(source, tmp_path):
+    ours = tmp_path / "ours"
+    (ours / "hf").mkdir(parents=True)
+    (ours / "hf" / "tokenizer.json").write_text("precious")
+    with pytest.raises(ValueError, match="hf is there already, and an import needs an empty place"):
+        convert_module.import_folder(convert_module.Import(source=str(source)), ours)
+    assert content(ours) == {"hf/tokenizer.json": b"precious"}
+
+
+def test_an_export_that_fails_leaves_the_old_one_as_it_was(source, tmp_path, monkeypatch):
+    ours, out = tmp_path / "ours", tmp_path / "out"
+    convert_module.import_folder(convert_module.Import(source=str(source)), ours)
+    checkpoint = str(ours / "checkpoints")
+    model = hf_config.read_model(ours / "hf")
+    job = convert_module.Export(checkpoint=checkpoint, model=model, files=str(ours / "hf"))
+    convert_module.export_folder(job, out)
+    (out / "tokenizer.json").write_text("another")
+    (out / "mine.txt").write_text("kept")
+    before = content(out)
+
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(hf, "save_file", fails)
+        with pytest.raises(OSError, match="No space"):
+            convert_module.export_folder(job, out)
+    assert content(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "ours", "out"]
+    convert_module.export_folder(job, out)
+    assert (out / "tokenizer.json").read_text() == (ours / "hf" / "tokenizer.json").read_text()
+    assert (out / "mine.txt").read_text() == "kept"
+
+
+# What is copied.
+
+
+def test_neither_code_nor_weights_of_other_formats_are_copied(source, tmp_path):
+    for name in ("modeling.py", "pytorch_model.bin", "model.gguf", "model.pt", "extra.txt", ".env"):
+        (source / name).write_text("x")
+    (source / "LICENSE").write_text("free")
+    convert_module._copy_files(source, tmp_path)
+    copied = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert copied == ["LICENSE", "config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("kind", ["file", "missing", "folder"])
+def test_a_link_out_of_the_folder_is_refused(source, tmp_path, kind):
+    secret = tmp_path / "secret"
+    if kind == "file":
+        secret.write_text("key")
+    elif kind == "folder":
+        secret.mkdir()
+    (source / "generation_config.json").symlink_to(secret)
+    ours = tmp_path / "ours"
+    with pytest.raises(ValueError, match=r"generation_config.json is a link to .*secret, outside"):
+        convert_module.import_folder(convert_module.Import(source=str(source)), ours)
+    assert content(ours) == {}
+
+
+def test_links_of_the_hubs_cache_are_followed_into_its_blobs_only(source, tmp_path):
+    repo = tmp_path / "models--a--b"
+    snapshot = repo / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.move(file, repo / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    ours = tmp_path / "ours"
+    convert_module.import_folder(convert_module.Import(source=str(snapshot)), ours)
+    copied = ours / "hf" / "tokenizer_config.json"
+    assert not copied.is_symlink()
+    assert "<Thread>" in copied.read_text()
+    assert "<Thread>" not in (snapshot / "tokenizer_config.json").read_text()
+    (repo / "refs").write_text("x")
+    (snapshot / "merges.txt").symlink_to("../../refs")
+    with pytest.raises(ValueError, match=r"merges.txt is a link to .*refs, outside of its folder"):
+        convert_module._copy_files(snapshot, tmp_path)

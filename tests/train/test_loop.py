@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -348,3 +349,61 @@ def test_steps_of_one_shape_warn_of_nothing(run):
 def test_a_batch_that_was_not_placed_is_refused(run):
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run(2, place=lambda batch: batch)
+
+
+# Gradients that are not finite.
+
+
+def overflowing(bad, empty=()):
+    """A step whose gradients overflow at some steps, while its loss stays finite."""
+
+    def step(state, batch):
+        index = int(state.step)
+        norm = jnp.float32(np.inf if index in bad else 1.0)
+        numbers = {"loss": jnp.float32(2.0), "grad_norm": norm}
+        skipped = {"skipped": jnp.float32(index in bad or index in empty)}
+        return state.replace(step=jnp.int32(index + 1)), numbers | skipped
+
+    return step
+
+
+@pytest.fixture
+def unguarded(monkeypatch):
+    """Lets a step be a Python function, which moves numbers as it likes."""
+    monkeypatch.setattr(jax, "transfer_guard", lambda _: contextlib.nullcontext())
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_a_run_whose_gradients_are_never_finite_stops_and_says_so(run, tmp_path):
+    with pytest.raises(DivergedError) as caught:
+        run(20, step=overflowing(range(20)), save_every=20)
+    sentence = str(caught.value)
+    assert sentence.startswith("The gradients of 5 steps in a row were not finite")
+    assert "grad_norm = inf at step 4" in sentence
+    assert "lower Optim.peak_lr" in sentence
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert saved(tmp_path) is None
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_a_short_run_without_one_finite_gradient_does_not_end_well(run):
+    with pytest.raises(DivergedError, match=r"gradients of 2 steps in a row .*at step 1"):
+        run(2, step=overflowing(range(2)))
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_gradients_that_are_finite_now_and_then_let_a_run_go_on(run, tmp_path):
+    run(12, step=overflowing({0, 1, 2, 3, 5, 6, 7, 8, 10, 11}))
+    assert saved(tmp_path) == 12
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_gradients_that_stop_being_finite_stop_the_run_where_they_began(run):
+    with pytest.raises(DivergedError, match=r"5 steps in a row .*at step 11"):
+        run(20, step=overflowing(range(7, 20)))
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_batches_without_anything_to_train_do_not_hide_gradients_that_are_never_finite(run):
+    with pytest.raises(DivergedError, match=r"5 steps in a row .*at step 8"):
+        run(20, step=overflowing({0, 2, 4, 6, 8}, empty={1, 3, 5, 7}))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tw_jax import folders
 from tw_jax.contracts import Network, Params
 from tw_jax.models.hf_config import config_fields, family_of, read_json
 from tw_jax.models.lora import SUFFIX, merged
@@ -252,13 +252,14 @@ def write(
     base: Mapping[str, Any] | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-    """Writes a folder that `transformers` loads: safetensors and `config.json`, in that order.
+    """Writes a folder that `transformers` loads: safetensors and `config.json`.
 
-    Adapters are merged into their weights. A file appears whole or not at all, and the config last,
-    so that what has a config is complete.
+    Adapters are merged into their weights. The new folder is built beside the old one and takes its
+    place when it is complete; after an error the old folder is as it was.
 
     Args:
-      folder: made where it does not exist; weights in it are replaced.
+      folder: made where it does not exist. Weights and config in it are replaced, and its other
+        files are kept.
       params: parameters, on this host's devices.
       model: their sizes.
       dtype: of the tensors written.
@@ -266,10 +267,24 @@ def write(
         model's own fields replace theirs.
       shard_bytes: a file is closed before it would grow beyond this.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / "config.json", folder / _INDEX, *folder.glob("*.safetensors")]:
-        stale.unlink(missing_ok=True)
+    with folders.replacing(folder, is_replaced) as new:
+        _write_into(new, params, model, dtype=dtype, base=base or {}, shard_bytes=shard_bytes)
+
+
+def is_replaced(name: str) -> bool:
+    """Whether `write` replaces a file of this name, or removes it where it writes none."""
+    return name in ("config.json", _INDEX) or name.endswith(".safetensors")
+
+
+def _write_into(
+    folder: Path,
+    params: Params,
+    model: Model,
+    *,
+    dtype: Dtype,
+    base: Mapping[str, Any],
+    shard_bytes: int,
+) -> None:
     itemsize = jnp.dtype(dtype).itemsize
     files = _plan(
         {n: itemsize * math.prod(s) for n, s in tensor_shapes(model).items()}, shard_bytes
@@ -282,14 +297,12 @@ def write(
         held = {
             name: tensor.astype(jnp.dtype(dtype)) for name, tensor in _take(tensors, len(names))
         }
-        part = folder / f".{file}.part"
-        save_file(held, part, metadata={"format": "pt"})
-        os.replace(part, folder / file)
+        save_file(held, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(held, file)
     if len(files) > 1:
         size = itemsize * sum(map(math.prod, tensor_shapes(model).values()))
         _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-    _write_json(folder / "config.json", config_fields(model, dtype=dtype, base=base or {}))
+    _write_json(folder / "config.json", config_fields(model, dtype=dtype, base=base))
 
 
 def _take(items: Iterator[Any], count: int) -> Iterator[Any]:
@@ -311,9 +324,7 @@ def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # Files as they are found.
@@ -337,7 +348,7 @@ def _open(folder: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     index, single = folder / _INDEX, folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = _named_shards(index)
         absent = [name for name in names if not (folder / name).is_file()]
         if absent or not names:
             raise FileNotFoundError(
@@ -351,6 +362,25 @@ def _weight_files(folder: Path) -> list[Path]:
         f"{folder}: neither model.safetensors nor {_INDEX} is there. Give a folder as the Hub has "
         "it; pickled weights (.bin) are not read, save them as safetensors first."
     )
+
+
+def _named_shards(index: Path) -> list[str]:
+    """The files that an index names, each once; refuses what is no map of tensors to files."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict):
+        found = "no weight_map" if where is None else f"a weight_map of type {type(where).__name__}"
+        raise ValueError(
+            f"{index} has {found}. It must be an object that maps each tensor to its file. "
+            "Download the index again."
+        )
+    for tensor, name in where.items():
+        is_file = isinstance(name, str) and name.endswith(".safetensors")
+        if not is_file or name != Path(name).name or "\\" in name:
+            raise ValueError(
+                f"{index}: weight_map[{tensor!r}] is {name!r}. It must be the name of a "
+                ".safetensors file in the same folder. Download the index again."
+            )
+    return sorted(set(where.values()))
 
 
 def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from tw_jax import sharding, workdir
+from tw_jax import folders, sharding, workdir
 from tw_jax.checkpoint import Checkpoints, newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.models import hf, hf_config
@@ -25,7 +25,14 @@ from tw_jax.models.transformer import Dtype, Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer import AddedToken, add_control_tokens
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
+_COPIED = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
+)
+"""The files of a Hugging Face folder that go along; no code, no weights, nothing unknown."""
 
 
 @config
@@ -107,41 +114,60 @@ def run(cfg: Convert) -> None:
 def import_folder(job: Import, folder: Path) -> Model:
     """Reads a Hugging Face folder and writes ours; returns the model as it became.
 
+    All is written into a new folder in `folder`, and moved to its place when it is complete. After
+    an error `folder` is as it was.
+
     Raises:
       FileNotFoundError: a file of the source is not there.
-      ValueError: see `hf.read_params` and `hf_config.read_model`; or the folder has a checkpoint.
+      ValueError: see `hf.read_params` and `hf_config.read_model`; or an import is there already;
+        or a file to copy is a link that leaves the source.
     """
     source = Path(job.source)
+    for name in ("checkpoints", "hf", "model.gin"):
+        place = folder / name
+        if place.is_file() or (place.is_dir() and any(place.iterdir())):
+            raise ValueError(
+                f"{place} is there already, and an import needs an empty place. Delete it to "
+                "import again, or set Convert.workdir to another folder."
+            )
     model = dataclasses.replace(
         hf_config.read_model(source), param_dtype=job.param_dtype, compute_dtype=job.compute_dtype
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _copy_files(source, folder / "hf")
-    added = _with_control_tokens(source, folder / "hf") if job.control_tokens else []
+    with folders.building(folder / ".import.part") as part:
+        model = _import_into(part, job, model)
+        folders.sync(part)
+        for name in ("checkpoints", "hf", "model.gin"):
+            os.replace(part / name, folder / name)
+    return model
+
+
+def _import_into(part: Path, job: Import, model: Model) -> Model:
+    source = Path(job.source)
+    (part / "hf").mkdir()
+    _copy_files(source, part / "hf")
+    added = _with_control_tokens(source, part / "hf") if job.control_tokens else []
     mesh = sharding.make_mesh(job.mesh)
-    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
-        if checkpoints.latest() is not None:
-            raise ValueError(
-                f"{folder}/checkpoints is there already: want an empty place. Delete it to import "
-                "anew, or set Convert.workdir elsewhere."
-            )
-        params = hf.read_params(source, model, mesh=mesh, rules=job.rules)
-        if job.control_tokens:
-            with sharding.use(mesh, job.rules):
-                words = {token.id: token.word for token in added}
-                params, model = hf.add_rows(params, model, words, multiple=job.vocab_multiple)
+    params = hf.read_params(source, model, mesh=mesh, rules=job.rules)
+    if job.control_tokens:
+        with sharding.use(mesh, job.rules):
+            words = {token.id: token.word for token in added}
+            params, model = hf.add_rows(params, model, words, multiple=job.vocab_multiple)
+    with Checkpoints(part / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(0, {"params": params}, {"source": str(source)})
     fields = hf_config.config_fields(
         model, dtype=job.param_dtype, base=hf_config.read_config(source)
     )
-    _write_json(folder / "hf" / "config.json", fields)
+    _write_json(part / "hf" / "config.json", fields)
     head = f"# {source.name}, imported by tw convert: include this file and use @Model().\n"
-    (folder / "model.gin").write_text(head + operative(model), encoding="utf-8")
+    (part / "model.gin").write_text(head + operative(model), encoding="utf-8")
     return model
 
 
 def export_folder(job: Export, folder: Path) -> int:
     """Writes the newest checkpoint as a Hugging Face folder; returns its step.
+
+    After an error the folder is as it was.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -158,11 +184,11 @@ def export_folder(job: Export, folder: Path) -> int:
         where,
     )
     params = restore_params(job.checkpoint, step=step, abstract=abstract)
-    base: dict[str, Any] = {}
-    if job.files is not None:
-        _copy_files(Path(job.files), folder)
-        base = hf_config.read_config(job.files)
-    hf.write(folder, params, job.model, dtype=job.dtype, base=base)
+    base = {} if job.files is None else hf_config.read_config(job.files)
+    with folders.replacing(folder, hf.is_replaced) as new:
+        if job.files is not None:
+            _copy_files(Path(job.files), new)
+        hf.write(new, params, job.model, dtype=job.dtype, base=base)
     return step
 
 
@@ -183,17 +209,33 @@ def _with_control_tokens(source: Path, target: Path) -> list[AddedToken]:
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copies all but the weights: config, tokenizer, chat template, licence."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHTS):
-            shutil.copy2(file, target / file.name)
+    """Copies the content of the files that go along: config, tokenizer, chat template, licence."""
+    for name in _COPIED:
+        file = source / name
+        if file.is_symlink() or file.exists():
+            _refuse_link(file, source)
+            shutil.copyfile(file, target / name)
+
+
+def _refuse_link(file: Path, source: Path) -> None:
+    """Refuses what is no regular file of the folder, or of the Hub's cache that it is part of."""
+    inside, real = source.resolve(), file.resolve()
+    places = [inside]
+    # The Hub's cache keeps models--NAME/snapshots/COMMIT/FILE as links to models--NAME/blobs/HASH.
+    if inside.parent.name == "snapshots" and inside.parent.parent.name.startswith("models--"):
+        places.append(inside.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in places):
+        raise ValueError(
+            f"{file} is a link to {real}, outside of its folder, and is not copied. Replace the "
+            "link by the file that you mean."
+        )
+    if not real.is_file():
+        raise ValueError(f"{file} is not a regular file. Replace it by the file that you mean.")
 
 
 def _write_json(file: Path, content: Any) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def _described(model: Model) -> str:

@@ -42,8 +42,16 @@ class Batches(Protocol):
         ...
 
 
+MAX_NONFINITE = 5
+"""Steps in a row whose gradients are not finite before a run stops; fewer in a shorter run.
+
+One such step is skipped and may be an accident of its batch. As with `max_consecutive_errors` of
+`optax.apply_if_finite`, many in a row mean that no later step will be better.
+"""
+
+
 class DivergedError(ValueError):
-    """The loss is not a number any more."""
+    """The loss, or the gradients of many steps in a row, are not finite any more."""
 
 
 def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> TrainState | None:
@@ -110,13 +118,14 @@ def fit(
       The state after the last step; its checkpoint is on disk.
 
     Raises:
-      DivergedError: the loss is not finite; the line that says so is written, and nothing saved.
+      DivergedError: the loss is not finite, or the gradients of `MAX_NONFINITE` steps in a row were
+        not; the line that says so is written, and nothing saved.
       ValueError: the batches ended.
       KeyboardInterrupt: a signal asked to stop; the checkpoint is on disk.
     """
     first = int(state.step)
     bar = progress(desc="train", total=steps, start=first, unit="step")
-    log = _Log(metrics, checkpoints, bar, guard)
+    log = _Log(metrics, checkpoints, bar, guard, max_nonfinite=min(MAX_NONFINITE, steps))
     clock, late = log.clock, None
     with _signals() as caught, count_compiles() as compiles, contextlib.closing(log.bar):
         for index in range(first, steps):
@@ -162,33 +171,60 @@ class _Line(NamedTuple):
 
 
 class _Log:
-    """Writes lines, moves the bar, and looks at the loss."""
+    """Writes lines, moves the bar, and looks at the loss and the norm of the gradients."""
 
-    def __init__(self, metrics: Metrics, checkpoints: Checkpoints, bar: Any, guard: Any) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        checkpoints: Checkpoints,
+        bar: Any,
+        guard: Any,
+        *,
+        max_nonfinite: int,
+    ) -> None:
         self.clock, self.bar = Clock(), bar
         self._metrics, self._checkpoints, self._guard = metrics, checkpoints, guard
+        self._max_nonfinite, self._nonfinite = max_nonfinite, 0
 
     def write(self, line: _Line) -> None:
-        """Waits for the numbers of a step; raises DivergedError where its loss is not finite."""
+        """Waits for the numbers of a step; raises DivergedError where training must stop."""
         numbers = {name: float(value) for name, value in jax.device_get(line.values).items()}
         self.clock.count(steps=1, tokens=numbers.get("tokens", 0.0))
         self._metrics.write(line.index, {**numbers, **line.extra, **self.clock.read()})
         self.bar.set_postfix(loss=numbers["loss"], refresh=False)
         self.bar.update(1)
-        if math.isfinite(numbers["loss"]):
-            if self._guard is not None:
-                self._guard(line.index, numbers)
-            return
-        good = self._checkpoints.latest()
-        since = "no checkpoint was saved; start again"
-        if good is not None:
-            since = (
-                f"the last good checkpoint is {self._checkpoints.directory}/{good}, so look at "
-                f"steps {good} to {line.index} and go on from there"
+        if not math.isfinite(numbers["loss"]):
+            good = self._checkpoints.latest()
+            since = "no checkpoint was saved; start again"
+            if good is not None:
+                since = (
+                    f"the last good checkpoint is {self._checkpoints.directory}/{good}, so look at "
+                    f"steps {good} to {line.index} and go on from there"
+                )
+            raise DivergedError(
+                f"loss = {numbers['loss']} at step {line.index}: want a finite number; {since}, "
+                "with a lower Optim.peak_lr, or without the batch that did it."
             )
+        self._check_gradients(line.index, numbers)
+        if self._guard is not None:
+            self._guard(line.index, numbers)
+
+    def _check_gradients(self, index: int, numbers: Mapping[str, float]) -> None:
+        """Counts steps that changed nothing because their gradients were not finite."""
+        norm, is_skipped = numbers.get("grad_norm", 0.0), numbers.get("skipped", 0.0) > 0.999
+        if not is_skipped:
+            self._nonfinite = 0
+        if not is_skipped or math.isfinite(norm):
+            return  # a batch without anything to train is skipped too, and proves nothing
+        self._nonfinite += 1
+        if self._nonfinite < self._max_nonfinite:
+            return
         raise DivergedError(
-            f"loss = {numbers['loss']} at step {line.index}: want a finite number; {since}, with a "
-            "lower Optim.peak_lr, or without the batch that did it."
+            f"The gradients of {self._nonfinite} steps in a row were not finite (grad_norm = "
+            f"{norm} at step {index}), so none of these steps changed the parameters, and the run "
+            "stopped. Look at the lines before them in metrics.jsonl. If grad_norm grew there, "
+            "start again from an earlier checkpoint with a lower Optim.peak_lr; otherwise set "
+            "Model.compute_dtype = 'float32' or look at the batches of these steps."
         )
 
 
