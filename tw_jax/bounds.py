@@ -41,7 +41,7 @@ def require(
         if value is None:
             continue
         limits = {"at least": least, "above": above, "at most": most, "below": below}
-        if isinstance(value, int) and most is None and below is None:
+        if isinstance(value, int) and most is None and below is None and value > LARGEST:
             limits["at most"] = LARGEST
         wanted = [(words, limit) for words, limit in limits.items() if limit is not None]
         if not all(_holds(value, words, limit) for words, limit in wanted):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data.records import Example, Record, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
@@ -47,6 +48,11 @@ class Data:
     labels: Literal["calls", "flat", "sequential"] = "calls"
     unusable: Literal["refuse", "drop"] = "refuse"
     seed: int | None = 0
+
+    def check(self) -> None:
+        """Refuses a file without a name, and a seed below 0."""
+        require_text(self, "path")
+        require(self, "seed", least=0)
 
 
 class Builder:

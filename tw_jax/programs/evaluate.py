@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
@@ -54,6 +55,11 @@ class Evaluate:
     timed: int = 8
     training: str | None = None
     before: str | None = None
+
+    def check(self) -> None:
+        """Refuses files without a name, and a number of timed rollouts below 0."""
+        require_text(self, "workdir", "training", "before")
+        require(self, "timed", least=0)
 
 
 def run(cfg: Evaluate) -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax import hosts, sharding
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Network, Params
@@ -32,7 +33,7 @@ from tw_jax.forkjoin.tries import of_group, of_trajectory
 from tw_jax.metrics import Metrics
 from tw_jax.models.lora import adapters, overlay, trained, without_adapters
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import settings
+from tw_jax.sample.draw import require_temperature, settings
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks import score
@@ -83,9 +84,9 @@ class Evaluation:
 
     def check(self) -> None:
         """Refuses evaluations of nothing."""
-        for name in ("count", "samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
+        require_text(self, "problems")
+        require(self, "count", "samples", "every", least=1)
+        require_temperature(self)
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(
                 f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
@@ -162,14 +163,13 @@ class Pgrpo:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
-        for name in ("steps", "prompts", "chunk_tokens", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Pgrpo.{name} = {getattr(self, name)}: want at least 1.")
-        if self.rollouts < 2:
-            raise ValueError(
-                f"Pgrpo.rollouts = {self.rollouts}: want at least 2, for an advantage is over the "
-                "mean of a group."
-            )
+        require_text(self, "workdir", "init", "problems")
+        require(
+            self, "steps", "prompts", "most_prompts", "chunk_tokens", "save_every", "keep", least=1
+        )
+        require(self, "rollouts", least=2)  # an advantage is over the mean of a group
+        require(self, "seed", least=0)
+        require(self, "most_mismatch", above=0)  # rounding differs
         if self.most_prompts < self.prompts:
             raise ValueError(
                 f"Pgrpo.most_prompts = {self.most_prompts}: want at least Pgrpo.prompts = "
@@ -196,10 +196,6 @@ class Pgrpo:
             raise ValueError(
                 f"Sampler.rows = {self.sampler.rows}: want a multiple of Evaluation.samples = "
                 f"{samples}."
-            )
-        if not self.most_mismatch > 0:
-            raise ValueError(
-                f"Pgrpo.most_mismatch = {self.most_mismatch}: want above 0, for rounding differs."
             )
 
 

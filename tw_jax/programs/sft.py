@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from tw_jax import hosts, sharding
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
@@ -77,9 +78,10 @@ class Sft:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
-        for name in ("steps", "accumulation_steps", "chunk_tokens", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Sft.{name} = {getattr(self, name)}: want at least 1.")
+        require_text(self, "workdir", "init")
+        counts = ("steps", "accumulation_steps", "chunk_tokens", "save_every", "keep")
+        require(self, *counts, least=1)
+        require(self, "seed", least=0)
         if self.packing.rows % self.accumulation_steps:
             raise ValueError(
                 f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "

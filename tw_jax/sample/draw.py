@@ -6,10 +6,14 @@ Keys are folded from (seed, call, position): a token never depends on its batch 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from tw_jax.bounds import require
 
 
 class Draw(struct.PyTreeNode):
@@ -19,6 +23,20 @@ class Draw(struct.PyTreeNode):
     top_p: jax.Array  # [B] float32 in (0, 1]; 1 keeps every token
     top_k: jax.Array  # [B] int32, >= 0; 0 keeps every token
     seed: jax.Array  # [B] uint32, one for each request
+
+
+COLDEST = 1e-4
+"""The lowest temperature above 0; float32 does not hold logits divided by much smaller ones."""
+
+
+def require_temperature(cfg: Any) -> None:
+    """Refuses a config whose temperature is neither 0 nor at least `COLDEST`."""
+    require(cfg, "temperature", least=0)
+    if 0 < cfg.temperature < COLDEST:
+        raise ValueError(
+            f"{type(cfg).__name__}.temperature = {cfg.temperature} is too low for float32. Set it "
+            f"to 0 for the likeliest token, or to at least {COLDEST}."
+        )
 
 
 def settings(rows: int, *, temperature: float, top_p: float, top_k: int, seed: int) -> Draw:

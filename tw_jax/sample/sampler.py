@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax import hosts, sharding
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
@@ -31,7 +32,7 @@ from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ThreadWeaver
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
-from tw_jax.sample.draw import draw, settings
+from tw_jax.sample.draw import draw, require_temperature, settings
 from tw_jax.sample.flight import DONE, Lanes, Log, Outlines, Queue, Sizes, State
 from tw_jax.sample.program import Program
 
@@ -59,10 +60,11 @@ class Sampler:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuses sizes below one."""
-        for name in ("rows", "max_prompt", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Sampler.{name} = {getattr(self, name)}: want at least 1.")
+        """Refuses sizes below one, and draws from no distribution."""
+        require(self, "rows", "max_prompt", "prefill_chunk", least=1)
+        require(self, "top_k", "seed", least=0)
+        require(self, "top_p", above=0, most=1)
+        require_temperature(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
