@@ -81,9 +81,9 @@ class _Written:
         first = int(differs.argmax()) if differs.any() else len(have)
         found = f"{have[first]}" if first < len(have) else "the end of the text"
         raise ReplayError(
-            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}): the "
-            "text is not in canonical form, or a block has more than ForkJoin.max_threads threads. "
-            "Normalise it (forkjoin.grammar.normalise), raise that limit, or leave it out.",
+            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}). The "
+            "text is not in canonical form, a block has more than ForkJoin.max_threads threads, or "
+            "the tokenizer joins a forced token with its neighbour.",
             at + first,
         )
 
