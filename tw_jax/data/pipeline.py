@@ -19,7 +19,7 @@ from tw_jax.config import config
 from tw_jax.data.records import Example, Record, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.grammar import Document, GrammarError, normalise, parse
+from tw_jax.forkjoin.grammar import Document, GrammarError, normalise, parse, point
 from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.forkjoin.tries import of_chain, of_trajectory
@@ -97,6 +97,13 @@ class Builder:
             document = parse(record.response)
         except GrammarError as error:
             raise ValueError(f"{where}: {error}") from error
+        bare = next((block for block in document.blocks if not block.outlines), None)
+        if bare and self._protocol.limits.parallel:
+            raise ValueError(
+                f"{where}: a block has no outlines, so nothing forks and its threads would be "
+                "trained as one text of the parent. Write an outline for each thread, or leave the "
+                f"record out.\n{point(record.response, bare.at[0])}"
+            )
         try:
             made = replay(self._protocol, ids, prompt)
         except ReplayError as error:
@@ -125,11 +132,7 @@ class Builder:
         )
 
     def _refuse_unforked(self, document: Document, made: Trajectory, where: str) -> None:
-        """Refuses threads that no call wrote, as behind outlines without numbers.
-
-        The grammar of the method wants an outline for each thread. Without its number nothing
-        forks, so the threads would be trained as one text of the parent.
-        """
+        """Refuses threads that no call wrote, because no outline has their number."""
         written = sum(len(block.threads) for block in document.blocks)
         forked = sum(call.is_thread for call in made.calls)
         if self._protocol.limits.parallel and written != forked:
