@@ -14,8 +14,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from tw_jax.data.pipeline import Builder, Data
+from tw_jax.data.records import Example
 from tw_jax.forkjoin import replay
 from tw_jax.forkjoin.calls import Provenance
+from tw_jax.forkjoin.grammar import normalise
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.tokenizer import CONTROL, Chat, HuggingFace, add_control_tokens, load_tokenizer
 
@@ -161,3 +164,15 @@ def test_a_colon_that_merges_with_what_follows_is_refused_with_its_place(qwen, p
     ids = chat.document(qwen, "2 + 2?", response(["a", "b"]).replace("1: a", "1:\na"))
     with pytest.raises(replay.ReplayError, match=rf"is {merged[0]} where the protocol forces"):
         replay.replay(protocol, ids, len(chat.prompt(qwen, "2 + 2?")))
+
+
+def test_of_an_empty_thread_it_is_said_that_normalising_does_not_help(qwen, protocol):
+    written = Example(
+        id="a", question="2 + 2?", response=response(["a", ""]), answer="4", task="none"
+    )
+    assert normalise(written.response) == response(["a", ""]).replace("2: \n", "2:\n")
+    builder = Builder(Data(path="x", chat=Chat(template="qwen")), qwen, protocol)
+    with pytest.raises(ValueError, match=r"x:1: .* Thread 2 is empty, and normalising does not"):
+        builder.trajectory(
+            Example(**vars(written) | {"response": normalise(written.response)}), "x:1"
+        )

@@ -116,7 +116,7 @@ def statements(text: str, file: str, chain: str = "") -> Iterator[Any]:
     parser = None
     try:
         parser = _Parser(text, _Delegate())
-        yield from parser
+        yield from iter(parser.parse_statement, None)
         return
     except _TooDeep as error:
         (what, line, column), hint = error.args, ""
@@ -128,8 +128,9 @@ def statements(text: str, file: str, chain: str = "") -> Iterator[Any]:
     except (RuntimeError, TypeError, ValueError, IndexError, MemoryError) as error:
         # gin's parser raises these for text that ends too early, or for keys without a hash.
         what = str(error).splitlines()[0].strip(" .") if str(error) else "syntax error"
-        if parser is not None:
-            line, column = parser.current_token.start
+        token = parser and parser.current_token
+        if token:
+            line, column = token.start
     _fail(text, f"{file}:{line}{chain}: {what[:_EXCERPT]}.{hint}", line, column)
 
 
@@ -151,7 +152,7 @@ class _Parser(config_parser.ConfigParser):
     _depth = 0
 
     def parse_value(self) -> Any:
-        if self._depth > MOST_NESTING:
+        if self._depth > MOST_NESTING and self.current_token is not None:
             what = f"More than {MOST_NESTING} brackets are nested in one another"
             raise _TooDeep(what, *self.current_token.start)
         self._depth += 1

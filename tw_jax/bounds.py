@@ -10,6 +10,8 @@ from typing import Any
 
 LARGEST = 2**31 - 1
 """Upper limit of a whole number where a check gives none: the largest of 32 bits."""
+COLDEST = 1e-4
+"""The lowest temperature above 0; float32 does not hold logits divided by much smaller ones."""
 _SMALLEST = 2.0**-126
 """The smallest normal float32; devices round smaller numbers to 0."""
 _LONGEST = 120
@@ -41,7 +43,7 @@ def require(
         if value is None:
             continue
         limits = {"at least": least, "above": above, "at most": most, "below": below}
-        if isinstance(value, int) and most is None and below is None:
+        if isinstance(value, int) and most is None and below is None and value > LARGEST:
             limits["at most"] = LARGEST
         wanted = [(words, limit) for words, limit in limits.items() if limit is not None]
         if not all(_holds(value, words, limit) for words, limit in wanted):
@@ -52,6 +54,16 @@ def require(
                 f"{type(cfg).__name__}.{name} = {value} must be at least {_SMALLEST}, because "
                 "smaller numbers are 0 in float32."
             )
+
+
+def require_temperature(cfg: Any) -> None:
+    """Refuses a config whose temperature is neither 0 nor at least `COLDEST`."""
+    require(cfg, "temperature", least=0)
+    if 0 < cfg.temperature < COLDEST:
+        raise ValueError(
+            f"{type(cfg).__name__}.temperature = {cfg.temperature} is too low for float32. Set it "
+            f"to 0 for the likeliest token, or to at least {COLDEST}."
+        )
 
 
 def require_text(cfg: object, *names: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import types
 import typing
@@ -343,6 +344,9 @@ class _Table:
         self.known = _reachable(root)
         self.bindings: dict[Key, _Binding] = {}
         self.built: dict[tuple[type, str], Any] = {}
+        self.count = itertools.count()
+        self.order: dict[str, int] = {}
+        """When each place bound something for the last time."""
         self.places: dict[int, dict[str, str]] = {}
         """Where the fields of a built config were bound, by its id; `built` keeps it alive."""
         self.open: list[str] = []
@@ -379,6 +383,7 @@ class _Table:
             fields = ", ".join(_kinds(self.known[name])) or "no fields"
             raise ValueError(f"{where}Unknown field {name}.{field}. {name} has {fields}.")
         self.bindings[key] = _Binding(value, where)
+        self.order[where] = next(self.count)
 
     def build(self, cls: type[C], scope: str) -> C:
         if (cls, scope) in self.built:
@@ -407,18 +412,20 @@ class _Table:
         return self.built.setdefault((cls, scope), made)
 
     def blame(self, text: str, name: str, values: dict[str, Any], places: dict[str, str]) -> str:
-        """The place of the first binding of a field that the text of an error names.
+        """The place of the binding at fault: the last of the fields that an error's text names.
 
-        Fields are those of the config that was refused and of the configs that it holds.
+        Fields are those of the config that was refused and of the configs that it holds. Where it
+        names several, the one that was bound last met values that suited each other.
         """
         owners = [(name, places), *self.owners(list(values.values()))]
-        current = ""
+        current, found = "", []
         for named, field in _NAMED.findall(text):
             current = named or current
-            for owner, bound in owners:
-                if owner == current and field in bound:
-                    return bound[field]
-        return next(filter(None, places.values()), "")
+            found += [
+                bound[field] for owner, bound in owners if owner == current and field in bound
+            ]
+        found = found or list(places.values())
+        return max(found, key=self.order.__getitem__, default="")
 
     def owners(self, values: list[Any]) -> Iterator[tuple[str, dict[str, str]]]:
         """Names of configs within values, and the places where their fields were bound."""

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from tw_jax import hosts
+from tw_jax.bounds import require
 from tw_jax.config import config
 
 MeshAxis = Literal["data", "fsdp", "sequence", "tensor"]
@@ -53,6 +54,7 @@ class Mesh:
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"Mesh.{axis} = {size}: want at least 1, or -1 for the rest.")
+        require(self, *MESH_AXES, least=-1)
         rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             raise ValueError(
@@ -94,6 +96,13 @@ class Rules:
     slots: tuple[MeshAxis, ...] = ()
     head: tuple[MeshAxis, ...] = ()
     width: tuple[MeshAxis, ...] = ()
+
+    def check(self) -> None:
+        """Refuses an axis of the mesh that would split the same dimension twice."""
+        for field in dataclasses.fields(self):
+            axes = getattr(self, field.name)
+            if len(set(axes)) < len(axes):
+                raise ValueError(f"Rules.{field.name} = {axes} must name each axis once.")
 
 
 def sampling(rules: Rules) -> Rules:

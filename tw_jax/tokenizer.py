@@ -22,6 +22,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from tw_jax.bounds import require_text
 from tw_jax.config import config
 
 CONTROL = (
@@ -100,6 +101,10 @@ class SentencePiece:
 
     path: str
 
+    def check(self) -> None:
+        """Refuses a file without a name."""
+        require_text(self, "path")
+
 
 @config
 class HuggingFace:
@@ -120,6 +125,7 @@ class HuggingFace:
                 "HuggingFace.eos = (): want at least one token, or sampling never ends. "
                 "Set it to ('<|im_end|>',) for Qwen or ('<|eot_id|>',) for Llama 3."
             )
+        require_text(self, "path", "eos")
 
 
 @config

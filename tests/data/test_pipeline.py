@@ -242,6 +242,51 @@ def test_a_file_of_nothing_usable_says_so(tmp_path):
         next(open_batches(path, unusable="drop"))
 
 
+BLOCK = (
+    "<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>\n"
+    "<Thread>\n1: c\n</Thread><Thread>\n2: d\n</Thread>\n</Parallel>"
+)
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ("<Outlines>\n</Outlines>", r"a block has no outlines[\s\S]*line 1, column 1:"),
+        (
+            "<Outlines><Outline>000000001: a</Outline><Outline>000000002: b</Outline></Outlines>",
+            "the response has 2 threads, and the protocol forks 0",
+        ),
+    ],
+)
+def test_threads_that_nothing_forks_are_refused_and_counted(tmp_path, plan, sentence):
+    found = examples(3)
+    head, _, tail = BLOCK.partition("<Outlines>")
+    response = f"{head}{plan}{tail.partition('</Outlines>')[2]}"
+    found[1] = type(found[1])(**{**vars(found[1]), "response": response})
+    path = write(tmp_path / "x.jsonl", found)
+    with pytest.raises(ValueError, match=rf"x\.jsonl:2: {sentence}"):
+        next(open_batches(path, seed=None))
+    batches = open_batches(path, rows=1, window=3, row_tokens=9000, unusable="drop")
+    next(batches)
+    assert (batches.unusable, batches.fill.tries) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("response", "helps"),
+    [
+        (BLOCK.replace("</Thread><", "</Thread>\n<"), True),
+        (BLOCK.replace("2: d", "3: d"), False),
+    ],
+)
+def test_normalising_is_advised_only_where_it_helps(tmp_path, response, helps):
+    found = examples(1)
+    found[0] = type(found[0])(**{**vars(found[0]), "response": response})
+    with pytest.raises(ValueError, match="where the protocol forces") as caught:
+        next(open_batches(write(tmp_path / "x.jsonl", found)))
+    assert ("and it replays" in str(caught.value)) is helps
+    assert ("does not help" in str(caught.value)) is not helps
+
+
 def test_problems_without_a_response_are_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [e.problem for e in examples(1)])
     with pytest.raises(ValueError, match=r"x\.jsonl:1: a problem without a response"):

@@ -263,6 +263,18 @@ def test_the_checker_takes_words_for_tags_and_other_angles_for_text():
     assert rules(block((1, "a<b, <a, b>"), (2, "<|im_end|>"))) == set()
 
 
+@pytest.mark.parametrize("zeros", [1, 9, 10, 4000])
+def test_the_checker_accepts_numbers_with_any_padding_of_zeros(zeros):
+    padded = block(*TWO).replace(">1:", f">{'0' * zeros}1:").replace("\n1:", f"\n{'0' * zeros}1:")
+    assert "0" * zeros in padded
+    assert rules(padded) == set()
+
+
+def test_the_checker_refuses_numbers_that_python_does_not_convert():
+    padded = block(*TWO).replace(">1:", f">{'9' * 5000}1:")
+    assert rules(padded) == {"outline_numbers", "thread_numbers"}
+
+
 def test_the_checker_accepts_a_block_of_one_thread():
     assert rules(block((1, "a"))) == set()
 

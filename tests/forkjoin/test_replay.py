@@ -144,6 +144,20 @@ def test_recorded_calls_that_another_protocol_made_are_refused():
         replay.rebuild(PROTOCOL, prompt, [*calls, calls[-1]])
 
 
+def test_a_text_that_stops_at_every_token_takes_no_memory_of_its_square():
+    count = 3000
+    stray = TOKENIZER.encode("</Outlines>" * count)
+    made = replay.replay(PROTOCOL, np.array([3, *stray, 1], np.int32), 1)
+    assert len(made.calls) == count + 1
+    assert made.counts == {"stray_outlines": count}
+    for number in (0, 1, count):
+        assert made.calls[number].context.tolist() == [3, *stray[:number]]
+        assert len(made.calls[number].provenance) == number + 1
+    # All contexts are views of a few buffers, each half of the next.
+    buffers = {id(call.context.base): call.context.base for call in made.calls}
+    assert sum(buffer.size for buffer in buffers.values()) < 4 * count
+
+
 def test_a_thread_longer_than_its_budget_is_refused():
     tight = threadweaver.ThreadWeaver(PROTOCOL.table, threadweaver.ForkJoin(max_thread=3))
     with pytest.raises(replay.ReplayError, match="its budget is 3"):

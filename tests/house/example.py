@@ -11,7 +11,7 @@ def _words(text: str) -> list[str]:
 
 PROMPT = _words("U A")
 PLAN = _words(
-    "p <Parallel> N <Outlines> <Outline> 1 o1 </Outline> <Outline> 2 o2 </Outline> </Outlines>"
+    "p <Parallel> N <Outlines> <Outline> 1 : o1 </Outline> <Outline> 2 : o2 </Outline> </Outlines>"
 )
 OPEN = _words("N <Thread> N")
 THREADS = (_words("1 : a b </Thread>"), _words("2 : c d </Thread>"))
@@ -22,7 +22,7 @@ CLOSE = _words("</Parallel> q EOS")
 FORK = PROMPT + PLAN
 # The join writes the later threads without their leading newline, and one newline behind the last.
 JOINED = [*FORK, *OPEN, *THREADS[0], *OPEN[1:], *THREADS[1], "N"]
-WRITTEN = [*JOINED, *CLOSE, "NL"]
+WRITTEN = [*JOINED, *CLOSE]
 VOCABULARY = sorted(set(WRITTEN))
 
 

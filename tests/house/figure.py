@@ -16,14 +16,13 @@ PATHS = ((), (0, "1"), (0, "2"), ())
 """The example's calls: the parent forks, two threads run, the parent goes on."""
 RUNS = (
     (Provenance.PROMPT, 2),
-    (Provenance.SAMPLED, 13),
+    (Provenance.SAMPLED, 15),
     (Provenance.FORCED, 5),
     (Provenance.RETURNED, 3),
     (Provenance.FORCED, 4),
     (Provenance.RETURNED, 3),
     (Provenance.FORCED, 1),
     (Provenance.SAMPLED, 3),
-    (Provenance.FORCED, 1),
 )
 """Who wrote the example's joined path, and how many tokens at a time."""
 

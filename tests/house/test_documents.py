@@ -3,12 +3,16 @@
 import json
 import re
 
+import fakes
 import numpy as np
 import pytest
 from house import fits
 from house.documents import MADE
-from house.example import example_trie, example_words
+from house.example import PROMPT, WRITTEN, calls, example_trie, example_words
 from house.sources import PACKAGE, ROOT
+
+from tw_jax.forkjoin.replay import replay
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -46,6 +50,20 @@ def test_a_page_of_what_fits_tells_sizes_and_bytes(tmp_path, monkeypatch) -> Non
         *("no: Wants (22.92G) and has (15.75G)", "", "", "2 |"),
     ]
     assert told["qwen3_8b_v6e_64"][5] == "not compiled yet"
+
+
+def test_the_worked_example_is_replayed_to_its_calls() -> None:
+    tokenizer = fakes.Characters()
+    spelled = {"U": "a", "A": "b", "N": "\n", "EOS": "<eos>"}
+    spelled |= {"o1": "e", "o2": "f", "p": "g", "q": "h"}
+
+    def ids(words: list[str]) -> list[int]:
+        return tokenizer.encode("".join(spelled.get(word, word) for word in words)).tolist()
+
+    protocol = ThreadWeaver(make_table(tokenizer), ForkJoin())
+    made = replay(protocol, np.array(ids(WRITTEN), np.int32), len(PROMPT))
+    found = [(call.context.tolist(), call.sampled.tolist()) for call in made.calls]
+    assert found == [(ids(context), ids(sampled)) for context, sampled in calls()]
 
 
 def test_the_worked_example_is_what_the_code_builds() -> None:

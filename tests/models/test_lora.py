@@ -157,8 +157,8 @@ def test_a_tree_is_its_adapters_and_the_rest(fresh) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "sentence"),
     [
-        ({"rank": 0}, ValueError, "Lora.rank = 0: want at least 1"),
-        ({"alpha": 0.0}, ValueError, "Lora.alpha = 0.0: want a finite number above 0"),
+        ({"rank": 0}, ValueError, "Lora.rank = 0 must be at least 1"),
+        ({"alpha": 0.0}, ValueError, "Lora.alpha = 0.0 must be above 0"),
         ({"targets": ()}, ValueError, "want at least one weight, and each once"),
         ({"targets": ("mlp.up", "mlp.up")}, ValueError, "want at least one weight, and each once"),
         ({"targets": ("attention.o",)}, TypeError, "'attention.q', 'attention.k', 'attention.v'"),

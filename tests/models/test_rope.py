@@ -128,9 +128,9 @@ def test_frequencies_are_those_of_transformers(rope, parameters, head_width, clo
     ("make", "message"),
     [
         (lambda: Rope(theta=1.0), "Rope.theta = 1.0: want a base above 1"),
-        (lambda: YarnRope(factor=0.5), "YarnRope.factor = 0.5: want at least 1"),
-        (lambda: YarnRope(beta_slow=40.0), "YarnRope.beta_slow = 40.0: want above 0 and below"),
-        (lambda: Llama3Rope(low_freq_factor=4.0), "Llama3Rope.low_freq_factor = 4.0: want above 0"),
+        (lambda: YarnRope(factor=0.5), "YarnRope.factor = 0.5 must be at least 1"),
+        (lambda: YarnRope(beta_slow=40.0), "YarnRope.beta_slow = 40.0 must be below"),
+        (lambda: Llama3Rope(low_freq_factor=4.0), "Llama3Rope.low_freq_factor = 4.0 must be below"),
     ],
 )
 def test_impossible_scalings_are_refused(make, message) -> None:

@@ -264,7 +264,7 @@ def test_half_of_a_cache_is_refused(small) -> None:
     [
         ({"num_kv_heads": 3}, "Model.num_kv_heads = 3: want a divisor of Model.num_heads = 4"),
         ({"head_width": 15}, "Model.head_width = 15: want an even number"),
-        ({"num_layers": 0}, "Model.num_layers = 0: want at least 1"),
+        ({"num_layers": 0}, "Model.num_layers = 0 must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message) -> None:

@@ -333,7 +333,7 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
     ("word", "sentence"),
     [
         ("Sampler.top_p=0.9", "want a temperature above 0, top_p 1.0 and top_k 0"),
-        ("Pgrpo.rollouts=1", "Pgrpo.rollouts = 1: want at least 2"),
+        ("Pgrpo.rollouts=1", "Pgrpo.rollouts = 1 must be at least 2"),
         ("Pgrpo.rollouts=3", "want a multiple of Pgrpo.rollouts = 3"),
         ("Pgrpo.most_prompts=1", "want at least Pgrpo.prompts = 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),

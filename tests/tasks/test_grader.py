@@ -110,5 +110,5 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"item_seconds": 0.0}])
 def test_a_pool_that_could_not_work_is_refused(wrong):
-    with pytest.raises(ValueError, match="want"):
+    with pytest.raises(ValueError, match="must be"):
         Grader(**wrong)

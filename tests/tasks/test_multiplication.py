@@ -305,5 +305,5 @@ def test_a_range_with_too_few_questions_is_refused():
     ],
 )
 def test_an_impossible_config_is_refused(wrong):
-    with pytest.raises(ValueError, match="want"):
+    with pytest.raises(ValueError, match="must"):
         Multiplication(parallel=True, **wrong).check()

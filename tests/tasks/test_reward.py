@@ -237,11 +237,11 @@ def test_m7_every_choice_of_the_reward_is_computed():
     ("build", "sentence"),
     [
         (lambda: Reward(correct=0.0, incorrect=0.0), "want more than Reward.incorrect"),
-        (lambda: Reward(correct=float("inf")), "want finite rewards"),
-        (lambda: Reward(acceleration_factor=-1.0), "acceleration_factor = -1.0: want 0 or more"),
+        (lambda: Reward(correct=float("inf")), "must be a finite number"),
+        (lambda: Reward(acceleration_factor=-1.0), "acceleration_factor = -1.0 must be at least 0"),
         (lambda: SoftOverlong(limit_tokens=5, buffer_tokens=6), "want 1 to limit_tokens = 5"),
-        (lambda: GroupLength(threshold=1.0), "want 0 <= threshold < 1"),
-        (lambda: GroupLength(window_tokens=0), "want 1 or more"),
+        (lambda: GroupLength(threshold=1.0), "must be at least 0 and below 1"),
+        (lambda: GroupLength(window_tokens=0), "must be at least 1"),
     ],
 )
 def test_configs_without_sense_are_refused(build, sentence):

@@ -210,7 +210,7 @@ def test_a_call_longer_than_a_micro_batch_is_refused(two_groups):
 
 @pytest.mark.parametrize("name", ["norm_tokens", "micro_batch_tokens"])
 def test_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=rf"Aggregation.{name} = 0: want at least 1"):
+    with pytest.raises(ValueError, match=rf"Aggregation.{name} = 0 must be at least 1"):
         Aggregation(**{name: 0})
 
 

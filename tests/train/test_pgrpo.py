@@ -532,11 +532,11 @@ def test_data_parallel_devices_exchange_sums_and_no_tokens():
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
-        ({"clip_low": 1.5}, "clip_low = 1.5: want 0 to 1"),
-        ({"clip_high": -0.1}, "clip_high = -0.1: want 0 or more"),
-        ({"entropy_coef": -0.1}, "entropy_coef = -0.1: want 0 or more"),
-        ({"dual_clip": 1.0}, "dual_clip = 1.0: want more than 1"),
-        ({"importance_cap": 0.0}, "importance_cap = 0.0: want above 0"),
+        ({"clip_low": 1.5}, "clip_low = 1.5 must be at least 0 and at most 1"),
+        ({"clip_high": -0.1}, "clip_high = -0.1 must be at least 0"),
+        ({"entropy_coef": -0.1}, "entropy_coef = -0.1 must be at least 0"),
+        ({"dual_clip": 1.0}, "dual_clip = 1.0 must be above 1"),
+        ({"importance_cap": 0.0}, "importance_cap = 0.0 must be above 0"),
     ],
 )
 def test_bounds_without_sense_are_refused(kwargs, sentence):

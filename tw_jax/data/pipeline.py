@@ -7,17 +7,19 @@ file knows no model; it hands the train loop `TrieBatch`es of numpy arrays.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import grain
 import numpy as np
 
+from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.grammar import GrammarError, parse
+from tw_jax.forkjoin.grammar import Document, GrammarError, normalise, parse, point
 from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.forkjoin.tries import of_chain, of_trajectory
@@ -37,8 +39,9 @@ class Data:
       labels: "calls" trains the sampled tokens of every call; "flat" is the reference's shift, all
         tokens after the prompt from their flat predecessor; "sequential" trains the joined path as
         one plain sequence (the AR baseline).
-      unusable: what happens to a record that no call of the protocol could have written:
-        "refuse" stops with a sentence, "drop" leaves it out and counts it.
+      unusable: what happens to a record that no call of the protocol could have written, or whose
+        threads have no numbered outlines: "refuse" stops with a sentence, "drop" leaves it out and
+        counts it.
       seed: of the shuffle, anew each epoch; None keeps the order of the file.
     """
 
@@ -47,6 +50,11 @@ class Data:
     labels: Literal["calls", "flat", "sequential"] = "calls"
     unusable: Literal["refuse", "drop"] = "refuse"
     seed: int | None = 0
+
+    def check(self) -> None:
+        """Refuses a file without a name, and a seed below 0."""
+        require_text(self, "path")
+        require(self, "seed", least=0)
 
 
 class Builder:
@@ -82,13 +90,57 @@ class Builder:
         tokenizer, chat = self._tokenizer, self._cfg.chat
         ids = chat.document(tokenizer, record.question, record.response)
         check_ids(ids, tokenizer.vocab_size, where)
+        prompt = len(chat.prompt(tokenizer, record.question))
         try:
             # The grammar sees what the protocol leaves to the model (a block that is never closed),
             # and points at the character, which says more than a token index.
-            parse(record.response)
-            return replay(self._protocol, ids, len(chat.prompt(tokenizer, record.question)))
-        except (GrammarError, ReplayError) as error:
+            document = parse(record.response)
+        except GrammarError as error:
             raise ValueError(f"{where}: {error}") from error
+        bare = next((block for block in document.blocks if not block.outlines), None)
+        if bare and self._protocol.limits.parallel:
+            raise ValueError(
+                f"{where}: a block has no outlines, so nothing forks and its threads would be "
+                "trained as one text of the parent. Write an outline for each thread, or leave the "
+                f"record out.\n{point(record.response, bare.at[0])}"
+            )
+        try:
+            made = replay(self._protocol, ids, prompt)
+        except ReplayError as error:
+            advice = self._advice(record, document, prompt)
+            raise ValueError(f"{where}: {error} {advice}") from error
+        self._refuse_unforked(document, made, where)
+        return made
+
+    def _advice(self, record: Example, document: Document, prompt: int) -> str:
+        """What would help a text that does not replay."""
+        text = normalise(record.response)
+        if text != record.response:
+            ids = self._cfg.chat.document(self._tokenizer, record.question, text)
+            with contextlib.suppress(ReplayError):
+                replay(self._protocol, ids, prompt)
+                return "Normalise the response (forkjoin.grammar.normalise), and it replays."
+        empty = [t.number for b in document.blocks for t in b.threads if not t.body]
+        if empty:
+            return (
+                f"Thread {empty[0]} is empty, and normalising does not change that. Give it a "
+                "text, or leave the record out."
+            )
+        return (
+            "Normalising the response does not help. Raise the limit that it exceeds, change the "
+            "response, or leave the record out."
+        )
+
+    def _refuse_unforked(self, document: Document, made: Trajectory, where: str) -> None:
+        """Refuses threads that no call wrote, because no outline has their number."""
+        written = sum(len(block.threads) for block in document.blocks)
+        forked = sum(call.is_thread for call in made.calls)
+        if self._protocol.limits.parallel and written != forked:
+            raise ValueError(
+                f"{where}: the response has {written} threads, and the protocol forks {forked} of "
+                "them. Each needs an outline with its number, of at most 8 characters. Add the "
+                "outlines, or leave the record out."
+            )
 
     def _rebuilt(self, record: Rollout, where: str) -> Trajectory:
         if record.fingerprint != self._tokenizer.fingerprint:

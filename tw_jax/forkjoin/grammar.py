@@ -499,6 +499,13 @@ def _judge_items(items: list[_Element], tag: Rule, header: Rule) -> Iterator[Rea
 
 
 def _number(item: _Element) -> int | None:
+    """The number of an item as its value, "007" as 7; None without a header.
+
+    A number of thousands of digits is None as well: Python does not convert it, and the released
+    checker ends in an error there.
+    """
     header = _CHECKED_HEADER.fullmatch(item.content.strip())
-    # Longer numbers are wrong in any case, and Python may refuse to convert them.
-    return int(header[1]) if header and len(header[1]) < 10 else None
+    try:
+        return int(header[1]) if header else None
+    except ValueError:
+        return None

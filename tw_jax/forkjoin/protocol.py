@@ -223,25 +223,34 @@ def steps(protocol: Protocol, prompt: np.ndarray) -> Steps:
 
 
 class _Path:
-    """The growing joined path, as pieces, so that appending costs nothing."""
+    """The growing joined path in one buffer, of which contexts are views.
+
+    A text may stop the parent at every token without ever forking. With a copy for each call its
+    contexts would take memory and time that grow with the square of its length.
+    """
 
     def __init__(self, prompt: np.ndarray) -> None:
-        self._ids = [prompt]
-        self._marks = [_marks(Provenance.PROMPT, len(prompt))]
-        self._length = len(prompt)
+        self._ids, self._marks = np.zeros(0, np.int32), np.zeros(0, np.int8)
+        self._length = 0
+        self.append(prompt, Provenance.PROMPT)
 
     def __len__(self) -> int:
         return self._length
 
     def append(self, ids: np.ndarray, provenance: Provenance) -> None:
-        self._ids.append(np.asarray(ids, np.int32))
-        self._marks.append(_marks(provenance, len(ids)))
-        self._length += len(ids)
+        length = self._length + len(ids)
+        if length > len(self._ids):
+            # Earlier views keep the buffer that they were cut from.
+            more = max(length, 2 * len(self._ids)) - self._length
+            self._ids = np.concatenate([self._ids[: self._length], np.zeros(more, np.int32)])
+            self._marks = np.concatenate([self._marks[: self._length], np.zeros(more, np.int8)])
+        self._ids[self._length : length] = ids
+        self._marks[self._length : length] = provenance
+        self._length = length
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and provenance so far."""
-        self._ids, self._marks = [np.concatenate(self._ids)], [np.concatenate(self._marks)]
-        return self._ids[0], self._marks[0]
+        """Ids and provenance so far; what is appended later does not change them."""
+        return self._ids[: self._length], self._marks[: self._length]
 
 
 def _marks(provenance: Provenance, length: int) -> np.ndarray:

@@ -31,6 +31,7 @@ class _Written:
 
     def __init__(self, ids: np.ndarray) -> None:
         self._ids = ids
+        self._stops: dict[frozenset[int], np.ndarray] = {}
         self._matched = 0  # ids that some context has been compared with, or that were answered
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
@@ -54,11 +55,12 @@ class _Written:
         return Result(answer)
 
     def _answer(self, at: int, request: Request) -> np.ndarray:
-        rest = self._ids[at:]
-        ends = np.flatnonzero(np.logical_or.reduce([rest == stop for stop in request.stops]))
-        length = int(ends[0]) + 1 if len(ends) else len(rest)
+        ends = self._ends(request.stops)
+        following = int(np.searchsorted(ends, at))
+        is_closed = following < len(ends)
+        length = int(ends[following]) + 1 - at if is_closed else len(self._ids) - at
         what = f"call {request.path}" if request.path else "a parent call"
-        if not len(ends):
+        if not is_closed:
             raise ReplayError(
                 f"The text ends inside {what} that began at token {at}: want one of the stop ids "
                 f"{sorted(request.stops)}. Close the thread or end the text with an end of "
@@ -71,7 +73,13 @@ class _Written:
                 f"{request.max_tokens}. Raise ForkJoin.max_thread, max_new or max_context.",
                 at,
             )
-        return rest[:length]
+        return self._ids[at : at + length]
+
+    def _ends(self, stops: frozenset[int]) -> np.ndarray:
+        """Where the stop ids stand in the text; found once, because a text may stop often."""
+        if stops not in self._stops:
+            self._stops[stops] = np.flatnonzero(np.isin(self._ids, list(stops)))
+        return self._stops[stops]
 
     def _match(self, want: np.ndarray, at: int, what: str) -> None:
         have = self._ids[at : at + len(want)]
@@ -81,9 +89,9 @@ class _Written:
         first = int(differs.argmax()) if differs.any() else len(have)
         found = f"{have[first]}" if first < len(have) else "the end of the text"
         raise ReplayError(
-            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}): the "
-            "text is not in canonical form, or a block has more than ForkJoin.max_threads threads. "
-            "Normalise it (forkjoin.grammar.normalise), raise that limit, or leave it out.",
+            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}). The "
+            "text is not in canonical form, a block has more than ForkJoin.max_threads threads, or "
+            "the tokenizer joins a forced token with its neighbour.",
             at + first,
         )
 

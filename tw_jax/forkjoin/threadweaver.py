@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.forkjoin.calls import Call, Hit, Provenance
 from tw_jax.forkjoin.protocol import (
@@ -77,9 +78,8 @@ class ForkJoin:
 
     def check(self) -> None:
         """Refuses limits that forbid every token."""
-        for name in ("max_context", "max_new", "max_thread", "max_threads", "max_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ForkJoin.{name} = {getattr(self, name)}: want at least 1.")
+        limits = ("max_context", "max_new", "max_thread", "max_threads", "max_rounds")
+        require(self, *limits, least=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import Params
 
@@ -55,10 +56,8 @@ class Lora:
 
     def check(self) -> None:
         """Refuses adapters that add nothing."""
-        if self.rank < 1:
-            raise ValueError(f"Lora.rank = {self.rank}: want at least 1.")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"Lora.alpha = {self.alpha}: want a finite number above 0.")
+        require(self, "rank", least=1)
+        require(self, "alpha", above=0)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(
                 f"Lora.targets = {self.targets}: want at least one weight, and each once. To train "

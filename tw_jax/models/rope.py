@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 
 
@@ -56,9 +57,10 @@ class Llama3Rope:
     def check(self) -> None:
         """Raises ValueError for an empty band between the two factors."""
         _check_base(self)
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
+        require(self, "low_freq_factor", "high_freq_factor", above=0)
+        if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
-                f"Llama3Rope.low_freq_factor = {self.low_freq_factor}: want above 0 and below "
+                f"Llama3Rope.low_freq_factor = {self.low_freq_factor} must be below "
                 f"Llama3Rope.high_freq_factor = {self.high_freq_factor}."
             )
 
@@ -88,9 +90,10 @@ class YarnRope:
     def check(self) -> None:
         """Raises ValueError for an empty band between the two betas."""
         _check_base(self)
-        if not 0 < self.beta_slow < self.beta_fast:
+        require(self, "beta_fast", "beta_slow", "attention_factor", above=0)
+        if not self.beta_slow < self.beta_fast:
             raise ValueError(
-                f"YarnRope.beta_slow = {self.beta_slow}: want above 0 and below "
+                f"YarnRope.beta_slow = {self.beta_slow} must be below "
                 f"YarnRope.beta_fast = {self.beta_fast}."
             )
 
@@ -101,12 +104,7 @@ def _check_base(rope: Rope | Llama3Rope | YarnRope) -> None:
         raise ValueError(f"{name}.theta = {rope.theta}: want a base above 1, such as 10000.")
     if isinstance(rope, Rope):
         return
-    if rope.factor < 1:
-        raise ValueError(
-            f"{name}.factor = {rope.factor}: want at least 1. Use Rope for no scaling."
-        )
-    if rope.original_tokens < 1:
-        raise ValueError(f"{name}.original_tokens = {rope.original_tokens}: want at least 1.")
+    require(rope, "factor", "original_tokens", least=1)
 
 
 def frequencies(

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from tw_jax.attention import sequence
 from tw_jax.attention.blockwise import KEPT
 from tw_jax.attention.dispatch import Impl, attend
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import KV, Network, Params, Span
 from tw_jax.models.lora import SUFFIX, Lora
@@ -83,9 +84,8 @@ class Model:
     def check(self) -> None:
         """Raises ValueError for sizes that do not fit each other."""
         sizes = ("vocab_size", "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Model.{name} = {getattr(self, name)}: want at least 1.")
+        require(self, *sizes, "head_width", least=1)
+        require(self, "norm_epsilon", above=0)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"Model.num_kv_heads = {self.num_kv_heads}: want a divisor of Model.num_heads = "

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import Params
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
@@ -48,8 +49,7 @@ class Training:
 
     def check(self) -> None:
         """Refuses what transformers has no counterpart for."""
-        if self.steps < 1:
-            raise ValueError(f"Training.steps = {self.steps}: want at least 1.")
+        require(self, "steps", least=1)
         if self.optim.algorithm != "adamw":
             raise ValueError(
                 f"Optim.algorithm = {self.optim.algorithm!r}: want 'adamw', which is what "

@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax import sharding
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import Network, Span
 from tw_jax.data import workloads
@@ -63,6 +64,15 @@ class SftStep:
     chunk_tokens: int = 2048
     accumulation_steps: int = 1
 
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other."""
+        require(self, "rows", "row_tokens", "chunk_tokens", "accumulation_steps", least=1)
+        if self.rows % self.accumulation_steps:
+            raise ValueError(
+                f"SftStep.accumulation_steps = {self.accumulation_steps} does not divide "
+                f"SftStep.rows = {self.rows}. Set it to a divisor."
+            )
+
 
 @config
 class PgrpoStep:
@@ -84,6 +94,15 @@ class PgrpoStep:
     row_tokens: int
     chunk_tokens: int = 2048
 
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other."""
+        require(self, "rows", "part_rows", "row_tokens", "chunk_tokens", least=1)
+        if self.rows % self.part_rows:
+            raise ValueError(
+                f"PgrpoStep.part_rows = {self.part_rows} does not divide PgrpoStep.rows = "
+                f"{self.rows}. Set it to a divisor."
+            )
+
 
 @config
 class Sampling:
@@ -100,6 +119,10 @@ class Sampling:
     sampler: Sampler
     forkjoin: ForkJoin
     slots: int
+
+    def check(self) -> None:
+        """Refuses a cache without slots."""
+        require(self, "slots", least=1)
 
 
 @config

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from tw_jax import folders, sharding, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints, newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.models import hf, hf_config
@@ -58,9 +59,9 @@ class Import:
     rules: Rules = Rules()
 
     def check(self) -> None:
-        """Refuses a multiple below one."""
-        if self.vocab_multiple < 1:
-            raise ValueError(f"Import.vocab_multiple = {self.vocab_multiple}: want at least 1.")
+        """Refuses a folder without a name, and a multiple below one."""
+        require_text(self, "source")
+        require(self, "vocab_multiple", least=1)
 
 
 @config
@@ -84,6 +85,10 @@ class Export:
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
 
+    def check(self) -> None:
+        """Refuses folders without a name."""
+        require_text(self, "checkpoint", "files")
+
 
 @config
 class Convert:
@@ -96,6 +101,10 @@ class Convert:
 
     workdir: str
     job: Import | Export
+
+    def check(self) -> None:
+        """Refuses a folder without a name."""
+        require_text(self, "workdir")
 
 
 def run(cfg: Convert) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax import files, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.data.problems import content_hash
@@ -62,6 +63,11 @@ class Evaluate:
     timed: int = 8
     training: str | None = None
     before: str | None = None
+
+    def check(self) -> None:
+        """Refuses files without a name, and a number of timed rollouts below 0."""
+        require_text(self, "workdir", "training", "before")
+        require(self, "timed", least=0)
 
 
 def run(cfg: Evaluate) -> None:

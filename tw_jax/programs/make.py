@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from tw_jax import files, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.metrics import progress
@@ -51,10 +52,9 @@ class Make:
 
     def check(self) -> None:
         """Refuses empty sets and equal seeds."""
-        if min(self.train, self.held_out) < 1:
-            raise ValueError(
-                f"Make.train = {self.train} and Make.held_out = {self.held_out}: want at least 1."
-            )
+        require_text(self, "workdir")
+        require(self, "train", "held_out", "vocab_size", least=1)
+        require(self, "seed", "held_out_seed", least=0)
         if self.seed == self.held_out_seed:
             raise ValueError(
                 f"Make.seed = Make.held_out_seed = {self.seed}: want different seeds, or the "

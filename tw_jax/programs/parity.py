@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from tw_jax import figures, files, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import restore_params
 from tw_jax.config import config
 from tw_jax.contracts import Params
@@ -51,6 +52,10 @@ class Folder:
 
     path: str
 
+    def check(self) -> None:
+        """Refuses a folder without a name."""
+        require_text(self, "path")
+
 
 @config
 class Gguf:
@@ -63,6 +68,10 @@ class Gguf:
 
     package: str
     file: str
+
+    def check(self) -> None:
+        """Refuses a file without a name."""
+        require_text(self, "package", "file")
 
 
 @config
@@ -97,6 +106,21 @@ class Random:
     rms_norm_eps: float = 1e-6
     seed: int = 0
 
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        require(self, *sizes, *heads, least=1)
+        require(self, "rope_theta", above=1)
+        require(self, "rms_norm_eps", above=0)
+        require(self, "seed", least=0)
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(
+                f"Random.num_key_value_heads = {self.num_key_value_heads} must divide "
+                f"Random.num_attention_heads = {self.num_attention_heads}, and Random.head_dim = "
+                f"{self.head_dim} must be even."
+            )
+
 
 @config
 class Trained:
@@ -109,6 +133,10 @@ class Trained:
 
     checkpoint: str
     model: Model
+
+    def check(self) -> None:
+        """Refuses a folder without a name."""
+        require_text(self, "checkpoint")
 
 
 # What both sides read.
@@ -128,6 +156,12 @@ class Trajectories:
     scale: float = 0.02
     seed: int = 0
 
+    def check(self) -> None:
+        """Refuses no trajectories, and weights that are all 0."""
+        require(self, "count", least=1)
+        require(self, "scale", above=0)
+        require(self, "seed", least=0)
+
 
 @config
 class Texts:
@@ -145,6 +179,7 @@ class Texts:
         """Refuses a lone text, which has nothing to fork into."""
         if len(self.texts) < 2:
             raise ValueError(f"Texts.texts has {len(self.texts)} texts: want at least 2.")
+        require_text(self, "texts")
 
 
 @config
@@ -164,6 +199,11 @@ class Problems:
     chat: Chat
     tokenizer: Bytes | SentencePiece | HuggingFace
     forkjoin: ForkJoin
+
+    def check(self) -> None:
+        """Refuses a file without a name, and no problems."""
+        require_text(self, "path")
+        require(self, "count", least=1)
 
 
 @config
@@ -192,6 +232,9 @@ class Parity:
 
     def check(self) -> None:
         """Refuses dtypes without float32, and threads without problems."""
+        require_text(self, "workdir")
+        require(self, "row_tokens", least=1)
+        require(self, "greedy_tokens", least=0)
         if self.dtypes[:1] != ("float32",) or len(set(self.dtypes)) < len(self.dtypes):
             raise ValueError(
                 f"Parity.dtypes = {self.dtypes}: want 'float32' first and none twice, for decoding "

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from tw_jax import hosts, sharding, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
@@ -157,14 +158,12 @@ class Pgrpo:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
-        for name in ("steps", "prompts", "microbatch_rows", "chunk_tokens", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Pgrpo.{name} = {getattr(self, name)}: want at least 1.")
-        if self.rollouts < 2:
-            raise ValueError(
-                f"Pgrpo.rollouts = {self.rollouts}: want at least 2, for an advantage is over the "
-                "mean of a group."
-            )
+        require_text(self, "workdir", "init", "problems")
+        counts = ("steps", "prompts", "most_prompts", "microbatch_rows", "chunk_tokens")
+        require(self, *counts, "save_every", "keep", least=1)
+        require(self, "rollouts", least=2)  # an advantage is over the mean of a group
+        require(self, "seed", least=0)
+        require(self, "most_mismatch", above=0)  # rounding differs
         if self.most_prompts < self.prompts:
             raise ValueError(
                 f"Pgrpo.most_prompts = {self.most_prompts}: want at least Pgrpo.prompts = "
@@ -191,10 +190,6 @@ class Pgrpo:
             raise ValueError(
                 f"Sampler.rows = {self.sampler.rows}: want a multiple of Evaluation.samples = "
                 f"{samples}."
-            )
-        if not self.most_mismatch > 0:
-            raise ValueError(
-                f"Pgrpo.most_mismatch = {self.most_mismatch}: want above 0, for rounding differs."
             )
 
 

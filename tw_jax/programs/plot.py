@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tw_jax import figures, metrics, workdir
+from tw_jax.bounds import require, require_text, shown
 from tw_jax.config import config
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
@@ -40,6 +41,11 @@ class Drawn:
     chat: Chat
     forkjoin: ForkJoin
 
+    def check(self) -> None:
+        """Refuses a file without a name, and a record before the first."""
+        require_text(self, "path")
+        require(self, "index", least=0)
+
 
 @config
 class Plot:
@@ -58,11 +64,17 @@ class Plot:
     trajectory: Drawn | None = None
 
     def check(self) -> None:
-        """Refuses nothing to draw, and labels that do not tell runs apart."""
+        """Refuses nothing to draw, files without a name, and labels that do not tell runs apart."""
         if not (self.metrics or self.graded or self.trajectory):
             raise ValueError(
                 "Plot has nothing to draw: want metrics, graded or trajectory. Set Plot.metrics = "
                 "(('sft', 'runs/demo/sft/metrics.jsonl'),), for example."
+            )
+        require_text(self, "workdir", "graded")
+        if not all(label.strip() and path.strip() for label, path in self.metrics):
+            raise ValueError(
+                f"Plot.metrics = {shown(self.metrics)} must be pairs of a label and a file, "
+                "neither of them empty."
             )
         labels = [label for label, _ in self.metrics]
         if len(set(labels)) < len(labels):

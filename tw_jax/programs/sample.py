@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from tw_jax import files, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import identity, newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
@@ -70,10 +71,13 @@ class Sample:
     samples: int = 1
 
     def check(self) -> None:
-        """Refuses empty runs."""
-        if self.samples < 1 or (self.count is not None and self.count < 1):
+        """Refuses empty runs, and samples that would all be the same."""
+        require_text(self, "workdir", "checkpoint", "problems")
+        require(self, "samples", "count", least=1)
+        if self.samples > 1 and self.sampler.temperature == 0:
             raise ValueError(
-                f"Sample.samples = {self.samples} and Sample.count = {self.count}: want at least 1."
+                f"Sample.samples = {self.samples} at Sampler.temperature = 0.0 would draw the same "
+                "text each time. Set a temperature above 0, or Sample.samples = 1."
             )
 
 

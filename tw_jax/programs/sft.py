@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from tw_jax import files, hosts, sharding, workdir
+from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import config
 from tw_jax.contracts import Params
@@ -80,16 +81,10 @@ class Sft:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
-        for name in (
-            "steps",
-            "batch_rows",
-            "accumulation_steps",
-            "chunk_tokens",
-            "save_every",
-            "keep",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Sft.{name} = {getattr(self, name)}: want at least 1.")
+        require_text(self, "workdir", "init")
+        counts = ("steps", "batch_rows", "accumulation_steps", "chunk_tokens", "save_every", "keep")
+        require(self, *counts, least=1)
+        require(self, "seed", least=0)
         if self.batch_rows % self.accumulation_steps:
             raise ValueError(
                 f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax import hosts, sharding
+from tw_jax.bounds import require, require_temperature
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
@@ -59,10 +60,11 @@ class Sampler:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuses sizes below one."""
-        for name in ("rows", "max_prompt", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Sampler.{name} = {getattr(self, name)}: want at least 1.")
+        """Refuses sizes below one, and draws from no distribution."""
+        require(self, "rows", "max_prompt", "prefill_chunk", least=1)
+        require(self, "top_k", "seed", least=0)
+        require(self, "top_p", above=0, most=1)
+        require_temperature(self)
 
 
 def prompt_limits(cfg: Sampler, limits: ForkJoin) -> dict[str, int]:

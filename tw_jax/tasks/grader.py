@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.tasks import answers
 
@@ -43,10 +44,8 @@ class Grader:
 
     def check(self) -> None:
         """Refuse a pool that could not work."""
-        if self.workers < 1:
-            raise ValueError(f"Grader.workers = {self.workers}: want 1 or more.")
-        if self.item_seconds <= 0:
-            raise ValueError(f"Grader.item_seconds = {self.item_seconds}: want more than 0.")
+        require(self, "workers", least=1)
+        require(self, "item_seconds", above=0, most=86_400)
 
 
 class GraderPool:

@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.forkjoin import grammar
 from tw_jax.tasks import answers
@@ -53,23 +54,16 @@ class Multiplication:
 
     def check(self) -> None:
         """Refuse ranges that hold no problem."""
-        if not 0 <= self.min_value <= self.max_value < 2**63:
-            raise ValueError(
-                f"Multiplication.min_value = {self.min_value} and max_value = {self.max_value}: "
-                "want 0 <= min_value <= max_value < 2**63."
-            )
-        most = 2 * grammar.MAX_OUTLINES
-        if not 2 <= self.min_factors <= self.max_factors <= most:
-            raise ValueError(
-                f"Multiplication.min_factors = {self.min_factors} and max_factors = "
-                f"{self.max_factors}: want 2 <= min_factors <= max_factors <= {most}, for a block "
-                f"holds at most {grammar.MAX_OUTLINES} pairs."
-            )
-        if not 0.0 <= self.parallel_probability <= 1.0:
-            raise ValueError(
-                f"Multiplication.parallel_probability = {self.parallel_probability}: want a "
-                "number from 0 to 1."
-            )
+        require(self, "min_value", "max_value", least=0, below=2**63)
+        # A block holds at most MAX_OUTLINES pairs of factors.
+        require(self, "min_factors", "max_factors", least=2, most=2 * grammar.MAX_OUTLINES)
+        for low, high in (("min_value", "max_value"), ("min_factors", "max_factors")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"Multiplication.{low} = {getattr(self, low)} must not be above "
+                    f"Multiplication.{high} = {getattr(self, high)}."
+                )
+        require(self, "parallel_probability", least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)

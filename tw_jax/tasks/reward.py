@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import Cost, Tags, of_calls, of_ids
@@ -39,7 +40,9 @@ class SoftOverlong:
     weight: float = 1.0
 
     def check(self) -> None:
-        """Refuses a buffer that is empty or longer than the limit."""
+        """Refuses a buffer that is empty or longer than the limit, and a penalty that rewards."""
+        require(self, "limit_tokens", "buffer_tokens", least=1)
+        require(self, "weight", least=0)
         if not 1 <= self.buffer_tokens <= self.limit_tokens:
             raise ValueError(
                 f"SoftOverlong.buffer_tokens = {self.buffer_tokens}: want 1 to limit_tokens = "
@@ -67,12 +70,9 @@ class GroupLength:
 
     def check(self) -> None:
         """Refuses what cannot be divided by."""
-        if not 0 <= self.threshold < 1:
-            raise ValueError(
-                f"GroupLength.threshold = {self.threshold}: want 0 <= threshold < 1, as 0.8."
-            )
-        if self.window_tokens < 1:
-            raise ValueError(f"GroupLength.window_tokens = {self.window_tokens}: want 1 or more.")
+        require(self, "threshold", least=0, below=1)
+        require(self, "strength", "epsilon", least=0)
+        require(self, "window_tokens", least=1)
 
 
 @config
@@ -108,18 +108,13 @@ class Reward:
     group_length: GroupLength | None = None
 
     def check(self) -> None:
-        """Refuses rewards that are not finite or have no order."""
-        values = (self.correct, self.incorrect, self.acceleration_factor, self.acceleration_clip)
-        if not np.isfinite(values).all():
-            raise ValueError(f"Reward: {values} are not all finite: want finite rewards.")
+        """Refuses rewards that have no order."""
         if not self.correct > self.incorrect:
             raise ValueError(
                 f"Reward.correct = {self.correct}: want more than Reward.incorrect = "
                 f"{self.incorrect}."
             )
-        for name in ("acceleration_factor", "acceleration_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Reward.{name} = {getattr(self, name)}: want 0 or more.")
+        require(self, "acceleration_factor", "acceleration_clip", least=0)
 
 
 class Parts(NamedTuple):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tw_jax.bounds import require, require_temperature, require_text
 from tw_jax.config import config
 
 
@@ -35,9 +36,9 @@ class Evaluation:
 
     def check(self) -> None:
         """Refuses evaluations of nothing."""
-        for name in ("count", "samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Evaluation.{name} = {getattr(self, name)}: want at least 1.")
+        require_text(self, "problems")
+        require(self, "count", "samples", "every", least=1)
+        require_temperature(self)
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(
                 f"Evaluation.samples = {self.samples} at Evaluation.temperature = "

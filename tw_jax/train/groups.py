@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import struct
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.forkjoin.tries import Group
 from tw_jax.trie.batch import TrieBatch, stack_rows
@@ -45,9 +46,7 @@ class Aggregation:
 
     def check(self) -> None:
         """Refuses sizes that cannot be divided by."""
-        for name in ("norm_tokens", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Aggregation.{name} = {getattr(self, name)}: want at least 1.")
+        require(self, "norm_tokens", "micro_batch_tokens", least=1)
 
 
 def advantages(reward: np.ndarray, normalise: Literal["mean", "std"] = "mean") -> np.ndarray:

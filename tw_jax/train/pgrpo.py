@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
 from tw_jax.sharding import constrain
@@ -62,18 +63,10 @@ class PolicyLoss:
 
     def check(self) -> None:
         """Refuses bounds that clip everything or turn a penalty into a reward."""
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"PolicyLoss.clip_low = {self.clip_low}: want 0 to 1.")
-        for name in ("clip_high", "kl_coef", "entropy_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"PolicyLoss.{name} = {getattr(self, name)}: want 0 or more.")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(
-                f"PolicyLoss.dual_clip = {self.dual_clip}: want more than 1, for the loss at ratio "
-                "1 must not be clipped; None for no such bound."
-            )
-        if self.importance_cap <= 0:
-            raise ValueError(f"PolicyLoss.importance_cap = {self.importance_cap}: want above 0.")
+        require(self, "clip_low", least=0, most=1)
+        require(self, "clip_high", "kl_coef", "entropy_coef", least=0)
+        require(self, "dual_clip", above=1)  # the loss at ratio 1 must not be clipped
+        require(self, "importance_cap", above=0)
 
 
 def loss_sums(

@@ -18,6 +18,7 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
 from tw_jax.models.lora import overlay, trained
@@ -64,24 +65,16 @@ class Optim:
 
     def check(self) -> None:
         """Refuses what no step can run with."""
-        for name, low, high in (
-            ("end_lr", 0, self.peak_lr),
-            ("warmup_ratio", 0, 1),
-            ("warmup_steps", 0, math.inf),
-            ("decay_steps", 1, math.inf),
-            ("weight_decay", 0, math.inf),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"Optim.{name} = {value}: want {low} <= {name} <= {high}.")
-        for name in ("peak_lr", "epsilon", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Optim.{name} = {value}: want a number above 0.")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"Optim.{name} = {value}: want 0 <= {name} < 1.")
+        require(self, "peak_lr", "epsilon", "clip_norm", above=0)
+        require(self, "end_lr", least=0)
+        if self.end_lr > self.peak_lr:
+            raise ValueError(
+                f"Optim.end_lr = {self.end_lr} must not be above Optim.peak_lr = {self.peak_lr}."
+            )
+        require(self, "warmup_ratio", least=0, most=1)
+        require(self, "warmup_steps", "weight_decay", least=0)
+        require(self, "decay_steps", least=1)
+        require(self, "beta1", "beta2", least=0, below=1)
 
 
 class TrainState(struct.PyTreeNode):

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.trie.tree import Trie
 
@@ -35,9 +36,7 @@ class Packing:
 
     def check(self) -> None:
         """Refuses sizes that cannot hold a token."""
-        for name in ("row_tokens", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Packing.{name} = {getattr(self, name)}: want at least 1.")
+        require(self, "row_tokens", "window", least=1)
 
 
 @dataclasses.dataclass
