@@ -28,7 +28,7 @@ from tw_jax.programs import sample
 from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
-from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.grader import Grader, GraderPool, check_truths
 from tw_jax.tokenizer import Tokenizer
 
 
@@ -60,6 +60,8 @@ def run(cfg: Evaluate) -> None:
     """Samples, grades, times, prints a table and writes `summary.json`."""
     began = time.monotonic()
     before = None if cfg.before is None else _summary_of(cfg.before)
+    asked = sample.problems(cfg.sample)
+    check_truths(cfg.grader, ((p.id, p.answer) for p in asked if p.answer.strip()))
     loaded = sample.load(cfg.sample)
     for _ in sample.rollouts(cfg.sample, loaded):
         pass

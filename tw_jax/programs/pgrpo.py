@@ -36,7 +36,7 @@ from tw_jax.sample.draw import settings
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks import score
-from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.grader import Grader, GraderPool, check_truths
 from tw_jax.tasks.reward import CUT, Parts, Reward, are_finite, reward, summary, totals, trains
 from tw_jax.tokenizer import (
     Bytes,
@@ -341,6 +341,7 @@ class Rollouts:
             raise ValueError(f"{cfg.problems} has no problem: want at least one.")
         # Each process of a job does all that is drawn.
         files = [cfg.problems, *([] if cfg.evaluation is None else [cfg.evaluation.problems])]
+        check_truths(cfg.grader, ((r.id, r.answer) for file in files for r in records.read(file)))
         told = ", ".join(map(fingerprint, files))
         hosts.agree(problems=told, tokenizer=self._tokenizer.fingerprint)
         self._sampler: ForkJoinSampler = make_sampler(
