@@ -29,8 +29,8 @@ _BOX = "\\boxed"
 _THINK_END = re.compile(r"</[tT]hink>")
 _GIANT = re.compile(
     r"\^[\s{(]*-?[0-9]{5,}"  # a long exponent
-    r"|\^[\s{(]*[0-9]{2,}[\s})]*\^"  # an exponent of two digits that is itself raised
-    r"|\^[\s{(]*[0-9]+[\s})]*\^[\s{(]*[0-9]{2,}"  # or that is raised to such a one
+    r"|\^[\s{(]*[0-9]{2,}[\s}]*\^"  # an exponent of two digits that is itself raised
+    r"|\^[\s{(]*[0-9]+[\s}]*\^[\s{(]*[0-9]{2,}"  # or that is raised to such a one
     r"|[0-9]{5,}[\s})]*!"
 )
 

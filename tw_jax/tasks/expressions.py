@@ -34,6 +34,8 @@ _OTHER_NAMES = "lcm gcd max min mod det inf sup lim arg deg sgn abs sqrt pi"
 GREEK = frozenset(_GREEK_NAMES.split())
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _NAMES = _FUNCTIONS | frozenset(_OTHER_NAMES.split())
+LOG_BASE = "b_{log}"
+"""The variable that stands for the base of `\\log` without a subscript."""
 _TIMES = ("*", "\\cdot", "\\times")
 _CALLED = frozenset("fghFGHP")
 _BRACKETS = {"(": ")", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
@@ -63,8 +65,7 @@ def is_unfinished(tree: Tree) -> bool:
     """
     if tree[0] in ("+", "*", "/"):
         literals = sum(map(_is_literal, _terms(tree, tree[0])))
-        is_fraction = tree[0] == "/" and all(part[0] == "num" for part in tree[1:])
-        if literals > 1 and not is_fraction:
+        if literals > 1 and not _is_fraction(tree):
             return True
     return any(is_unfinished(part) for part in tree[1:] if isinstance(part, tuple))
 
@@ -83,19 +84,25 @@ def render(tree: Tree, names: dict[str, str]) -> str:
             return f"{value.numerator}"
         return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
     if kind in ("sym", "const"):
-        return names.get(parts[0], parts[0])
+        return names.get(str(parts[0]), str(parts[0]))
+    inner = [render(part, names) for part in (tree[2:] if kind == "fn" else parts)]
     if kind == "fn":
-        return rf"\{parts[0]}{{({render(parts[1], names)})}}"
+        return rf"(\{parts[0]}{{({inner[0]})}})"
     if kind == "log":
-        return rf"\log_{{{render(parts[0], names)}}}{{({render(parts[1], names)})}}"
-    inner = [render(part, names) for part in parts]
+        return rf"(\log_{{{inner[0]}}}{{({inner[1]})}})"
+    # Its parser is slow on nested brackets, so only those are written that are needed.
+    if kind == "+":
+        return f"{inner[0]}{inner[1]}" if parts[1][0] == "neg" else f"{inner[0]}+{inner[1]}"
+    if kind in ("*", "neg"):
+        weak = ("+", "neg")
+        inner = [f"({i})" if p[0] in weak else i for i, p in zip(inner, parts, strict=True)]
+        return rf"{inner[0]} \cdot {inner[1]}" if kind == "*" else f"-{inner[0]}"
+    if kind in ("^", "!"):
+        is_simple = parts[0][0] == "sym" or (parts[0][0] == "num" and inner[0].isdigit())
+        base = inner[0] if is_simple else f"({inner[0]})"
+        return f"{base}!" if kind == "!" else f"{base}^{{{inner[1]}}}"
     forms = {
-        "neg": "(-({0}))",
-        "+": "({0}+{1})",
-        "*": r"({0} \cdot {1})",
         "/": r"\frac{{{0}}}{{{1}}}",
-        "^": "({0})^{{{1}}}",
-        "!": "({0})!",
         "root": r"\sqrt[{0}]{{{1}}}",
         "binom": r"\binom{{{0}}}{{{1}}}",
         "abs": "|({0})|",
@@ -106,9 +113,9 @@ def render(tree: Tree, names: dict[str, str]) -> str:
 
 
 def symbols(tree: Tree) -> set[str]:
-    """Names of the variables in a tree."""
+    """Names of the variables in a tree, without the base of a bare logarithm."""
     if tree[0] == "sym":
-        return {tree[1]}
+        return {tree[1]} - {LOG_BASE}
     return set().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
 
 
@@ -117,9 +124,15 @@ def _terms(tree: Tree, kind: str) -> list[Tree]:
     kinds = ("+",) if kind == "+" else ("*", "/")
     if tree[0] == "neg":
         return _terms(tree[1], kind)
-    if tree[0] not in kinds or (tree[0] == "/" and all(p[0] == "num" for p in tree[1:])):
+    if tree[0] not in kinds or _is_fraction(tree):
         return [tree]
     return _terms(tree[1], kind) + _terms(tree[2], kind)
+
+
+def _is_fraction(tree: Tree) -> bool:
+    """One written number over another."""
+    signed = [part[1] if part[0] == "neg" else part for part in tree[1:]] if tree[0] == "/" else []
+    return bool(signed) and all(part[0] == "num" for part in signed)
 
 
 def _is_literal(tree: Tree) -> bool:
@@ -127,8 +140,8 @@ def _is_literal(tree: Tree) -> bool:
     kind = tree[0]
     if kind == "neg":
         return _is_literal(tree[1])
-    if kind == "/":
-        return all(part[0] == "num" for part in tree[1:])
+    if _is_fraction(tree):
+        return True
     if kind == "^":
         trivial = (("num", Fraction(0)), ("num", Fraction(1)))
         return _is_literal(tree[1]) and (tree[2] in trivial or tree[1] in trivial)
@@ -155,7 +168,7 @@ class _Reader:
                     raise UnreadableError(text)
                 self._tokens += [("letter", letter) for letter in letters]
             elif found.lastgroup is not None:
-                self._tokens.append((found.lastgroup, found[0]))
+                self._tokens.append((found.lastgroup, str(found[0])))
 
     def peek(self) -> str:
         return self._tokens[self._at][1] if self._at < len(self._tokens) else ""
@@ -194,7 +207,10 @@ class _Reader:
                 sign = self.take() if self.peek() == "-" else ""
                 factor = self.factor(depth)
                 factor = ("neg", factor) if sign else factor
-                tree = ("*" if token in _TIMES else "/", tree, factor)
+                if token == "\\div":  # a calculation, where / writes a fraction
+                    tree = ("*", tree, ("/", ("num", Fraction(1)), factor))
+                else:
+                    tree = ("*" if token in _TIMES else "/", tree, factor)
                 is_slashed = token == "/" or token == "\\div"
             elif self.begins_factor():
                 # 1/2x may be x/2 or 1/(2x), and numbers side by side are no product.
@@ -301,8 +317,6 @@ class _Reader:
         if self.peek() == "_":
             return ("sym", f"{name}_{{{self.subscript()}}}")
         if name in ("e", "i"):
-            if self.kind() == "number":
-                raise self.unreadable()
             return ("const", name)
         return ("sym", name)
 
@@ -362,7 +376,7 @@ class _Reader:
             raise self.unreadable()
         if name == "log":
             # \log alone may be of base ten or e: a base of its own keeps it apart from both.
-            tree: Tree = ("log", base or ("sym", "b_{log}"), inner)
+            tree: Tree = ("log", base or ("sym", LOG_BASE), inner)
         else:
             tree = ("fn", name, inner)
         return tree if power is None else ("^", tree, power)

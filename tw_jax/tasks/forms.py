@@ -23,7 +23,7 @@ MAX_DEPTH = 8
 MAX_ITEMS = 64
 """Most items of a set or a tuple that are compared."""
 
-_SPACES = re.compile(r"\\[,:; ]|~|\\q?quad(?![A-Za-z])|\s")
+_SPACES = re.compile(r"(?<!\\)\\[,:; ]|~|\\q?quad(?![A-Za-z])|\s")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?")
 _JOINED = re.compile(
     r",?\s*(?:\\(?:text|textrm|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"
@@ -126,10 +126,10 @@ def equal(answer: Form, truth: Form, judge: Judge) -> bool:
         return True
     if truth.kind == "word" and answer.text.casefold() == truth.tag:
         return True
-    if truth.kind == "quantity" or answer.kind == "quantity":
-        return _quantities_equal(answer, truth, judge)
     if truth.kind == "relation" or answer.kind == "relation":
         return _relations_equal(answer, truth, judge)
+    if truth.kind == "quantity" or answer.kind == "quantity":
+        return _quantities_equal(answer, truth, judge)
     kinds = {answer.kind, truth.kind}
     if kinds == {"number"}:
         return numbers.equal(answer.parts[0], truth.parts[0])
@@ -403,6 +403,8 @@ def _values_equal(answer: Form, truth: Form, judge: Judge) -> bool:
     if given is None or wanted is None:
         return False  # a percentage is compared with numbers only
     if truth.kind == "number" and expressions.is_unfinished(given):
+        return False
+    if expressions.symbols(given) != expressions.symbols(wanted):
         return False
     return given == wanted or judge("equal", given, wanted)
 

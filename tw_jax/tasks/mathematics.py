@@ -30,7 +30,7 @@ def equal(answer: str, truth: str) -> bool:
 
 def _judge(question: str, answer: Tree, truth: Tree) -> bool:
     names = sorted(expressions.symbols(answer) | expressions.symbols(truth))
-    latex = {name: f"x_{{{number}}}" for number, name in enumerate(names)}
+    latex = {name: f"x_{{{number}}}" for number, name in enumerate((*names, expressions.LOG_BASE))}
     given, wanted = (_term(expressions.render(tree, latex)) for tree in (answer, truth))
     if not (_is_exact(given) and _is_exact(wanted)):
         return False
@@ -44,7 +44,7 @@ def _term(latex: str) -> Any:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify.parser import latex2sympy
 
-    read = latex2sympy(
+    read: Any = latex2sympy(
         latex,
         is_real=None,
         normalization_config=None,
@@ -69,7 +69,11 @@ def _is_zero(difference: Any) -> bool:
         return True
     if _is_refuted(difference):
         return False
-    if sympy.expand(difference) == 0 or sympy.simplify(difference) == 0:
+    if sympy.expand(difference) == 0:
+        return True
+    if difference.free_symbols and difference.is_polynomial():
+        return False
+    if sympy.simplify(difference) == 0:
         return True
     # Of algebraic numbers `equals` asks the minimal polynomial, which is a proof.
     return bool(difference.is_algebraic and difference.equals(0) is True)
@@ -89,6 +93,6 @@ def _are_multiples(one: Any, other: Any) -> bool:
     """Whether two terms differ by a constant factor that is not zero."""
     import sympy
 
-    ratio = sympy.simplify(one / other)
+    ratio = sympy.cancel(one / other)
     is_constant = not ratio.free_symbols and ratio.is_finite and ratio != 0
     return bool(is_constant and sympy.expand(one - ratio * other) == 0)

@@ -17,7 +17,7 @@ MAX_DIGITS = 4000
 Python itself refuses to convert more than 4300 digits.
 """
 
-_SPACE = re.compile(r"\\[,:; ]|~")
+_SPACE = re.compile(r"(?<!\\)\\[,:; ]|~")
 _MARKED = re.compile(r"[0-9]+|[0-9]{1,3}(?:(?P<mark>[,_ ])[0-9]{3})(?:(?P=mark)[0-9]{3})*")
 _DECIMAL = re.compile(r"(.*?)\.([0-9]*)")
 _RATIO = re.compile(r"([^/{}\\]+)/([^/{}\\]+)")
