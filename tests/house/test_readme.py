@@ -8,6 +8,7 @@ from house.sources import ROOT, VERBS
 
 PAGES = [
     "README.md",
+    "docs/answers.md",
     "docs/architecture.md",
     "docs/contributing.md",
     "docs/decisions.md",

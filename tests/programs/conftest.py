@@ -73,6 +73,7 @@ EVALUATE = """
 Evaluate.workdir = '{folder}/graded'
 Evaluate.sample = @Sample()
 Evaluate.grader = @Grader()
+Grader.mode = 'number'
 Evaluate.timed = 1
 Evaluate.training = '{folder}/sft'
 """
@@ -92,6 +93,7 @@ Pgrpo.most_prompts = 4
 Pgrpo.rollouts = 2
 Pgrpo.sampler = @Sampler()
 Pgrpo.grader = @Grader()
+Grader.mode = 'number'
 Pgrpo.reward = @Reward()
 Pgrpo.loss = @PolicyLoss()
 Pgrpo.aggregation = @Aggregation()

@@ -1,21 +1,30 @@
 r"""Answers: where the box stands, and equality that no float can blur."""
 
 import contextlib
+import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tw_jax.tasks.answers import (
-    as_fraction,
-    as_integer,
-    exactly_equal,
-    final_answer,
-    last_boxed,
-    symbolically_equal,
-)
+from tw_jax.tasks import mathematics, numbers
+from tw_jax.tasks.answers import exactly_equal, final_answer, last_boxed
+from tw_jax.tasks.numbers import as_integer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "answers.json"
+BENCHMARKS = Path(__file__).parents[3] / "shared" / "benchmarks"
+
+
+def is_equal(answer, truth, mode):
+    """The verdict of a mode, without a worker; None where the mode does not take the truth."""
+    try:
+        equal = exactly_equal(answer, truth, mode)
+    except ValueError:
+        return None
+    return mathematics.equal(answer, truth) if equal is None else equal
 
 
 @pytest.mark.parametrize(
@@ -117,20 +126,35 @@ def test_an_integer_survives_its_separators(number, mark):
         ("1,234.50", Fraction(2469, 2)),
         ("0.30000000000000004", Fraction(30000000000000004, 10**17)),
         ("12", Fraction(12)),
+        ("7 3/4", Fraction(31, 4)),
+        (r"7\frac34", Fraction(31, 4)),
+        (r"-1\frac{4}{5}", Fraction(-9, 5)),
+        ("1e3", Fraction(1000)),
+        ("-2.5E-1", Fraction(-1, 4)),
+        (r"3 \times 10^8", Fraction(300_000_000)),
+        (r"1.5 \cdot 10^{-2}", Fraction(3, 200)),
+        ("1e4000", Fraction(10**4000)),
+        (r"50\%", Fraction(1, 2)),
+        ("12.5%", Fraction(1, 8)),
+        (r"5\\", Fraction(5)),
         ("1/0", None),
         (r"\frac{1}{0}", None),
         (r"\frac{1}{}", None),
-        (r"7\frac34", None),
+        (r"7\frac43", None),
+        ("1 234/567", None),
+        ("1e9999", None),
         ("1/2/3", None),
         (".", None),
         ("1.2.3", None),
-        ("50\\%", None),
+        ("12 3", None),
+        ("2^{10}", None),
         ("x", None),
         ("", None),
     ],
 )
-def test_fractions_are_read_exactly(text, value):
-    assert as_fraction(text) == value
+def test_a_number_is_read_exactly(text, value):
+    number = numbers.read(text)
+    assert (number and number.value) == value
 
 
 @pytest.mark.parametrize(
@@ -144,54 +168,85 @@ def test_fractions_are_read_exactly(text, value):
         ("0.3333333333333333", r"\frac{1}{3}"),
     ],
 )
-def test_b1_numbers_that_a_double_confuses_are_not_equal(answer, truth):
-    assert float(as_fraction(answer)) == float(as_fraction(truth))
-    assert exactly_equal(answer, truth) is False
-    assert exactly_equal(truth, truth) is True
+@pytest.mark.parametrize("mode", ["number", "mathematics"])
+def test_b1_numbers_that_a_double_confuses_are_not_equal(answer, truth, mode):
+    given, wanted = numbers.read(answer), numbers.read(truth)
+    assert float(given.value) == float(wanted.value)
+    assert exactly_equal(answer, truth, mode) is False
+    assert exactly_equal(truth, truth, mode) is True
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth", "equal"),
-    [
-        ("1,000", "1000", True),
-        ("0.5", r"\frac{1}{2}", True),
-        ("2.0", "2", True),
+def golden(mode):
+    cases = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
+    return [(case["answer"], case["truth"], case[mode], case.get("refused")) for case in cases]
+
+
+@pytest.mark.parametrize("mode", ["number", "mathematics"])
+def test_no_wrong_answer_is_accepted_and_a_right_one_is_refused_only_as_documented(mode):
+    """The golden verdicts were written by hand; "refused" marks a right answer that is refused."""
+    false_accepts, false_refusals = [], []
+    for answer, truth, want, refused in golden(mode):
+        got = is_equal(answer, truth, mode)
+        if got and not want:
+            false_accepts.append((answer, truth))
+        if want is None or got is None:
+            assert want is got is None, (answer, truth)
+        elif want and bool(got) == (mode in (refused or ())):
+            false_refusals.append((answer, truth))
+    assert not false_accepts
+    assert not false_refusals
+
+
+def test_the_golden_answers_are_enough():
+    for mode in ("number", "mathematics"):
+        wants = [want for _, _, want, _ in golden(mode)]
+        assert sum(want is not None for want in wants) >= 300
+        assert min(wants.count(True), wants.count(False)) >= 100
+
+
+def test_what_needs_no_symbols_is_decided_without_a_worker():
+    for answer, truth, equal in [
         ("x + 1", "x+1", True),
         (r"\text{Monday}", "monday", True),
         ("act", "cat", False),
-        ("1 2", "12", None),
+        (r"\{1, 2\}", r"\{2, 1\}", True),
+        ("(1, 2)", "(2, 1)", False),
+        ("1 2", "12", False),
+        ("416*607", "252512", False),
+        ("x = 5", "5", True),
         ("", "1", False),
-        ("", "", False),
-        ("x", "", False),
+        ("x", "1", False),
         ("x+1", "1+x", None),
-        ("2^{3^2}", "512", None),
         ("10^{10^{10}}", "1", False),
         ("10^{10^{10}}", "10^{10^{10}}", True),
         ("9^{123456}", "9", False),
         ("99999!", "1", False),
         ("x" * 2000, "1", False),
-    ],
-)
-def test_what_can_be_decided_without_symbols_is(answer, truth, equal):
-    assert exactly_equal(answer, truth) is equal
+    ]:
+        assert exactly_equal(answer, truth, "mathematics") is equal, (answer, truth)
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth", "equal"),
-    [
-        ("(x+1)^2", "x^2+2x+1", True),
-        ("(x+1)^2", "x^2+2x+2", False),
-        (r"\sqrt{8}", r"2\sqrt{2}", True),
-        (r"2^{53}", "9007199254740992", True),
-        (r"2^{53}", "9007199254740993", False),
-        (r"\{2, 1\}", r"\{1, 2\}", True),
-        ("[1, 2]", "[1, 2)", False),
-        (r"7\frac{3}{4}", r"\frac{31}{4}", True),
-        (r"\frac{", "1", False),
-    ],
+@given(
+    st.integers(1, 10**30),
+    st.sampled_from(["{}", "{}.0", "{}e0", r"{} \times 10^0", r"\frac{{{}}}{{1}}", "${}$"]),
+    st.integers(-3, 3),
 )
-def test_the_rest_is_compared_as_mathematics(answer, truth, equal):
-    assert symbolically_equal(answer, truth) is equal
+def test_a_written_number_is_right_only_if_it_is_the_same(number, how, off):
+    written = how.format(number + off)
+    for mode in ("number", "mathematics"):
+        assert exactly_equal(written, str(number), mode) is (off == 0)
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the public problem sets")
+def test_every_truth_of_the_problem_sets_is_equal_to_itself():
+    truths = []
+    for name in ("math500.jsonl", "aime24.jsonl", "amc23.jsonl", "olympiadbench.jsonl"):
+        for line in (BENCHMARKS / name).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            answer = row["answer"] if "answer" in row else row["final_answer"]
+            truths += answer if isinstance(answer, list) else [str(answer)]
+    assert len(truths) > 1000
+    assert [t for t in truths if exactly_equal(t, t, "mathematics") is not True] == []
 
 
 def test_nothing_a_model_wrote_is_evaluated(tmp_path):
@@ -199,7 +254,7 @@ def test_nothing_a_model_wrote_is_evaluated(tmp_path):
     for attack in (f"__import__('pathlib').Path('{target}').touch()", f"open('{target}','w')"):
         for pair in ((attack, "1"), ("1", attack)):
             with contextlib.suppress(Exception):  # a refusal is as good as a wrong answer
-                symbolically_equal(*pair)
+                mathematics.equal(*pair)
     assert not target.exists()
 
 
@@ -212,6 +267,7 @@ def test_hostile_answers_are_read_in_linear_time(unit):
     for response in (text, rf"</think>\boxed{{{text}}}", rf"\boxed{{{text}"):
         final_answer(response, where="after_thinking")
         final_answer(response, where="anywhere")
-    exactly_equal(text, "1")
-    exactly_equal(text[:1000], "1")
+    for mode in ("number", "mathematics"):
+        exactly_equal(text, "1", mode)
+        exactly_equal(text[:1000], "1", mode)
     assert time.process_time() - start < 1.0

@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks import grader
+from tw_jax.tasks.grader import Grader, GraderPool, check_truths
 
-# Exponents that pass for small, and a power that would take minutes and gigabytes.
-HANGS = r"3^{9999 \cdot 9999 \cdot 9}"
+# An exponent that passes for small, and a power that would take minutes and gigabytes.
+HANGS = r"3^{13!}"
 SYMBOLIC = ("(x+1)^2", "x^2+2x+1")
 
 
@@ -23,7 +24,7 @@ def boxed(answer):
 
 
 def test_exact_answers_start_no_process():
-    with GraderPool(Grader(workers=1)) as pool:
+    with GraderPool(Grader(mode="mathematics", workers=1)) as pool:
         before = set(multiprocessing.active_children())
         verdicts = pool.grade_all(
             [
@@ -39,14 +40,30 @@ def test_exact_answers_start_no_process():
     assert verdicts == ["correct", "wrong", "correct", "wrong", "no_answer", "no_answer"]
 
 
+def test_mode_number_never_starts_a_process(monkeypatch):
+    monkeypatch.setattr(grader._Worker, "_spawn", lambda self: pytest.fail("a process started"))
+    with GraderPool(Grader(mode="number", workers=1)) as pool:
+        for answer in ("(x+1)^2", "416*607", r"\frac{\sqrt 2}{2}", HANGS, "2^{10}"):
+            assert pool.grade(boxed(answer), "252512") == "wrong"
+
+
+def test_problems_whose_truth_is_no_number_are_refused_before_grading():
+    with pytest.raises(ValueError, match="Problem 'b': The truth 'x' is not a number"):
+        check_truths(Grader(mode="number"), [("a", "7 3/4"), ("b", "x")])
+    check_truths(Grader(mode="mathematics"), [("a", "7 3/4"), ("b", "x")])
+    for mode in ("number", "mathematics"):
+        with pytest.raises(ValueError, match="The truth is empty"):
+            check_truths(Grader(mode=mode), [("a", " ")])
+
+
 def test_the_place_of_an_answer_follows_the_config():
-    with GraderPool(Grader(where="anywhere")) as pool:
+    with GraderPool(Grader(mode="number", where="anywhere")) as pool:
         assert pool.grade(r"\boxed{1}", "1") == "correct"
 
 
 def test_a_hanging_comparison_is_a_timeout_and_the_next_item_is_graded():
     jax.devices()  # a parent with running backends, which a forked worker would inherit
-    with GraderPool(Grader(workers=1, item_seconds=3.0)) as pool:
+    with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=3.0)) as pool:
         assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
         start = time.monotonic()
         assert pool.grade(boxed(HANGS), "7") == "timeout"
@@ -65,7 +82,7 @@ def test_a_hanging_comparison_is_a_timeout_and_the_next_item_is_graded():
 def test_threads_share_the_workers_and_keep_their_own_verdicts():
     items = [(boxed(f"(x+{n})^2"), f"x^2+{2 * n}x+{n * n + (n % 2)}") for n in range(2, 8)]
     want = ["wrong" if n % 2 else "correct" for n in range(2, 8)]
-    with GraderPool(Grader(workers=1, item_seconds=30.0)) as pool:
+    with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
         results = {}
         threads = [
             threading.Thread(target=lambda i=i: results.__setitem__(i, pool.grade_all(items)))
@@ -79,7 +96,7 @@ def test_threads_share_the_workers_and_keep_their_own_verdicts():
 
 
 def test_a_worker_that_dies_is_replaced():
-    with GraderPool(Grader(workers=1, item_seconds=30.0)) as pool:
+    with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
         assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
         (worker,) = [p for p in multiprocessing.active_children() if p.name == "grader"]
         worker.kill()
@@ -88,12 +105,81 @@ def test_a_worker_that_dies_is_replaced():
         assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
 
 
+def test_a_worker_that_does_not_start_in_time_is_a_timeout_and_is_tried_again(monkeypatch):
+    spawn = grader._Worker._spawn
+    monkeypatch.setattr(grader, "_START_SECONDS", 0.05)
+    with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
+        with pytest.warns(UserWarning, match=r"was not ready after 0.05 seconds; its answer is"):
+            assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"
+        monkeypatch.setattr(grader, "_START_SECONDS", 120.0)
+        assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
+    assert grader._Worker._spawn is spawn
+
+
+def test_a_worker_that_cannot_be_started_is_given_a_pause_and_no_traceback(monkeypatch):
+    tries = []
+
+    def spawn(self):
+        tries.append(time.monotonic())
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(grader._Worker, "_spawn", spawn)
+    with GraderPool(Grader(mode="mathematics", workers=1)) as pool:
+        with pytest.warns(UserWarning, match="Cannot allocate memory") as told:
+            verdicts = pool.grade_all([(boxed(SYMBOLIC[0]), SYMBOLIC[1])] * 5)
+        assert verdicts == ["timeout"] * 5
+        assert len(tries) == len(told) == 3
+        assert "for 10 minutes none is started" in str(told[-1].message)
+        assert pool.grade(boxed("7"), "7") == "correct"
+        monkeypatch.setattr(grader, "_PAUSE_SECONDS", 0.0)
+        pool._free.queue[0]._paused_until = 0.0
+        with pytest.warns(UserWarning, match="4 of them in a row"):
+            assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"
+
+
+@pytest.mark.parametrize("busy", [HANGS, "(x+1)^2"])
+def test_a_worker_ends_with_its_killed_parent(tmp_path, busy):
+    """Also where a giant power holds Python's lock, so that no thread of the worker can run."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import multiprocessing, sys, threading, time\n"
+        "from tw_jax.tasks.grader import Grader, GraderPool\n"
+        "if __name__ == '__main__':\n"
+        "    cfg = Grader(mode='mathematics', workers=1, item_seconds=2.0, where='anywhere')\n"
+        "    pool = GraderPool(cfg)\n"
+        "    box = chr(92) + 'boxed'\n"
+        "    assert pool.grade(box + '{x+1}', '1+x') == 'correct'\n"
+        "    (worker,) = multiprocessing.active_children()\n"
+        "    job = lambda: pool.grade(box + '{' + sys.argv[1] + '}', '7')\n"
+        "    threading.Thread(target=job).start()\n"
+        "    time.sleep(0.5)\n"
+        "    print(worker.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), busy]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
+        worker = int(parent.stdout.readline())
+        assert is_alive(worker)
+        parent.kill()
+    end = time.monotonic() + 2.0 + grader._GRACE_SECONDS + 3.0
+    while is_alive(worker) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_alive(worker)
+
+
+def is_alive(process):
+    """Whether a process runs; one that nobody has waited for does not."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text(
         "from tw_jax.tasks.grader import Grader, GraderPool\n"
-        "with GraderPool(Grader(workers=1, where='anywhere')) as pool:\n"
-        "    pool.grade(chr(92) + 'boxed{x+1}', '1+x')\n"
+        "with GraderPool(Grader(mode='mathematics', workers=1, where='anywhere')) as pool:\n"
+        "    print(pool.grade(chr(92) + 'boxed{x+1}', '1+x'))\n"
     )
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
@@ -104,11 +190,11 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
         check=False,
         env={**os.environ, "PYTHONPATH": root},
     )
-    assert done.returncode != 0
+    assert (done.returncode, done.stdout) == (0, "timeout\n")
     assert 'needs `if __name__ == "__main__"`' in done.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"item_seconds": 0.0}])
 def test_a_pool_that_could_not_work_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
-        Grader(**wrong)
+        Grader(mode="number", **wrong)

@@ -66,11 +66,11 @@ class SftStep:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
-        require(self, "rows", "row_tokens", "chunk_tokens", "accumulation_steps", least=1)
-        if self.rows % self.accumulation_steps:
+        require(self, "batch_rows", "row_tokens", "chunk_tokens", "accumulation_steps", least=1)
+        if self.batch_rows % self.accumulation_steps:
             raise ValueError(
                 f"SftStep.accumulation_steps = {self.accumulation_steps} does not divide "
-                f"SftStep.rows = {self.rows}. Set it to a divisor."
+                f"SftStep.batch_rows = {self.batch_rows}. Set it to a divisor."
             )
 
 
@@ -96,11 +96,11 @@ class PgrpoStep:
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
-        require(self, "rows", "part_rows", "row_tokens", "chunk_tokens", least=1)
-        if self.rows % self.part_rows:
+        require(self, "batch_rows", "microbatch_rows", "row_tokens", "chunk_tokens", least=1)
+        if self.batch_rows % self.microbatch_rows:
             raise ValueError(
-                f"PgrpoStep.part_rows = {self.part_rows} does not divide PgrpoStep.rows = "
-                f"{self.rows}. Set it to a divisor."
+                f"PgrpoStep.microbatch_rows = {self.microbatch_rows} does not divide "
+                f"PgrpoStep.batch_rows = {self.batch_rows}. Set it to a divisor."
             )
 
 

@@ -24,7 +24,7 @@ from tw_jax import files, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data import records
-from tw_jax.data.problems import content_hash
+from tw_jax.data.problems import content_hash, has_answer
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin import cost, grammar
 from tw_jax.forkjoin.calls import Trajectory
@@ -33,7 +33,7 @@ from tw_jax.programs import sample
 from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
-from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.grader import Grader, GraderPool, check_truths
 from tw_jax.tokenizer import Tokenizer
 
 _UNKNOWN = "unknown"
@@ -74,6 +74,7 @@ def run(cfg: Evaluate) -> None:
     """Samples, grades, times, prints a table and writes `summary.json`."""
     began = time.monotonic()
     asked = sample.problems(cfg.sample)
+    check_truths(cfg.grader, ((p.id, p.answer) for p in asked if has_answer(p)))
     before = None if cfg.before is None else _summary_of(cfg.before, asked)
     loaded = sample.load(cfg.sample)
     for _ in sample.rollouts(cfg.sample, loaded, asked):

@@ -29,19 +29,20 @@ from tw_jax.data.stored import fingerprint, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.forkjoin.tries import of_group, of_trajectory
+from tw_jax.forkjoin.tries import of_group
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import settings
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.grader import Grader, GraderPool, check_truths
 from tw_jax.tasks.reward import (
     CUT,
     Parts,
     Reward,
     are_finite,
     leave_out_long,
+    refuse_short_rows,
     reward,
     summary,
     totals,
@@ -344,6 +345,8 @@ class Rollouts:
         aside = cfg.evaluation
         self._held_out = aside and read(aside.problems, count=aside.count, unanswered="drop")
         # Each process of a job does all that is drawn.
+        for asked in (self._problems, self._held_out or ()):
+            check_truths(cfg.grader, ((problem.id, problem.answer) for problem in asked))
         self.contents = {
             "problems": fingerprint(cfg.problems),
             "tokenizer": self._tokenizer.fingerprint,
@@ -486,7 +489,8 @@ class Rollouts:
                 drawn += some
                 parts += judged
         if not any(one.is_trained for group in parts for one in group):
-            self._refuse_short_rows(drawn)
+            made = [trajectory for group in drawn for trajectory in group.trajectories]
+            refuse_short_rows(self._step, made, cfg.packing.row_tokens)
         return drawn, parts, verdicts
 
     def _sample(self, count: int, have: Mapping[str, Any], add: Any) -> list[Drawn]:
@@ -548,15 +552,6 @@ class Rollouts:
                 ]
             )
         return judged
-
-    def _refuse_short_rows(self, drawn: Sequence[Drawn]) -> None:
-        shortest = min(len(of_trajectory(made)) for group in drawn for made in group.trajectories)
-        if shortest > (most := self._cfg.packing.row_tokens):
-            raise ValueError(
-                f"Step {self._step}: every rollout is longer than a row, the shortest has "
-                f"{shortest} nodes; want at most {most}. Set Packing.row_tokens higher or "
-                "ForkJoin.max_new lower."
-            )
 
     def _scored(self, group: Drawn, advantage: np.ndarray, parts: Sequence[Parts]) -> list[Scored]:
         tries = of_group(group.trajectories, most_tokens=self._cfg.packing.row_tokens)

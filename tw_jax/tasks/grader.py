@@ -1,9 +1,10 @@
 """Grading under a deadline: exact answers at once, symbolic ones in worker processes.
 
 A symbolic comparison may run for ever or eat all memory, and a Python thread cannot be stopped; a
-process can. Each worker is a fresh process with a limit on its memory; one that misses the deadline
-or dies is killed and replaced, and its item is a "timeout", not a wrong answer. No worker starts
-before the first symbolic item, so tasks with integer answers never pay for one.
+process can. Each worker is a fresh process with a limit on its memory. A worker that misses the
+deadline, dies or does not start is killed and replaced, and its item is a "timeout", not a wrong
+answer. A worker ends with its parent. No worker starts before the first symbolic item, so mode
+"number" never pays for one.
 
 This file knows answers, and neither tasks nor rewards; it hands on verdicts.
 """
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -22,10 +26,15 @@ from multiprocessing.process import BaseProcess
 
 from tw_jax.bounds import require
 from tw_jax.config import config
-from tw_jax.tasks import answers
+from tw_jax.tasks import answers, mathematics
 
 _START_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
+_MOST_FAILED_STARTS = 3
+_PAUSE_SECONDS = 600.0
+"""After so many failed starts in a row a worker is not started again for so long."""
+_GRACE_SECONDS = 1.0
+"""A worker ends itself when it is so much later than a deadline at which its parent kills it."""
 
 
 @config
@@ -33,11 +42,15 @@ class Grader:
     """How answers are graded.
 
     Attributes:
+      mode: "number" accepts only one number in a listed notation, and is for arithmetic and its
+        rewards; "mathematics" also accepts exact expressions, sets, equations and words.
+        docs/answers.md has the rules.
       workers: number of processes for symbolic comparisons, which is how many run at once.
       item_seconds: deadline of one symbolic comparison, in seconds.
       where: "after_thinking" takes only an answer after `</think>`, "anywhere" also one before.
     """
 
+    mode: answers.Mode
     workers: int = 2
     item_seconds: float = 5.0
     where: answers.Where = "after_thinking"
@@ -46,6 +59,23 @@ class Grader:
         """Refuse a pool that could not work."""
         require(self, "workers", least=1)
         require(self, "item_seconds", above=0, most=86_400)
+
+
+def check_truths(cfg: Grader, problems: Iterable[tuple[str, str]]) -> None:
+    """Refuses problems that no answer could solve, before anything is sampled.
+
+    Args:
+      cfg: how answers are graded.
+      problems: (id, right answer) of each.
+
+    Raises:
+      ValueError: If a right answer is empty, or is no number in mode "number".
+    """
+    for name, truth in problems:
+        try:
+            answers.check_truth(truth, cfg.mode)
+        except ValueError as error:
+            raise ValueError(f"Problem {name!r}: {error}") from None
 
 
 class GraderPool:
@@ -80,12 +110,13 @@ class GraderPool:
           truth: the right answer, as a number or in LaTeX.
 
         Raises:
-          RuntimeError: if the pool is closed, or a worker cannot be started.
+          RuntimeError: If the pool is closed.
+          ValueError: If no answer could equal the truth; see `answers.check_truth`.
         """
         answer = answers.final_answer(response, where=self._cfg.where)
         if answer is None:
             return "no_answer"
-        equal = answers.exactly_equal(answer, truth)
+        equal = answers.exactly_equal(answer, truth, self._cfg.mode)
         return self._symbolic(answer, truth) if equal is None else _verdict(equal)
 
     def grade_all(self, items: Iterable[tuple[str, str]]) -> list[answers.Verdict]:
@@ -120,12 +151,16 @@ class _Worker:
     def __init__(self) -> None:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._failed_starts = 0
+        self._paused_until = 0.0
 
     def compare(self, answer: str, truth: str, seconds: float) -> bool | None:
-        """The worker's answer, or None if it was late, died or ran out of memory."""
+        """The worker's answer, or None if it was late, died, ran out of memory or did not start."""
         pipe = self._pipe or self._start()
+        if pipe is None:
+            return None
         try:
-            pipe.send((answer, truth))
+            pipe.send((answer, truth, seconds))
             if pipe.poll(seconds):
                 return pipe.recv()
         except (EOFError, OSError):
@@ -136,26 +171,51 @@ class _Worker:
         self.stop()
         return None
 
-    def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), name="grader", daemon=True)
-        self._process, self._pipe = process, pipe
+    def _start(self) -> Connection | None:
+        """The pipe to a new process; None, after a warning, if it did not start."""
+        if time.monotonic() < self._paused_until:
+            return None
         try:
-            process.start()
-            theirs.close()
+            pipe = self._spawn()
             if pipe.poll(_START_SECONDS):
                 pipe.recv()
+                self._failed_starts = 0
                 return pipe
-        except BaseException as error:
+            reason = f"was not ready after {_START_SECONDS:g} seconds"
+        except (EOFError, OSError) as error:
+            reason = f"ended before it was ready ({type(error).__name__}: {error})"
+        except BaseException:
             self.stop()
-            if not isinstance(error, EOFError | OSError):
-                raise
+            raise
         self.stop()
-        raise RuntimeError(
-            "Grader: a worker process did not start. Its message is on standard error; a script "
-            'needs `if __name__ == "__main__"` around its work.'
+        self._failed_starts += 1
+        then = "The next such answer starts another one."
+        if self._failed_starts >= _MOST_FAILED_STARTS:
+            self._paused_until = time.monotonic() + _PAUSE_SECONDS
+            then = (
+                f"There were {self._failed_starts} of them in a row, so for "
+                f"{_PAUSE_SECONDS / 60:g} minutes none is started and answers that need one are "
+                "counted as timeouts."
+            )
+        warnings.warn(
+            f"Grader: a worker process {reason}; its answer is counted as a timeout. {then} The "
+            "message of the process is on standard error. A script needs "
+            '`if __name__ == "__main__"` around its work.',
+            stacklevel=2,
         )
+        return None
+
+    def _spawn(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        self._pipe = pipe
+        process = context.Process(target=_serve, args=(theirs,), name="grader", daemon=True)
+        self._process = process
+        try:
+            process.start()
+        finally:
+            theirs.close()
+        return pipe
 
     def stop(self) -> None:
         """Kills the process, whatever it is doing, and forgets it."""
@@ -174,20 +234,41 @@ def _verdict(equal: bool) -> answers.Verdict:
 def _serve(pipe: Connection) -> None:
     """The life of a worker: says it is ready, then answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(ImportError):
         import resource  # not on every system
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, hard))
-    answers.symbolically_equal("x", "x")  # imports what the first item should not wait for
+    mathematics.equal("x+1", "1+x")  # imports what the first item should not wait for
     pipe.send("ready")
     with contextlib.suppress(EOFError, OSError):
         while True:
-            answer, truth = pipe.recv()
+            answer, truth, seconds = pipe.recv()
+            _end_after(seconds + _GRACE_SECONDS)
             try:
-                reply = answers.symbolically_equal(answer, truth)
+                reply = mathematics.equal(answer, truth)
             except MemoryError:
                 reply = None
             except Exception:  # the reader's ways to fail on a strange text are many
                 reply = False
+            _end_after(0)
             pipe.send(reply)
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the parent, even a killed one, and ends this process."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _end_after(seconds: float) -> None:
+    """Lets the system end this process after so long; 0 forgets that.
+
+    A thread cannot do it, because a single operation on giant numbers holds Python's lock. The
+    default action of the alarm ends the process without any Python.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)

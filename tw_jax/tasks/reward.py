@@ -208,6 +208,25 @@ def leave_out_long(
     ]
 
 
+def refuse_short_rows(step: int, made: Sequence[Trajectory], most_tokens: int) -> None:
+    """Refuses a step whose rollouts are all longer than a row.
+
+    Args:
+      step: number of the step, for the message.
+      made: its rollouts.
+      most_tokens: length of a row.
+
+    Raises:
+      ValueError: every trie has more nodes than a row has tokens.
+    """
+    shortest = min(map(len, map(of_trajectory, made)))
+    if shortest > most_tokens:
+        raise ValueError(
+            f"Step {step}: every rollout is longer than a row, the shortest has {shortest} nodes; "
+            f"want at most {most_tokens}. Set Packing.row_tokens higher or ForkJoin.max_new lower."
+        )
+
+
 def totals(groups: Sequence[Sequence[Parts]], cfg: Reward) -> np.ndarray:
     """The rewards that advantages are made of, penalties of the group included.
 
