@@ -51,8 +51,9 @@ def main() -> int:
                 counted, found = Counter(), [Finding("silent", traceback.format_exc(), part)]
             counts.setdefault(part, Counter()).update(counted)
             findings += found
-            told = {name: counts[name].total() for name in counts} | {"findings": len(findings)}
-            print(f"faults: {time.monotonic() - began:.0f} s, {part}: {told}", file=sys.stderr)
+            told = {name: count[name.partition("_")[0]] for name, count in counts.items()}
+            seconds, number = time.monotonic() - began, len(findings)
+            print(f"faults: {seconds:.0f} s, {told}, {number} findings", file=sys.stderr)
     return _report(args.seed, counts, findings, folder, time.monotonic() - began)
 
 
