@@ -26,6 +26,8 @@ WORKERS = 2
 SHARE = 20_000
 """Texts that a worker judges at a time."""
 VERBS = ("sft", "pgrpo")
+MOST_TOLD = 100
+"""Findings that are written out; all are counted."""
 
 # What a job calls is no function of this file, which the processes of the pool do not import.
 Job = tuple[str, Callable[..., tuple[Counter[str], list[Finding]]], tuple[Any, ...]]
@@ -51,8 +53,9 @@ def main() -> int:
                 counted, found = Counter(), [Finding("silent", traceback.format_exc(), part)]
             counts.setdefault(part, Counter()).update(counted)
             findings += found
-            told = {name: counts[name].total() for name in counts} | {"findings": len(findings)}
-            print(f"faults: {time.monotonic() - began:.0f} s, {part}: {told}", file=sys.stderr)
+            told = {name: count[name.partition("_")[0]] for name, count in counts.items()}
+            seconds, number = time.monotonic() - began, len(findings)
+            print(f"faults: {seconds:.0f} s, {told}, {number} findings", file=sys.stderr)
     return _report(args.seed, counts, findings, folder, time.monotonic() - began)
 
 
@@ -91,7 +94,7 @@ def _report(
     folder: Path,
     seconds: float,
 ) -> int:
-    for finding in findings:
+    for finding in findings[:MOST_TOLD]:
         print(f"faults: {finding.kind}: {finding.what}\n  {finding.where}", file=sys.stderr)
     kinds = Counter(finding.kind for finding in findings)
     line = {"seed": seed, "seconds": round(seconds), "lost": kinds["lost"]}

@@ -7,7 +7,7 @@ short, because there are to be many; a few are long.
 import functools
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tw_jax.forkjoin import grammar
 from tw_jax.tasks import multiplication
@@ -45,14 +45,15 @@ class Hostile(NamedTuple):
       question: what was asked.
       response: the text; any code points.
       truth: the right answer, a decimal integer.
-      is_wrong: whether the answer it gives, if it gives one, certainly is not the truth.
+      wrong: "value" if the answer certainly has another value than the truth, "form" if it is not
+        one number in a notation for numbers, None if neither is known.
       answer: the content of its box where that is known, for mathematics mode; or None.
     """
 
     question: str
     response: str
     truth: str
-    is_wrong: bool
+    wrong: Literal["value", "form"] | None
     answer: str | None
 
 
@@ -62,16 +63,16 @@ def hostile(seed: int, number: int) -> Hostile:
     problem, gold = _valid(rng.randrange(512))
     kind = rng.random()
     if kind < 0.4:
-        answer, is_wrong = _answer(rng, problem)
+        answer, wrong = _answer(rng, problem)
         inside = f"\\boxed{{{answer}}}"
         around = rng.choice(("</think>{}", "x</think>\n\\[{}\\]", "</think>{}.", "{}</think>{}"))
         response = around.replace("{}", inside)
-        return Hostile(problem.question, response, problem.answer, is_wrong, answer)
+        return Hostile(problem.question, response, problem.answer, wrong, answer)
     small = f"{_small(rng)}\n</think>\n\n\\boxed{{{problem.answer}}}"
     response = gold if kind < 0.5 else small
     for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 8))):
         response = rng.choice(MUTATIONS)(rng, response)
-    return Hostile(problem.question, response, problem.answer, False, None)
+    return Hostile(problem.question, response, problem.answer, None, None)
 
 
 @functools.cache
@@ -188,58 +189,67 @@ MUTATIONS: tuple[Mutation, ...] = (
 # Answers.
 
 
-def _answer(rng: random.Random, problem: multiplication.Problem) -> tuple[str, bool]:
-    """An answer, and whether its value certainly differs from the truth."""
+def _answer(
+    rng: random.Random, problem: multiplication.Problem
+) -> tuple[str, Literal["value", "form"] | None]:
+    """An answer, and whether it is certainly wrong."""
+    if (kind := rng.random()) < 0.4:
+        return _other_value(rng, problem), "value"
+    if kind < 0.5:
+        return _other_form(rng, problem), "form"
     truth = int(problem.answer)
-    if rng.random() < 0.5:
-        return _wrong(rng, truth, problem), True
     text = rng.choice((str(truth), f"{truth:,}", f"{truth}.0", rng.choice(LATEX)))
     for _ in range(rng.choice((0, 1, 1, 2, 4))):
         at, odd = rng.randrange(len(text) + 1), rng.choice((*LATEX, *ODD, *DIGITS, *NUMBERS[:-2]))
         text = text[:at] + odd + text[at:]
     if rng.random() < 0.002:
         text = rng.choice((*NUMBERS[-2:], "{" * 3000, "\\frac{" * 500, "(" * 2000, "2^" * 500))
-    return text, False
+    return text, None
 
 
-def _wrong(rng: random.Random, truth: int, problem: multiplication.Problem) -> str:
-    """A text that is not the number `truth` by any reading, or the question instead of a number."""
-    digits = str(truth)
+def _other_value(rng: random.Random, problem: multiplication.Problem) -> str:
+    """A text that does not have the value of the truth by any reading."""
+    digits, truth = problem.answer, int(problem.answer)
     other = truth + rng.choice((1, -1, 2, 10, -10, 10**6, 2**64))
     at = rng.randrange(len(digits))
     changed = digits[:at] + str((int(digits[at]) + rng.randrange(1, 10)) % 10) + digits[at + 1 :]
-    times = rng.choice(("*", " * ", "\\times ", "\\cdot ", " x "))
-    product = times.join(map(str, problem.factors))
+    numbers = (
+        *(str(other), f"{other:,}", f"{other}.0", f"\\text{{{other}}}", f"{other}e1", changed),
+        *(f"{other}\\%", f"\\frac{{{2 * other}}}{{2}}", f"{2 * other}/2", f"{digits}.{changed}1"),
+        *(f"{digits}{rng.randrange(1, 10)}", f"{rng.randrange(1, 10)}{digits}"),
+        *(f"{digits}.{rng.randrange(1, 10)}", f"{digits}.{'0' * 30}1", f"{digits} 1/2"),
+        *(f"{other} \\times 10^{{0}}", f"{other}\\cdot 10^3", "9" * 30),
+        "9" * (5000 if rng.random() < 0.02 else 300),
+    )
+    several = (
+        *(
+            f"{digits}+0.5",
+            f"1={digits}1",
+            f"{other}={digits}",
+            f"{_product(rng, problem)}={other}",
+        ),
+        *(f"({digits},{other})", f"{digits}, {other}", f"{other}, {digits}", f"{other} \\pm 1"),
+        *(f"{digits} or {other}", f"{digits}!!+{other}", f"{digits} cm {other}"),
+        *(f"\\{{{digits},{other}\\}}", f"x={other}", f"{digits} {other}"),
+    )
+    if truth and rng.random() < 0.2:
+        return rng.choice((f"-{digits}", f"\\frac{{{digits}}}{{2}}", f"{digits}e2", f"{digits}0"))
+    return rng.choice(numbers if rng.random() < 0.7 else several)
+
+
+def _other_form(rng: random.Random, problem: multiplication.Problem) -> str:
+    """Work that is left to do, the question above all; it may have the value of the truth."""
+    digits, product = problem.answer, _product(rng, problem)
     return rng.choice(
         (
-            str(other),
-            f"{other:,}",
-            f"{other}.0",
-            f"\\frac{{{2 * other}}}{{2}}",
-            f"{other}\\%",
-            f"\\text{{{other}}}",
-            changed,
-            f"{digits}{rng.randrange(1, 10)}",
-            f"{rng.randrange(1, 10)}{digits}",
-            f"{digits}.{rng.randrange(1, 10)}",
-            f"{digits}.{'0' * 30}1",
-            f"{digits}+0.5",
-            f"1={digits}",
-            f"{other}={digits}",
-            product,
-            f"{product}={other}",
-            f"{product}={digits}",
-            f"{digits}+0",
-            f"{digits}-0",
-            f"{digits}\\cdot 1",
-            f"({digits},{other})",
-            f"{digits}, {other}",
-            f"{other}, {digits}",
-            f"{digits} or {other}",
-            f"{digits}_8",
-            f"{digits}!!+{other}",
-            f"{other} \\pm 1",
-            f"{digits} cm {other}",
-            "9" * rng.choice((30, 300, 5000)) if rng.random() < 0.05 else "9" * 30,
+            *(product, product, f"{product}={digits}", f"{digits}={product}", f"{digits}+0"),
+            *(f"{digits}-0", f"{digits}\\cdot 1", f"{digits}_8", f"\\frac{{{product}}}{{1}}"),
+            *(f"{digits}={digits}", f"{digits}^1", f"\\sqrt{{{int(digits) ** 2}}}", f"--{digits}"),
         )
     )
+
+
+def _product(rng: random.Random, problem: multiplication.Problem) -> str:
+    times = rng.choice(("*", " * ", "\\times ", "\\cdot ", " x ", "\\,", ")("))
+    product = times.join(map(str, problem.factors))
+    return f"({product})" if times == ")(" else product

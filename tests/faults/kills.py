@@ -45,6 +45,8 @@ ORPHAN_SECONDS = 5.0
 """What a process has started has to end within this time after it."""
 LONGEST_SECONDS = 300.0
 """A process that neither ends nor shows anything for this time hangs."""
+MOST_FINDINGS = 20
+"""A campaign that has found more is over, for its processes may never live long enough to kill."""
 
 
 class Ledger:
@@ -111,7 +113,7 @@ class Campaign:
 
     def run(self, kills: int) -> None:
         """Kills so many times; every folder that was begun is finished and compared."""
-        while self.counts["kills"] < kills:
+        while self.counts["kills"] < kills and len(self.findings) < MOST_FINDINGS:
             folder = self._scene.folder / f"{self._verb}_{self.counts['runs']}"
             ledger = Ledger(folder, self._scene.whole(self._verb))
             found = len(self.findings)
@@ -129,7 +131,7 @@ class Campaign:
         watch = Watch(folder)
         process = self._runner.start(folder)
         try:
-            if not is_last and self._await(process, watch):
+            if not is_last and self._await(process, watch, folder):
                 self._kill(process, folder, ledger, watch)
                 return False
             code = process.wait(timeout=LONGEST_SECONDS)
@@ -145,7 +147,7 @@ class Campaign:
                 self.counts["orphans"] += len(left)
             kill_all(process)
 
-    def _await(self, process: subprocess.Popen, watch: Watch) -> bool:
+    def _await(self, process: subprocess.Popen, watch: Watch, folder: Path) -> bool:
         """Waits for a random moment; False if the process ended before it."""
         began = time.monotonic()
         if self._rng.random() < START_SHARE:
@@ -155,6 +157,8 @@ class Campaign:
             while process.poll() is None and not watch.new() and time.monotonic() < until:
                 time.sleep(0.01)
             seconds = time.monotonic() - began
+            if seconds >= LONGEST_SECONDS:
+                self._silent(folder, f"nothing was done in {LONGEST_SECONDS} seconds")
             self._start_seconds += (seconds - self._start_seconds) / 4
             until = began + seconds + self._rng.uniform(0, SPREAD_SECONDS[self._verb])
         with contextlib.suppress(subprocess.TimeoutExpired):

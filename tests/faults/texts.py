@@ -130,7 +130,7 @@ class Texts:
         self.counts[f"number_{verdict}"] += 1
         if verdict != "correct":
             return
-        assert not text.is_wrong, "a wrong answer is graded correct"
+        assert text.wrong is None, "a wrong answer is graded correct"
         given = answers.final_answer(text.response, where="after_thinking")
         assert given is not None
         assert may_be(given, int(text.truth)), f"{given!r} is graded correct for {text.truth}"
@@ -139,6 +139,8 @@ class Texts:
         verdict = self._pools["mathematics"].grade(text.response, text.truth)
         assert verdict in ("correct", "wrong", "no_answer", "timeout")
         self.counts[f"mathematics_{verdict}"] += 1
+        is_wrong = verdict == "correct" and text.wrong == "value"
+        assert not is_wrong, "another value is graded correct in mathematics mode"
 
 
 _TERM = r"(\d*)(?:\.(\d*))?(?:[eE]\+?(\d{1,4}))?"
@@ -158,7 +160,7 @@ def may_be(answer: str, truth: int) -> bool:
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     text = re.sub(r"\\+(?=%|$)|\.$|^\+", "", text)
     value = _VALUE.fullmatch(text)
-    if value is None or not text.strip("-.%"):
+    if value is None or len(text) > 4000 or not text.strip("-.%"):
         return False
     top, below = _fraction(*value.groups()[1:4]), _fraction(*value.groups()[4:])
     below = below if "/" in text else fractions.Fraction(1)
