@@ -1,5 +1,6 @@
 """One tiny run of every program, from problems to a graded model, made once for all their tests."""
 
+import jax
 import pytest
 
 from tw_jax import metrics
@@ -117,6 +118,15 @@ Reward.overlong = @SoftOverlong()
 SoftOverlong.limit_tokens = 60
 SoftOverlong.buffer_tokens = 60
 """
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quick_programs():
+    """Tests here ask what programs read, write and say; most of their time would be LLVM's."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
