@@ -14,6 +14,8 @@ from tw_jax.models.transformer import network
 from tw_jax.programs.sft import Sft
 from tw_jax.train.state import abstract_state
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 
 def sft(runs, folder, *words):
     sets = [f"Sft.workdir='{folder}'", *words]
