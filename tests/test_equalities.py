@@ -147,6 +147,7 @@ def loss_and_gradient(net, params, batch, rows_at_once=8):
             params
         )
 
+    rows_at_once = min(rows_at_once, len(batch.tokens))
     pad = -len(batch.tokens) % rows_at_once
     batch = jax.tree.map(lambda a: np.pad(a, [(0, pad), (0, 0)]), batch)
     index = np.arange(batch.tokens.shape[1], dtype=np.int32)

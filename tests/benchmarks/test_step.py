@@ -54,6 +54,12 @@ def test_the_ideals_are_tokens_and_pairs_of_blocks():
     }
 
 
+def test_a_loss_whose_terms_cancel_is_judged_by_their_sizes():
+    batches = {"trie": np.float32([1, 2, -3 + 1e-6]), "rows": np.float32([1, 2, -3 + 2e-6])}
+    loss, _ = step.difference(lambda p, x: ((p * x).sum(), {}), np.float32(1), batches, size=6.0)
+    assert 1e-8 < loss < 5e-7
+
+
 def test_a_gradient_of_other_weights_is_seen_as_different(quick_network):
     case = workloads.TINY_STEP
     made = workloads.trajectory(case.shape, case.seed)

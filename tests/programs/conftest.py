@@ -1,5 +1,8 @@
 """One tiny run of every program, from problems to a graded model, made once for all their tests."""
 
+import contextlib
+
+import jax
 import pytest
 
 from tw_jax import metrics
@@ -121,6 +124,24 @@ SoftOverlong.buffer_tokens = 60
 """
 
 
+@contextlib.contextmanager
+def _quickly():
+    """Compiles without LLVM's passes: tests here ask what programs read, write and say."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """For files of tests that wait for compilers more than for anything else."""
+    with _quickly():
+        yield
+
+
 @pytest.fixture(scope="session")
 def numbers():
     """The lines of a run's folder without what time it took."""
@@ -144,13 +165,15 @@ def made(tmp_path_factory):
         ("pgrpo", CONFIG + PGRPO),
     ):
         (folder / f"{name}.gin").write_text(text.format(folder=folder), encoding="utf-8")
-    assert main(["make", str(folder / "make.gin")]) == 0
+    with _quickly():
+        assert main(["make", str(folder / "make.gin")]) == 0
     return folder
 
 
 @pytest.fixture(scope="session")
 def runs(made):
     """The same folder with what `sft`, `sample` and `evaluate` left there."""
-    for name in ("sft", "sample", "evaluate"):
-        assert main([name, str(made / f"{name}.gin")]) == 0
+    with _quickly():
+        for name in ("sft", "sample", "evaluate"):
+            assert main([name, str(made / f"{name}.gin")]) == 0
     return made

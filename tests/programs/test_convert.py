@@ -17,6 +17,7 @@ from tw_jax.models.transformer import Model
 from tw_jax.programs import convert as convert_module
 from tw_jax.tokenizer import CONTROL, HuggingFace, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 MODEL = Model(
     vocab_size=300,
     num_layers=2,

@@ -13,6 +13,7 @@ from tw_jax.cli import main
 from tw_jax.models.lora import adapters, without_adapters
 from tw_jax.programs import pgrpo
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 LORA = ["Model.lora=@Lora()", "Lora.rank=2", "Lora.alpha=6"]
 FAST = ["Optim.warmup_steps=0", "Optim.peak_lr=0.01"]
 EXPORT = """

@@ -18,7 +18,7 @@ from tw_jax.models.rope import Rope
 from tw_jax.parity import compare, sides
 from tw_jax.programs import parity
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_programs")]
 
 pytest.importorskip("torch", reason="PyTorch comes with the parity extra")
 pytest.importorskip("transformers", reason="transformers comes with the parity extra")

@@ -23,6 +23,7 @@ from tw_jax.programs import pgrpo as program
 from tw_jax.tasks import grader
 from tw_jax.tokenizer import SentencePiece, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 HANGS = r"3^{13!}"
 """A power that sympy would write out, which takes minutes and gigabytes."""
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,8 @@ from tw_jax.programs.sft import Sft
 from tw_jax.tokenizer import load_tokenizer, train_sentencepiece
 from tw_jax.train.state import abstract_state
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 
 def sft(runs, folder, *words):
     sets = [f"Sft.workdir='{folder}'", *words]

@@ -54,7 +54,10 @@ def run(case: RowsCase) -> Report:
         chunk_tokens=CHUNK_TOKENS,
         temperature=_TEMPERATURE,
     )
-    loss_diff, gradient_diff = difference(objective, params, batches)
+    # Advantages of both signs cancel in the loss; a token costs its advantage, the ratio being 1.
+    rows = batches["rows"]
+    size = float(np.sum(np.asarray(rows.trie.weight) * np.abs(np.asarray(rows.advantage))))
+    loss_diff, gradient_diff = difference(objective, params, batches, size)
     step = pgrpo.make_step(
         net,
         OPTIM,

@@ -156,9 +156,20 @@ def repeated(pure: Step, params: Params, batch: Any) -> Callable[[Any], Any]:
 
 
 def difference(
-    objective: Objective, params: Params, batches: Mapping[str, Any]
+    objective: Objective, params: Params, batches: Mapping[str, Any], size: float | None = None
 ) -> tuple[float, float]:
-    """Relative difference of the loss, and relative L2 of the gradient, of "trie" to "rows"."""
+    """How far the loss and the gradient of "trie" are from those of "rows".
+
+    Args:
+      objective: the loss, a sum over tokens.
+      params: where both are computed.
+      batches: "trie" and "rows".
+      size: what the difference of the losses is a share of: the sum of the terms' sizes, where
+        terms of both signs cancel. The loss itself if None.
+
+    Returns:
+      (share, relative L2).
+    """
     with jax.default_matmul_precision("highest"):
         summed = jax.jit(jax.value_and_grad(objective, has_aux=True))
         ((loss, _), gradient), ((want, _), want_gradient) = (
@@ -168,4 +179,5 @@ def difference(
         sum(float(np.square(leaf.astype(np.float64)).sum()) for leaf in jax.tree.leaves(tree))
         for tree in (jax.tree.map(np.subtract, gradient, want_gradient), want_gradient)
     ]
-    return float(abs(loss - want) / abs(want)), (squares[0] / squares[1]) ** 0.5
+    apart = abs(float(loss) - float(want)) / (abs(float(want)) if size is None else size)
+    return apart, (squares[0] / squares[1]) ** 0.5
