@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import resource
@@ -26,7 +25,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from tw_jax import checkpoint
-from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax.checkpoint import Checkpoints, identity, restore_params
 from tw_jax.metrics import read
 
 
@@ -271,15 +270,13 @@ def test_extra_that_json_cannot_hold_is_refused(tmp_path):
         kept.save(0, {"x": jnp.ones(1)}, {"position": np.int64(3)})
 
 
-def test_another_number_of_processes_is_refused(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "run")
-    extra = tmp_path / "run/3/extra/metadata"
-    extra.write_text(json.dumps({"processes": [{}, {}]}))
-    with (
-        Checkpoints(tmp_path / "run", keep=2) as kept,
-        pytest.raises(ValueError, match="written by 2 processes, this job has 1, and each process"),
-    ):
-        kept.restore(None, abstract(make_state()))
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=2) as kept:
+        with monkeypatch.context() as two:
+            two.setattr(checkpoint.hosts, "gather", lambda value: [value, value])
+            kept.save(3, make_state(), {})
+        with pytest.raises(ValueError, match="written by 2 processes, this job has 1, and each"):
+            kept.restore(None, abstract(make_state()))
 
 
 # Full disks and crashes.
@@ -373,3 +370,25 @@ def test_two_processes_keep_one_state_and_each_its_own_extra(tmp_path):
     assert [job.returncode for job in jobs] == [0, 0], "\n".join(errors)
     (line,) = read(tmp_path / "metrics.jsonl")
     assert line["loss"] == 28.0
+
+
+# Identity.
+
+
+def test_an_identity_depends_on_the_parameters_and_not_on_place_mesh_or_optimiser(saved, tmp_path):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("d",))
+    split = NamedSharding(mesh, P(None, "d"))
+    same = make_state(3).replace(step=jnp.int32(9), key=jax.random.key(9))
+    one_off = same.params["embed"].at[0, 0].add(1e-7)
+    with Checkpoints(tmp_path, keep=3) as kept:
+        kept.save(5, same.replace(params=jax.device_put(same.params, split)), {"other": 1})
+        kept.save(6, same.replace(params={**same.params, "embed": one_off}), {})
+        kept.save(7, {"w": jnp.ones(3)}, {})
+    names = {step: identity(tmp_path, step=step) for step in (5, 6)}
+    assert names[5] == identity(saved) == identity(saved, step=3)
+    assert len({names[5], names[6], identity(saved, step=1)}) == 3
+    assert len(names[5]) == 16
+    with pytest.raises(ValueError, match=r"/7 has no params\. Its state has w\."):
+        identity(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder of checkpoints"):
+        identity(tmp_path / "nowhere")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from house.sources import ROOT
 
 import tw_jax.programs
-from tw_jax import cli
+from tw_jax import cli, workdir
 from tw_jax.config import load
+from tw_jax.programs.evaluate import Evaluate
 
 TRAIN = '''
 """Trains a toy.
@@ -172,6 +174,23 @@ def test_a_command_that_is_refused_leaves_the_config_of_the_run_as_it_was(progra
     assert cli.main([*words, "Optim.lr=4"]) == 0
     assert "Optim.lr = 4.0" in Path("run/config.gin").read_text()
     assert Path("run/config.1.gin").read_text() == written
+
+
+def test_a_workdir_that_another_job_holds_is_refused(programs, capsys):
+    words = ["train", TOY, "--set", "Train.workdir=run"]
+    with workdir.held(["run"], "tw train first.gin"):
+        assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("tw: run is in use by process ")
+    assert ": tw train first.gin. Two jobs would" in err
+    assert not Path("run/config.gin").exists()
+    assert cli.main(words) == 0
+
+
+def test_the_folder_of_the_rollouts_of_an_evaluation_is_held_too(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = load(Evaluate, ["configs/evaluate/demo.gin"])
+    assert cli._workdirs(cfg) == ["runs/demo", "runs/demo/samples"]
 
 
 def test_no_workdir_no_file(programs, tmp_path):

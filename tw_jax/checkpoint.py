@@ -1,8 +1,9 @@
 """The door to orbax: what a run keeps so that it can go on, and what evaluation reads of it.
 
-A checkpoint is a folder named by its step. It holds the state, a pytree of arrays, and for each
-process a JSON object with all else (the position in the data, the config). It appears whole or not
-at all. This file does not know what a state is made of; a state whose parameters others should find
+A checkpoint is a folder named by its step. It holds the state, a pytree of arrays, and a JSON
+object: for each process all else (the position in the data, the config), and a checksum of every
+array and of the object itself, which every restore verifies. A checkpoint appears whole or not at
+all. This file does not know what a state is made of; a state whose parameters others should find
 has them at `params`.
 """
 
@@ -10,11 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +27,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from tw_jax import hosts
+from tw_jax.checksums import checksums
 from tw_jax.contracts import Params
 
 T = TypeVar("T")
+
+_NAMES = ocp.path.step.standard_name_format()
+
+
+class DamagedError(ValueError):
+    """What is stored of a checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -38,11 +49,15 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int) -> None:
         """Opens the folder, and makes it where it does not exist.
 
-        What an interrupted save has left is deleted, so only one job may write here at a time.
+        What an interrupted save has left is deleted, so only one job may write here at a time. An
+        entry that has the name of a step and cannot be one is renamed, after a warning.
 
         Args:
           directory: a local or mounted folder, or a URL that orbax reads (gs://bucket/run).
           keep: how many checkpoints to keep; the oldest go once a newer one is complete.
+
+        Raises:
+          DamagedError: there are such entries and no other checkpoint. Nothing is changed.
         """
         if keep < 1:
             raise ValueError(f"keep = {keep}: want at least 1 checkpoint.")
@@ -50,6 +65,7 @@ class Checkpoints:
         self._saving = (0, 0)
         """Step and bytes of the latest save."""
         self._remove_halves()
+        self._set_aside_strays()
         self._manager = _open(
             self.directory, max_to_keep=keep, cleanup_tmp_directories=not _is_local(self.directory)
         )
@@ -65,10 +81,9 @@ class Checkpoints:
           Its `extra`; None where there is no checkpoint, or no note that can be read.
         """
         self.wait()
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
-                return self._manager.restore(step, args=args)["extra"]["processes"][0]
+        for path in reversed(_paths(self.directory).values()):
+            with contextlib.suppress(DamagedError):
+                return _read_extra(path)["processes"][0]
         return None
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
@@ -96,18 +111,20 @@ class Checkpoints:
         # Asked before, for a save that fills the disk takes the run's other files down with it.
         if min(hosts.gather(_free_bytes(self.directory))) < self._saving[1]:
             raise self._disk_error(errno.ENOSPC)
+        content = {"processes": hosts.gather(extra), "arrays": _described(state)}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            extra=ocp.args.JsonSave({"processes": hosts.gather(extra)}),
+            extra=ocp.args.JsonSave({**content, "sha256": _seal(content)}),
         )
         with self._disk_errors():
             self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int | None, abstract: T) -> tuple[T, dict[str, Any]]:
-        """Reads a checkpoint onto the devices that the abstract state names.
+        """Reads a checkpoint onto the devices that the abstract state names, and verifies it.
 
         Args:
-          step: which one; None for the newest.
+          step: which one; None for the newest that is sound. Damaged ones that are newer are then
+            renamed, `12` to `12.damaged`, after a warning about each of them.
           abstract: the state's tree with `jax.ShapeDtypeStruct`s, or arrays, for leaves. Their
             shardings decide where the arrays go, whatever the mesh was that wrote them.
 
@@ -116,23 +133,34 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
+          DamagedError: it is damaged; or, where `step` is None, all are. Nothing is changed.
           ValueError: a leaf is missing, or of another shape or dtype; or another number of
             processes wrote the checkpoint.
         """
         self.wait()
-        step = _existing(self._manager, step, self.directory)
-        place = f"{self.directory}/{step}"
-        _refuse_misfit(place, _metadata(self._manager, step), abstract)
-        args = ocp.args.Composite(state=_reading(abstract), extra=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        extras = restored["extra"]["processes"]
-        if len(extras) != jax.process_count():
-            raise ValueError(
-                f"{place} was written by {len(extras)} processes, this job has "
-                f"{jax.process_count()}, and each process has its own position in the data. "
-                f"Run with {len(extras)}, or start a new run from these parameters."
-            )
-        return restored["state"], extras[jax.process_index()]
+        if step is not None:
+            path = _existing(self.directory, step)
+            try:
+                return _restored_state(path, abstract)
+            except DamagedError as error:
+                raise DamagedError(f"{error} {_advice(path)}") from error
+        newest_path = _existing(self.directory, None)
+        damaged: list[tuple[Any, str]] = []
+        for path in reversed(_paths(self.directory).values()):
+            try:
+                found = _restored_state(path, abstract)
+            except DamagedError as error:
+                damaged.append((path, str(error)))
+                continue
+            if damaged:
+                self._set_aside(damaged, f"The run goes on from step {path.name}.")
+                self._manager.reload()
+            return found
+        raise DamagedError(
+            f"{' '.join(fault for _, fault in damaged)} {self.directory} has no other checkpoint "
+            f"than {newest_path.name if len(damaged) == 1 else 'these'}. Put back a copy of one, "
+            "or move them elsewhere to start the run from its beginning."
+        )
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -174,6 +202,50 @@ class Checkpoints:
             for half in Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
 
+    def _set_aside_strays(self) -> None:
+        """Renames what has the name of a step and would stop orbax, or the next save of that step.
+
+        Only entries that orbax cannot even list are touched here; `restore` judges the others.
+        """
+        if not (_is_local(self.directory) and os.path.isdir(self.directory)):
+            return
+        sound = _paths(self.directory)
+        strays = [
+            (path, f"{path} has the name of a checkpoint and is not a folder.")
+            for path in sorted(Path(self.directory).iterdir())
+            if path.name.isdecimal() and not path.is_dir()
+        ]
+        for found in list(_NAMES.find_all(self.directory)):
+            try:
+                _ = found.commit_timestamp  # orbax asks each of them when it opens the folder
+            except Exception as error:
+                strays.append((found.path, _damage(found.path, _first_line(error))))
+                del sound[found.step]
+        # All processes must have looked before the first of them renames.
+        strays = [] if not any(hosts.gather(len(strays))) else strays
+        if strays and not sound:
+            raise DamagedError(
+                f"{' '.join(fault for _, fault in strays)} {self.directory} has no other "
+                "checkpoint. Put back a copy of one, or move this elsewhere to start the run from "
+                "its beginning."
+            )
+        if strays:
+            self._set_aside(strays, "The run goes on without it.")
+
+    def _set_aside(self, damaged: list[tuple[Any, str]], then: str) -> None:
+        """Renames damaged checkpoints, so that their steps can be saved again, and says so."""
+        for path, fault in damaged:
+            kept = next(
+                name
+                for name in (f"{path.name}.damaged{n}" for n in ["", *map(".{}".format, range(99))])
+                if not (path.parent / name).exists()
+            )
+            hosts.gather(kept)  # all have chosen the name before it is taken
+            if hosts.is_first():
+                path.rename(path.parent / kept)
+                warnings.warn(f"{fault} It is kept as {kept}. {then}", stacklevel=4)
+        hosts.gather("renamed")
+
     def _disk_error(self, code: int) -> OSError:
         step, needed = self._saving
         latest = self.latest()
@@ -192,11 +264,33 @@ def newest(directory: str | Path) -> int:
     Raises:
       FileNotFoundError: there is no such folder, or no checkpoint in it.
     """
-    directory = _normalised(directory)
-    if _is_local(directory) and not os.path.isdir(directory):
-        raise FileNotFoundError(f"{directory}: no such folder of checkpoints.")
-    with contextlib.closing(_open(directory, create=False)) as manager:
-        return _existing(manager, None, directory)
+    return int(_existing(_normalised(directory), None).name)
+
+
+def identity(directory: str | Path, *, step: int | None = None) -> str:
+    """Names the parameters of a checkpoint by their content; no array is read.
+
+    Args:
+      directory: the folder of a `Checkpoints`.
+      step: which checkpoint; None for the newest.
+
+    Returns:
+      16 hexadecimal digits, which depend on names, shapes, dtypes and values of the parameters, and
+      neither on the place of the folder, nor on the mesh, nor on the rest of the state.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      DamagedError: its record is damaged.
+      ValueError: its state has no `params`.
+    """
+    path = _existing(_normalised(directory), step)
+    try:
+        arrays = _read_extra(path)["arrays"]
+    except DamagedError as error:
+        raise DamagedError(f"{error} {_advice(path)}") from error
+    _require_params(path, arrays)
+    params = {name: told for name, told in arrays.items() if name.startswith("params.")}
+    return _seal(params)[:16]
 
 
 def restore_params(
@@ -206,9 +300,11 @@ def restore_params(
     abstract: Params | None = None,
     core: Params | None = None,
 ) -> Params:
-    """Reads the parameters of a checkpoint, for those who know nothing of the optimiser.
+    """Reads and verifies the parameters of a checkpoint, without those of the optimiser.
 
-    Nothing is written or deleted, so the run that owns the folder may be going on.
+    Nothing is written, renamed or deleted, so the run that owns the folder may be going on. A
+    damaged checkpoint is never replaced by an older one here: results of another model than the
+    one asked for would be worse than none.
 
     Args:
       directory: the folder of a `Checkpoints`.
@@ -223,36 +319,21 @@ def restore_params(
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      DamagedError: the checkpoint is damaged.
       ValueError: the state has no `params`, or a leaf that does not fit `abstract`.
     """
-    directory = _normalised(directory)
-    if _is_local(directory) and not os.path.isdir(directory):
-        raise FileNotFoundError(f"{directory}: no such folder of checkpoints.")
-    with contextlib.closing(_open(directory, create=False)) as manager:
-        step = _existing(manager, step, directory)
-        place = f"{directory}/{step}"
-        stored = _metadata(manager, step)
-        if "params" not in stored:
-            raise ValueError(f"{place} has no params. Its state has {', '.join(sorted(stored))}.")
-        if core is not None and _leaves(core).keys() == _leaves(stored["params"]).keys():
+    path = _existing(_normalised(directory), step)
+    try:
+        arrays = _agreed(lambda: _read_extra(path)["arrays"])
+        _require_params(path, arrays)
+        stored = {name: told for name, told in arrays.items() if name.startswith("params.")}
+        if core is not None and _leaves({"params": core}).keys() == stored.keys():
             abstract = core
         if abstract is not None:
-            _refuse_misfit(place, {"params": stored["params"]}, {"params": abstract})
-        wanted = {"params": stored["params"] if abstract is None else abstract}
-        args = ocp.args.Composite(state=_reading(wanted, partial_restore=True))
-        return manager.restore(step, args=args)["state"]["params"]
-
-
-def identity(directory: str | Path, *, step: int | None = None) -> str:
-    """Stub until the checksums are there."""
-    import hashlib
-
-    params = restore_params(directory, step=step)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(params))
-    digest = hashlib.sha256()
-    for path, leaf in leaves:
-        digest.update(jax.tree_util.keystr(path).encode() + leaf.tobytes())
-    return digest.hexdigest()[:16]
+            _refuse_misfit(path, stored, {"params": abstract})
+        return _restored(path, arrays, abstract and {"params": abstract}, part="params")["params"]
+    except DamagedError as error:
+        raise DamagedError(f"{error} {_advice(path)}") from error
 
 
 # orbax, its options and its trees.
@@ -273,20 +354,108 @@ def _normalised(directory: str | Path) -> str:
     return os.path.abspath(directory) if _is_local(directory) else str(directory)
 
 
-def _existing(manager: ocp.CheckpointManager, step: int | None, directory: str) -> int:
-    steps = sorted(manager.all_steps())
-    if not steps:
+def _paths(directory: str) -> dict[int, Any]:
+    """The folders of all complete checkpoints by step, from the oldest to the newest."""
+    found = {one.step: one.path for one in _NAMES.find_all(directory)}
+    return dict(sorted(found.items()))
+
+
+def _existing(directory: str, step: int | None) -> Any:
+    """The folder of one checkpoint; of the newest where `step` is None."""
+    if _is_local(directory) and not os.path.isdir(directory):
+        raise FileNotFoundError(f"{directory}: no such folder of checkpoints.")
+    paths = _paths(directory)
+    if not paths:
         raise FileNotFoundError(f"{directory} has no checkpoint.")
-    if step is not None and step not in steps:
-        known = ", ".join(map(str, steps))
+    if step is not None and step not in paths:
+        known = ", ".join(map(str, paths))
         raise FileNotFoundError(f"{directory} has no checkpoint of step {step}. It has {known}.")
-    return steps[-1] if step is None else step
+    return paths[max(paths) if step is None else step]
 
 
-def _metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The tree of what is stored, with shapes and dtypes for leaves."""
-    tree = manager.item_metadata(step)["state"].tree
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+def _restored_state(path: Any, abstract: T) -> tuple[T, dict[str, Any]]:
+    """The state of one checkpoint and this process's `extra`; raises as `restore`."""
+    content = _agreed(lambda: _read_extra(path))
+    arrays, extras = content["arrays"], content["processes"]
+    _refuse_misfit(path, arrays, abstract)
+    if len(extras) != jax.process_count():
+        raise ValueError(
+            f"{path} was written by {len(extras)} processes, this job has "
+            f"{jax.process_count()}, and each process has its own position in the data. "
+            f"Run with {len(extras)}, or start a new run from these parameters."
+        )
+    return _restored(path, arrays, abstract), extras[jax.process_index()]
+
+
+def _restored(path: Any, arrays: Mapping[str, str], abstract: Any, part: str = "") -> Any:
+    """Reads arrays and compares their checksums with those that were written.
+
+    The handlers are asked, and not a manager, because a manager waits for all processes after a
+    restore, and one that finds damage would never come.
+
+    Args:
+      path: of the checkpoint.
+      arrays: its record.
+      abstract: the tree to read, that of all arrays or of those under `part`; None for the tree
+        that orbax finds there.
+      part: the only field of the state to read; "" for all of it.
+    """
+
+    def read() -> Any:
+        with _orbax_errors(path), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(path / "state").tree
+            stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+            stored = {part: stored[part]} if part else stored
+            if _leaves(stored) != {name: _shape(arrays[name]) for name in _leaves(stored)}:
+                raise DamagedError(_damage(path, "its metadata and its record name other arrays"))
+            wanted = stored if abstract is None else abstract
+            args = _reading(wanted, **({"partial_restore": True} if part else {}))
+            return jax.block_until_ready(handler.restore(path / "state", args=args))
+
+    restored = _agreed(read)
+    found = _described(restored)
+    for name, told in found.items():
+        if told != arrays[name]:
+            raise DamagedError(_damage(path, f"the array {name} is not what was written"))
+    return restored
+
+
+def _read_extra(path: Any) -> dict[str, Any]:
+    """The JSON object of a checkpoint: `processes`, `arrays`, and the seal of both."""
+    with _orbax_errors(path), contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        content = handler.restore(path / "extra")
+        seal = content.pop("sha256", None)
+        if seal is None:
+            raise DamagedError(
+                _damage(path, "its record has no checksums, as those of earlier versions")
+            )
+        if seal != _seal(content):
+            raise DamagedError(_damage(path, "its record is not what was written"))
+    return content
+
+
+def _described(state: Any) -> dict[str, str]:
+    """Shape, dtype and checksum of every array by its name."""
+    sums = checksums(jax.tree.leaves(state))
+    return {
+        name: f"{shape} {checksum}"
+        for (name, shape), checksum in zip(_leaves(state).items(), sums, strict=True)
+    }
+
+
+def _shape(told: str) -> str:
+    """Shape and dtype of a record's entry, without the checksum."""
+    return told.rpartition(" ")[0]
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_params(path: Any, arrays: Mapping[str, str]) -> None:
+    if not any(name.startswith("params.") for name in arrays):
+        fields = ", ".join(sorted({name.partition(".")[0] for name in arrays}))
+        raise ValueError(f"{path} has no params. Its state has {fields}.")
 
 
 def _reading(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
@@ -301,13 +470,13 @@ def _reading(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(item, restore_args=restore_args, **options)
 
 
-def _refuse_misfit(place: str, stored: Any, wanted: Any) -> None:
-    """Raises a sentence about the first leaf that differs."""
-    there, here = _leaves(stored), _leaves(wanted)
+def _refuse_misfit(path: Any, arrays: Mapping[str, str], wanted: Any) -> None:
+    """Raises a sentence about the first leaf that differs from the record of a checkpoint."""
+    there, here = {name: _shape(told) for name, told in arrays.items()}, _leaves(wanted)
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
             raise ValueError(
-                f"{place} does not fit: {name} is {there.get(name, 'missing')} there and "
+                f"{path} does not fit: {name} is {there.get(name, 'missing')} there and "
                 f"{here.get(name, 'missing')} here. Build the state from the config that the "
                 "checkpoint was written with."
             )
@@ -327,6 +496,54 @@ def _stored(leaf: Any) -> Any:
     """What of a leaf is stored: a typed key is the integers it is made of."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+
+
+# Damage.
+
+
+def _damage(path: Any, fault: str) -> str:
+    return f"Checkpoint {path} is damaged: {fault}."
+
+
+def _advice(path: Any) -> str:
+    """How to go on without a damaged checkpoint, for those who asked for this very one."""
+    older = [step for step in _paths(str(path.parent)) if step < int(path.name)]
+    then = f" to use step {older[-1]}, the newest before it" if older else ""
+    return f"Put back a copy of it, or move the folder elsewhere{then}."
+
+
+@contextlib.contextmanager
+def _orbax_errors(path: Any) -> Iterator[None]:
+    """Turns what orbax says of damaged files into a DamagedError.
+
+    What memory, devices and disks say of themselves is no damage and passes.
+    """
+    try:
+        yield
+    except (DamagedError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if _os_error_code(error) not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            raise
+        raise DamagedError(_damage(path, _first_line(error))) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (line if len(line) <= 240 else line[:240] + "...").rstrip(".")
+
+
+def _agreed(read: Callable[[], T]) -> T:
+    """Reads in every process; where one of them finds damage, all raise its error."""
+    found, fault = None, None
+    try:
+        found = read()
+    except DamagedError as error:
+        fault = str(error)
+    faults = [one for one in hosts.gather(fault) if one is not None]
+    if faults:
+        raise DamagedError(faults[0])
+    return found  # pyright: ignore[reportReturnType]
 
 
 # Processes and disks.

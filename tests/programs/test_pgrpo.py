@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from tw_jax import metrics
-from tw_jax.checkpoint import restore_params
+from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load
 from tw_jax.data import records
@@ -169,6 +170,41 @@ def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, cras
         assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
     assert len(drawn) == 2  # the problems of the cut record, and those of the evaluation
     assert same_first_batch(trained, tmp_path)
+
+
+def test_rollouts_that_an_attempt_with_other_settings_left_are_drawn_again(
+    trained, tmp_path, drawn
+):
+    # Before the first checkpoint, settings may change; an attempt marks what it leaves.
+    first = (trained / "pgrpo" / "rollouts" / "000000.jsonl").read_text()
+    (tmp_path / "rollouts").mkdir()
+    left = first.replace('"extra": {', '"extra": {"run": "0123456789abcdef", ')
+    (tmp_path / "rollouts" / ".000000.jsonl").write_text(left)
+    assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
+    assert drawn == [4, 3]
+    assert same_first_batch(trained, tmp_path)
+
+
+def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained, tmp_path, numbers):
+    without_evaluation(trained, tmp_path)
+    init, run = tmp_path / "init", tmp_path / "run"
+    shutil.copytree(trained / "sft" / "checkpoints", init)
+    words = [f"Pgrpo.init='{init}'", "PolicyLoss.kl_coef=0.1"]
+    assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=1") == 0
+    # The run that made the first parameters goes on: its newest ones are others.
+    with Checkpoints(init, keep=9) as checkpoints:
+        other = jax.tree.map(lambda leaf: leaf + 0.5, restore_params(init))
+        checkpoints.save(5, {"params": other}, {})
+    assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=2") == 0
+    assert [line["step"] for line in numbers(run)] == [0, 1]
+    assert all(0 <= line["reference_kl"] < 0.01 for line in numbers(run))
+
+
+def without_evaluation(trained, folder):
+    """Writes the config without held-out problems into a folder."""
+    text = (trained / "pgrpo.gin").read_text().splitlines()
+    kept = [line for line in text if not line.startswith(("Evaluation", "Pgrpo.evaluation"))]
+    (folder / "pgrpo.gin").write_text("\n".join(kept))
 
 
 def same_first_batch(trained, folder):

@@ -1,6 +1,8 @@
 """`tw sft`: a run leaves what it should, goes on where it stopped, and is its own record."""
 
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from tw_jax.cli import main
 from tw_jax.config import load, operative
 from tw_jax.models.transformer import network
 from tw_jax.programs.sft import Sft
-from tw_jax.tokenizer import load_tokenizer
+from tw_jax.tokenizer import load_tokenizer, train_sentencepiece
 from tw_jax.train.state import abstract_state
 
 
@@ -96,8 +98,39 @@ def test_another_mesh_gives_the_same_losses(runs, tmp_path, tolerance):
 def test_a_finished_run_has_nothing_left_to_do(runs, capsys):
     before = (runs / "sft" / "packing.json").read_text()
     assert main(["sft", str(runs / "sft.gin")]) == 0
-    assert "step 4 of 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 4 of 4" in out
+    assert "The run is finished: all 4 steps are taken." in out
     assert (runs / "sft" / "packing.json").read_text() == before
+
+
+def test_a_finished_run_keeps_its_config_whatever_the_next_command_says(runs, capsys):
+    folder = runs / "sft"
+    before = (folder / "config.gin").read_text()
+    assert sft(runs, folder, "Optim.peak_lr=2e-3", "Packing.row_tokens=512") == 2
+    told = "Packing.row_tokens = 512 (was 384); Optim.peak_lr = 0.002 (was 0.001). Set them back"
+    assert told in capsys.readouterr().err
+    assert sft(runs, folder, "Sft.steps=8") == 2
+    assert "Set Optim.decay_steps = 4 to keep the schedule" in capsys.readouterr().err
+    assert sft(runs, folder, "Sft.steps=2", "Optim.decay_steps=4") == 2
+    assert "Sft.steps = 2 (4 steps are taken)" in capsys.readouterr().err
+    assert sft(runs, folder, "Sft.save_every=1") == 0
+    assert (folder / "config.gin").read_text() == before
+    assert not list(folder.glob("config.*.gin"))
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer_of_equal_size_at_the_same_path(
+    runs, tmp_path, capsys
+):
+    path, folder = tmp_path / "tokenizer.model", runs / "sft"
+    shutil.copy(runs / "data" / "tokenizer.model", path)
+    words = [f"SentencePiece.path='{path}'"]
+    assert sft(runs, folder, *words) == 0
+    texts = [f"{n} times {n + 7} is {n * (n + 7)}, so says line {n}." for n in range(400)]
+    train_sentencepiece(texts, path, 320)
+    capsys.readouterr()
+    assert sft(runs, folder, *words) == 2
+    assert re.search(r"tokenizer: [0-9a-f]+ \(was [0-9a-f]+\)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

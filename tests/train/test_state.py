@@ -149,6 +149,17 @@ def test_the_named_points_of_the_reference_schedule():
     assert float(rate(100)) == pytest.approx(0, abs=1e-12)
 
 
+def test_a_schedule_with_its_own_length_does_not_depend_on_the_steps_of_the_run():
+    for kind in ("cosine", "linear", "constant"):
+        optim = Optim(peak_lr=1e-3, schedule=kind, end_lr=1e-4, decay_steps=90)
+        last = 1e-3 if kind == "constant" else 1e-4
+        for step in (0, 4, 5, 50, 89, 90, 150):
+            want = formula(step, optim, 90, warmup=5) if step < 90 else last
+            for steps in (60, 200):
+                got = float(learning_rate(step, optim, steps=steps))
+                assert got == pytest.approx(want, rel=1e-5, abs=1e-9)
+
+
 def test_warmup_steps_go_before_the_ratio():
     optim = Optim(peak_lr=1.0, warmup_steps=50, warmup_ratio=0.9)
     assert float(learning_rate(25, optim, steps=100)) == pytest.approx(0.5)
@@ -162,6 +173,7 @@ def test_warmup_steps_go_before_the_ratio():
         ("end_lr", 2.0),
         ("warmup_ratio", 1.5),
         ("warmup_steps", -1),
+        ("decay_steps", 0),
         ("weight_decay", -0.1),
         ("epsilon", 0.0),
         ("clip_norm", 0.0),

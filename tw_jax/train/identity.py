@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints, identity, newest, restore_params
 from tw_jax.config import operative
 from tw_jax.contracts import Params
 from tw_jax.models.lora import without_adapters
+
+T = TypeVar("T")
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     # The folder can be moved. A file can be moved too, because its content is compared.
@@ -99,15 +101,16 @@ def establish(
       FileNotFoundError: the run starts and `init` has no checkpoint.
     """
     now = Identity(operative(cfg), dict(contents), None)
-    before, taken = checkpoints.note(), checkpoints.latest() or 0
+    # All processes judge what process 0 has read, so that all of them stop or none.
+    before, taken = hosts.gather([checkpoints.note(), checkpoints.latest() or 0])[0]
     if before is None:
-        now = now._replace(origin=_origin_of(cfg.init))
+        now = now._replace(origin=_everywhere(lambda: _origin_of(cfg.init)))
     else:
         changed = _refuse_changes(cfg, now, before, taken=taken)
         origin = before.get("origin") and Origin(**before["origin"])
         is_moved = any(name.endswith(".init") for name in changed)
         if origin is not None and (needs_init or is_moved):
-            _refuse_other_origin(cfg, origin)
+            _everywhere(lambda: _refuse_other_origin(cfg, origin))
         now = now._replace(origin=origin, changed=tuple(changed.values()))
     hosts.agree(run=now.digest)
     return now
@@ -161,7 +164,7 @@ def _refuse_changes(
 ) -> dict[str, str]:
     """The changes that are allowed, by field; raises one sentence about all that are not."""
     root = type(cfg).__name__
-    found = differences(before["config"], now.config)
+    found = differences(before.get("config", ""), now.config)
     told = {name: f"{name} = {new} (was {old})" for name, (old, new) in found.items()}
     # To begin with a checkpoint, or with none, are two runs.
     is_place = {name for name in found if MAY_CHANGE.get(name) == "place"}
@@ -174,9 +177,9 @@ def _refuse_changes(
     kept = before.get("contents", {})
     for name, value in now.contents.items():
         if kept.get(name) != value:
-            refused.append(f"the {name} is {value} (was {kept.get(name, 'not recorded')})")
+            refused.append(f"{name}: {value} (was {kept.get(name, 'not recorded')})")
     advice = ""
-    if kept.get("schedule") != now.contents.get("schedule"):
+    if f"{root}.steps" in found and kept.get("schedule") != now.contents.get("schedule"):
         advice = f" Set Optim.decay_steps = {_length(before['config'], root)} to keep the schedule."
     if cfg.steps < taken:
         refused.append(f"{root}.steps = {cfg.steps} ({taken} steps are taken)")
@@ -211,6 +214,19 @@ def _origin_of(init: str | None) -> Origin | None:
         return None
     step = newest(init)
     return Origin(step, identity(init, step=step))
+
+
+def _everywhere(read: Callable[[], T]) -> T:
+    """What this process reads; raises in all processes if one of them cannot."""
+    told, fault = None, None
+    try:
+        told = read()
+    except (OSError, ValueError) as error:
+        fault = error
+    faults = [text for text in hosts.gather(None if fault is None else str(fault)) if text]
+    if faults:
+        raise fault or ValueError(faults[0])
+    return cast(T, told)
 
 
 # Configs as text.

@@ -47,7 +47,7 @@ class DivergedError(ValueError):
 
 
 def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> TrainState | None:
-    """Takes a run up where its newest checkpoint left it.
+    """Takes a run up where its newest sound checkpoint left it; damaged ones are put aside.
 
     Args:
       checkpoints: of the run.
@@ -65,7 +65,7 @@ def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> 
     hosts.agree(checkpoint=f"step {latest}")
     if latest is None:
         return None
-    state, extra = checkpoints.restore(latest, abstract)
+    state, extra = checkpoints.restore(None, abstract)
     batches.set_state(extra["batches"])
     return state
 
