@@ -125,6 +125,13 @@ def test_latency_of_one_kind_has_one_panel(right: int) -> None:
     assert len(figures.latency_figure(graded(4, right=right)).axes) == 1
 
 
+def test_rollouts_without_a_known_answer_are_drawn_apart() -> None:
+    found = graded(4, right=2)
+    found[3] |= {"verdict": "unknown"}
+    titles = [ax.get_title("left") for ax in figures.latency_figure(found).axes]
+    assert [title.partition(":")[0] for title in titles] == ["Correct", "Wrong", "Answer not known"]
+
+
 def test_latency_of_rollouts_without_tokens_is_drawn() -> None:
     drawn = figures.latency_figure([{"verdict": "timeout", "total": 0, "longest": 0}])
     assert len(drawn.axes) == 1

@@ -150,11 +150,18 @@ def latency_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
       lines: those of `graded.jsonl`: `verdict`, and the tokens `longest` and `total`.
 
     Returns:
-      The figure: a panel for the correct rollouts and one for the others, as far as there are any.
+      The figure: a panel for the correct rollouts, one for the wrong ones and one for those whose
+      answer is not known, as far as there are any.
     """
     longest, total = (np.array([line[n] for line in lines], float) for n in ("longest", "total"))
-    is_correct = np.array([line["verdict"] == "correct" for line in lines])
-    groups = [(n, g) for n, g in (("Correct", is_correct), ("Wrong", ~is_correct)) if g.any()]
+    verdict = np.array([line["verdict"] for line in lines])
+    is_correct, is_unknown = verdict == "correct", verdict == "unknown"
+    panels = {
+        "Correct": is_correct,
+        "Wrong": ~is_correct & ~is_unknown,
+        "Answer not known": is_unknown,
+    }
+    groups = [(name, group) for name, group in panels.items() if group.any()]
     most = max(total.max(), 1)
     width = max(1, round(most / 50))  # whole tokens, or some bars hold more numbers than others
     bins = np.arange(0, most + 2 * width, width).tolist()

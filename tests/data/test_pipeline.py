@@ -176,6 +176,26 @@ def test_a_record_with_an_unclosed_block_names_its_line_and_place(tmp_path):
         next(open_batches(path, seed=None))
 
 
+def test_a_record_behind_a_blank_line_is_told_with_its_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write(path, [unclosed(e) for e in examples(1)])
+    path.write_text("\n\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"x\.jsonl:3: "):
+        next(open_batches(str(path), seed=None))
+
+
+def test_a_file_that_is_overwritten_within_an_epoch_ends_it(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write(path, examples(12))
+    batches = open_batches(str(path), window=2)
+    next(batches)
+    text = path.read_text()
+    with path.open("r+") as file:
+        file.write(text.replace("multiplication", "subtraction   "))
+    with pytest.raises(ValueError, match="was changed while it was being read"):
+        list(itertools.islice(batches, 20))
+
+
 def test_a_truncated_file_names_its_line_and_the_remedy(tmp_path):
     path = tmp_path / "x.jsonl"
     write(path, examples(3))

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from tw_jax.data import records
-from tw_jax.data.prompts import Problems
+from tw_jax.data.prompts import Problems, encoded
 
 LENGTHS = [3, 9, 4, 12, 5]
+
+
+DROP, REFUSE = {"too_long": "drop"}, {"too_long": "refuse"}
 
 
 def encode(question):
@@ -29,8 +32,8 @@ def path(tmp_path):
 
 def test_a_prompt_that_is_too_long_is_refused_with_file_and_line(path):
     limits = {"Sampler.max_prompt": 8, "ForkJoin.max_context": 100}
-    with pytest.raises(ValueError, match="max_prompt allows at most 8") as caught:
-        Problems(path, encode, limits=limits, option="Pgrpo.long_prompts")
+    with pytest.raises(ValueError, match="max_prompt allows 1 to 8") as caught:
+        Problems(path, encode, limits=limits, **REFUSE)
     message = str(caught.value)
     assert message.startswith(f"{path}:3: the prompt of the problem 'p1' has 9 tokens")
     assert "Or set Pgrpo.long_prompts to 'drop'" in message
@@ -39,12 +42,12 @@ def test_a_prompt_that_is_too_long_is_refused_with_file_and_line(path):
 def test_the_shorter_of_two_limits_is_named(path):
     limits = {"Sampler.max_prompt": 100, "ForkJoin.max_context": 11}
     with pytest.raises(ValueError, match=r"problem 'p3' has 12 tokens, and ForkJoin.max_context"):
-        Problems(path, encode, limits=limits)
+        encoded(path, encode, limits=limits)
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted_where_the_config_says_so(path):
     limits = {"Sampler.max_prompt": 8}
-    found = Problems(path, encode, limits=limits, too_long="drop")
+    found = Problems(path, encode, limits=limits, **DROP)
     assert [problem.id for problem in found] == ["p0", "p2", "p4"]
     assert (len(found), found.dropped) == (3, 2)
     drawn = [problem.id for problem in found.drawn(0, 9, seed=5)]
@@ -52,19 +55,20 @@ def test_prompts_that_are_too_long_are_dropped_and_counted_where_the_config_says
 
 
 def test_prompts_behind_the_count_are_not_asked_for_their_length(path):
-    assert len(Problems(path, encode, limits={"Sampler.max_prompt": 3}, count=1)) == 1
+    (prompt,) = encoded(path, encode, limits={"Sampler.max_prompt": 3}, count=1)
+    assert len(prompt) == LENGTHS[0]
 
 
 def test_a_file_of_which_no_prompt_fits_is_refused(path, tmp_path):
-    with pytest.raises(ValueError, match="all other problems of the file have prompts of more"):
-        Problems(path, encode, limits={"Sampler.max_prompt": 2}, too_long="drop")
+    with pytest.raises(ValueError, match="no prompt of its 5 problems is within"):
+        Problems(path, encode, limits={"Sampler.max_prompt": 2}, **DROP)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no problem: want at least one"):
-        Problems(tmp_path / "empty.jsonl", encode, limits={"Sampler.max_prompt": 2})
+        Problems(tmp_path / "empty.jsonl", encode, limits={"Sampler.max_prompt": 2}, **DROP)
 
 
 def test_the_order_of_problems_is_a_new_permutation_in_each_pass_from_any_place(path):
-    found = Problems(path, encode, limits={"Sampler.max_prompt": 100})
+    found = Problems(path, encode, limits={"Sampler.max_prompt": 100}, **REFUSE)
     order = np.concatenate([np.random.default_rng([7, n]).permutation(5) for n in range(4)])
     want = [f"p{n}" for n in order]
     assert [p.id for p in found.drawn(0, 20, seed=7)] == want

@@ -1,6 +1,7 @@
 """`tw evaluate`: the summary says what the graded rollouts say."""
 
 import json
+import os
 import re
 import types
 
@@ -11,8 +12,9 @@ import rollouts
 from tw_jax.cli import main
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Call, Hit, Trajectory
-from tw_jax.programs.evaluate import summarise
+from tw_jax.programs import evaluate as program
 from tw_jax.tasks import reward
+from tw_jax.tasks.grader import Grader
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
     threads = (call((), ids[3:15]), call((0, "1"), ids[:7]), call((0, "2"), ids[:4]))
     forked = Trajectory(3, threads, ids, zeros, 1, "eos", {})
     made = [written, forked]
-    told = summarise(
+    told = program.summarise(
         types.SimpleNamespace(
             prompt_in_text=False,
             sample=types.SimpleNamespace(samples=1, sampler=types.SimpleNamespace(temperature=0.0)),
@@ -110,3 +112,59 @@ def test_an_earlier_evaluation_stands_beside_the_new_one(runs, summary, tmp_path
 def test_an_earlier_evaluation_that_is_not_there_is_named(runs, tmp_path, capsys):
     assert evaluate(runs, f"Evaluate.before='{tmp_path}'") == 2
     assert "Run that evaluation first" in capsys.readouterr().err
+
+
+def test_an_earlier_evaluation_of_other_problems_is_refused(runs, summary, tmp_path, capsys):
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"problems_hash": "0" * 16}))
+    assert evaluate(runs, f"Evaluate.before='{tmp_path}'") == 2
+    assert "summary.json is an evaluation of other problems" in capsys.readouterr().err
+
+
+def test_a_training_run_that_left_no_packing_is_named(runs, tmp_path, capsys):
+    words = [f"Evaluate.training='{tmp_path}'", f"Evaluate.workdir='{tmp_path}'"]
+    assert evaluate(runs, *words, "Evaluate.timed=0") == 2
+    assert "Finish that training run first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("Sample.problems='{folder}/none.jsonl'", "none.jsonl has no problem"),
+        ("ForkJoin.max_context=5", "and ForkJoin.max_context allows 1 to 4"),
+    ],
+)
+def test_nothing_to_evaluate_ends_in_a_sentence(runs, tmp_path, capsys, word, sentence):
+    (tmp_path / "none.jsonl").touch()
+    words = [f"Evaluate.workdir='{tmp_path}'", f"Sample.workdir='{tmp_path}/samples'"]
+    assert evaluate(runs, *words, word.format(folder=tmp_path)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def rollout(text, answer):
+    ids = np.zeros(1, np.int32)
+    return records.Rollout("a/0", "q", answer, "f", ids, (), "eos", {}, text)
+
+
+def test_a_problem_without_a_known_answer_is_neither_right_nor_wrong():
+    found = [rollout(r"</think> \boxed{5}", answer) for answer in ("5", "6", "", " ")]
+    assert program.grade(Grader(), found) == ["correct", "wrong", "unknown", "unknown"]
+
+
+def test_accuracy_is_over_the_problems_whose_answer_is_known():
+    numbers = program.accuracy(["correct", "wrong", "unknown", "unknown", "wrong", "wrong"], 2)
+    assert numbers["exact_match"] == 0.25
+    assert numbers["pass_at_2"] == 0.5
+    assert numbers["without_answer"] == 1
+    none = program.accuracy(["unknown"] * 2, 1)
+    assert (none["exact_match"], none["without_answer"]) == (None, 2)
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    program._write(tmp_path, {"problems": 1}, [], [], [], [])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        program._write(tmp_path, {"problems": 2}, [], [], [], [])
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"problems": 1}

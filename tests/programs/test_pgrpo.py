@@ -1,5 +1,7 @@
 """`tw pgrpo`: a run leaves what it should, goes on exactly, and survives groups without signal."""
 
+import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -58,6 +60,7 @@ def test_every_step_has_its_line(trained):
         assert 0.999 <= line["ratio_min"] <= line["ratio_max"] <= 1.001
         assert line["longest_tokens"] <= line["total_tokens"]
     assert "eval_correct" in lines[1]
+    assert lines[1]["eval_without_answer"] == 0
     assert "eval_pass_at_2" in lines[2]
     assert "eval_correct" not in lines[0]
 
@@ -336,7 +339,7 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
         ("Packing.row_tokens=32", "want at most 32"),
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
-        ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows at most 5"),
+        ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0: want at least 1"),
         ("Pgrpo.most_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
@@ -346,4 +349,21 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
 )
 def test_bad_settings_end_in_a_sentence(trained, tmp_path, capsys, word, sentence):
     assert pgrpo(trained, tmp_path, word) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "sentence"),
+    [
+        ("Pgrpo.problems", {"answer": " "}, "x.jsonl:2: the answer of the problem 'train-1'"),
+        ("Pgrpo.problems", {"id": "train-0"}, "x.jsonl:2 has the id 'train-0', and so has"),
+        ("Evaluation.problems", {"id": "train-0"}, "x.jsonl:2 has the id 'train-0', and so has"),
+    ],
+)
+def test_problems_that_cannot_be_rewarded_or_told_apart_are_refused_at_the_start(
+    made, tmp_path, capsys, field, changes, sentence
+):
+    first, second = itertools.islice(records.read(made / "data" / "train.jsonl"), 2)
+    records.write(tmp_path / "x.jsonl", [first, dataclasses.replace(second, **changes)])
+    assert pgrpo(made, tmp_path / "run", f"{field}='{tmp_path / 'x.jsonl'}'") == 2
     assert sentence in capsys.readouterr().err

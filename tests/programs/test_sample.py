@@ -1,8 +1,14 @@
 """`tw sample`: rollouts are kept by ids, seeds belong to rollouts, and nothing is made twice."""
 
+import dataclasses
+import json
+import shutil
+
+import jax
 import numpy as np
 import pytest
 
+from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load
 from tw_jax.data import records
@@ -40,6 +46,7 @@ def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
 
 def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
     whole = rollouts(runs / "samples")
+    shutil.copy(runs / "samples" / "made_by.json", tmp_path)
     path = tmp_path / "rollouts.jsonl"
     lines = (runs / "samples" / "rollouts.jsonl").read_bytes().split(b"\n")
     # Two whole lines and the half of a third, as a crash leaves them.
@@ -64,3 +71,100 @@ def test_a_missing_checkpoint_ends_in_a_sentence(runs, tmp_path, capsys):
     word = f"Sample.checkpoint='{tmp_path / 'none'}'"
     assert main(["sample", str(runs / "sample.gin"), "--set", word]) == 2
     assert "no such folder of checkpoints" in capsys.readouterr().err
+
+
+def run(runs, folder, *words):
+    words = [f"Sample.workdir='{folder}'", *words]
+    return main(["sample", str(runs / "sample.gin"), *[w for s in words for w in ("--set", s)]])
+
+
+@pytest.fixture
+def copy(runs, tmp_path):
+    """A copy of the finished rollouts, and a copy of their problems to change."""
+    shutil.copytree(runs / "samples", tmp_path / "samples")
+    shutil.copy(runs / "data" / "held_out.jsonl", tmp_path)
+    return tmp_path / "samples", tmp_path / "held_out.jsonl"
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "task"])
+def test_rollouts_of_a_changed_problems_file_are_not_reused(runs, copy, capsys, field):
+    folder, path = copy
+    first, second, third = records.read(path)
+    records.write(path, [first, dataclasses.replace(second, **{field: "7"}), third])
+    assert run(runs, folder, f"Sample.problems='{path}'") == 2
+    said = capsys.readouterr().err
+    assert f"{folder}/rollouts.jsonl:3 was not sampled for the problem" in said
+    assert f"the id 'held_out-1' in {path}" in said
+
+
+def test_a_problems_file_that_grew_keeps_its_rollouts(runs, copy):
+    folder, path = copy
+    old = list(records.read(path))
+    records.write(path, [*old, dataclasses.replace(old[0], id="new")])
+    words = [f"Sample.workdir='{folder}'", f"Sample.problems='{path}'"]
+    cfg = load(Sample, [str(runs / "sample.gin")], words)
+    asked = sample.problems(cfg)
+    kept = {one.id for one in sample.finished(cfg, asked)}
+    assert len(kept) == 6
+    assert [name for name in sample.names(cfg, asked) if name not in kept] == ["new/0", "new/1"]
+
+
+def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, copy, capsys):
+    folder, path = copy
+    place = path.with_name("checkpoints")
+    shutil.copytree(runs / "sft" / "checkpoints", place)
+    assert run(runs, folder, f"Sample.checkpoint='{place}'") == 0
+    assert "0 new rollouts" in capsys.readouterr().out, "the same parameters at another path"
+    other = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1e-3), restore_params(place))
+    shutil.rmtree(place)
+    with Checkpoints(place, keep=1) as checkpoints:
+        checkpoints.save(4, {"params": other}, {})
+    assert run(runs, folder, f"Sample.checkpoint='{place}'") == 2
+    assert "holds rollouts with another model_identity" in capsys.readouterr().err
+
+
+def test_rollouts_whose_maker_is_not_known_are_not_reused(runs, copy, capsys):
+    folder, _ = copy
+    (folder / "made_by.json").write_text('{"checkpoint": "')
+    assert run(runs, folder) == 2
+    assert "made_by.json is damaged" in capsys.readouterr().err
+    (folder / "made_by.json").unlink()
+    assert run(runs, folder) == 2
+    assert "holds rollouts and no made_by.json" in capsys.readouterr().err
+
+
+def test_two_rollouts_of_one_id_are_refused_with_both_lines(runs, copy):
+    folder, _ = copy
+    path = folder / "rollouts.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    cfg = load(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
+    with pytest.raises(ValueError, match=rf"{path}:7 has the id '.*', and so has {path}:2\."):
+        list(sample.finished(cfg, sample.problems(cfg)))
+
+
+def test_two_problems_of_one_id_are_not_sampled(runs, copy, tmp_path, capsys):
+    _, path = copy
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    assert run(runs, tmp_path / "new", f"Sample.problems='{path}'") == 2
+    assert f"{path}:4 has the id 'held_out-0', and so has {path}:1." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["Sampler.max_prompt=5", "ForkJoin.max_context=5"])
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_sampled(
+    runs, tmp_path, capsys, word
+):
+    assert run(runs, tmp_path / "new", word) == 2
+    said = capsys.readouterr().err
+    assert "held_out.jsonl:1: the prompt of the problem 'held_out-0' has" in said
+    assert word.partition("=")[0] in said
+    assert not (tmp_path / "new" / "made_by.json").exists()
+
+
+def test_settings_without_a_rollout_are_replaced(runs, copy):
+    folder, _ = copy
+    made = json.loads((folder / "made_by.json").read_text())
+    (folder / "made_by.json").write_text(json.dumps(made | {"temperature": 0.5}))
+    (folder / "rollouts.jsonl").unlink()
+    cfg = load(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
+    next(sample.rollouts(cfg, sample.load(cfg), sample.problems(cfg)))
+    assert json.loads((folder / "made_by.json").read_text()) == made

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from tw_jax.config import config
-from tw_jax.data.records import Example, Record, Rollout, open_records
+from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.grammar import GrammarError, parse
@@ -146,11 +146,12 @@ class Batches(Iterator[TrieBatch]):
                 f"{cfg.path}: {len(records)} records for {num_hosts} hosts; want at least one each."
             )
         self.fingerprint = fingerprint(cfg.path)
+        records.require_unchanged()
         self.fill, self.unusable = Fill(), 0
         self._share = [host, num_hosts]
         self._cfg, self._packing, self._builder, self._rows = cfg, packing, builder, rows
         # Each host shuffles its own share, so no record is read twice in an epoch.
-        source = grain.MapDataset.source(_Numbered(records, cfg.path))[host::num_hosts]
+        source = grain.MapDataset.source(_Placed(records))[host::num_hosts]
         if cfg.seed is not None:
             source = source.shuffle(seed=cfg.seed)
         self._source = iter(source.repeat().to_iter_dataset(grain.ReadOptions(num_threads=0)))
@@ -227,15 +228,15 @@ class Batches(Iterator[TrieBatch]):
         self._waiting = pack(tries, self._packing, self.fill)
 
 
-class _Numbered:
+class _Placed:
     """Records with where they stand, for messages; grain's random access source."""
 
-    def __init__(self, records: Any, path: str) -> None:
-        self._records, self._path = records, path
+    def __init__(self, records: Records) -> None:
+        self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: Any) -> tuple[Record, str]:
         number = int(np.asarray(index))
-        return self._records[number], f"{self._path}:{number + 1}"
+        return self._records[number], self._records.where(number)

@@ -115,7 +115,7 @@ class Rollout(_Record):
       finish: why the rollout ended.
       counts: events of interest by name.
       text: the joined path behind the prompt, decoded for readers and graders.
-      extra: what was made of it, as JSON: reward parts, group, advantage.
+      extra: what else is known, as JSON: the hash of its problem; reward parts, group, advantage.
     """
 
     id: str

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax import workdir
+from tw_jax import files, workdir
 from tw_jax.config import config
 from tw_jax.data import records
+from tw_jax.data.problems import content_hash
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin import cost, grammar
 from tw_jax.forkjoin.calls import Trajectory
@@ -33,6 +34,9 @@ from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool
 from tw_jax.tokenizer import Tokenizer
+
+_UNKNOWN = "unknown"
+"""The verdict where the right answer is not known."""
 
 
 @config
@@ -63,19 +67,21 @@ class Evaluate:
 def run(cfg: Evaluate) -> None:
     """Samples, grades, times, prints a table and writes `summary.json`."""
     began = time.monotonic()
-    before = None if cfg.before is None else _summary_of(cfg.before)
+    asked = sample.problems(cfg.sample)
+    before = None if cfg.before is None else _summary_of(cfg.before, asked)
     loaded = sample.load(cfg.sample)
-    for _ in sample.rollouts(cfg.sample, loaded):
+    for _ in sample.rollouts(cfg.sample, loaded, asked):
         pass
-    found = [r for r in _wanted(cfg) if isinstance(r, records.Rollout)]
+    found = _in_order(cfg, asked)
     trajectories = [trajectory_of(loaded.sampler.protocol, rollout) for rollout in found]
-    with GraderPool(cfg.grader) as pool:
-        verdicts = pool.grade_all((rollout.text, rollout.answer) for rollout in found)
+    verdicts = grade(cfg.grader, found)
     summary = summarise(cfg, found, trajectories, verdicts, loaded)
-    if cfg.timed:
-        summary |= wall_clock(loaded, trajectories[: cfg.timed])
+    summary["problems_hash"] = content_hash(*asked)
+    timed = [t for t in trajectories if len(t.ids) > t.prompt_tokens][: cfg.timed]
+    if timed:
+        summary |= wall_clock(loaded, timed)
     if cfg.training is not None:
-        summary |= json.loads((Path(cfg.training) / "packing.json").read_text())
+        summary |= _packing_of(cfg.training)
     if before is not None:
         summary["before"] = before
     summary["evaluate_seconds"] = time.monotonic() - began
@@ -84,6 +90,15 @@ def run(cfg: Evaluate) -> None:
     _write(Path(cfg.workdir), summary, found, trajectories, verdicts, texts)
     workdir.record(cfg)
     _print(summary)
+
+
+def grade(cfg: Grader, found: list[records.Rollout]) -> list[str]:
+    """A verdict for each rollout; "unknown" where the right answer is not known."""
+    is_known = [bool(rollout.answer.strip()) for rollout in found]
+    items = [(r.text, r.answer) for r, known in zip(found, is_known, strict=True) if known]
+    with GraderPool(cfg) as pool:
+        verdicts = iter(pool.grade_all(items))
+    return [next(verdicts) if known else _UNKNOWN for known in is_known]
 
 
 def texts_of(
@@ -104,18 +119,13 @@ def summarise(
 ) -> dict[str, Any]:
     """Accuracy, format and token latency with 95 % intervals over problems."""
     texts = texts_of(cfg, trajectories, loaded.tokenizer)
-    correct = np.array([v == "correct" for v in verdicts]).reshape(-1, cfg.sample.samples)
     reports = [grammar.well_formed(rollout.text) for rollout in found]
     well = np.array([report.trajectory_well_formed for report in reports])
-    accuracy = score.wilson(float(score.mean_at_n(correct).mean()), len(correct))
     samples = cfg.sample.samples
-    passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= samples]
     return {
-        "problems": len(correct),
+        "problems": len(found) // samples,
         "samples": samples,
-        "exact_match": accuracy.value,
-        "exact_match_interval": [accuracy.low, accuracy.high],
-        **{f"pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
+        **accuracy(verdicts, samples),
         "verdicts": dict(Counter(map(str, verdicts))),
         "format_correct": float(well.mean()),
         "format_reasons": grammar.histogram(reports),
@@ -127,6 +137,33 @@ def summarise(
         "finish": dict(Counter(t.finish for t in trajectories)),
         "events": dict(sum((Counter(t.counts) for t in trajectories), Counter())),
         "temperature": cfg.sample.sampler.temperature,
+    }
+
+
+def accuracy(verdicts: list[str], samples: int) -> dict[str, Any]:
+    """Accuracy over the problems whose answer is known; the others are counted apart.
+
+    Args:
+      verdicts: of all rollouts, those of one problem side by side.
+      samples: rollouts of each problem.
+
+    Returns:
+      `exact_match` and its interval, None where no answer is known; `pass_at_k` for powers of two;
+      `without_answer`, the number of problems whose answer is not known.
+    """
+    table = np.array(verdicts).reshape(-1, samples)
+    is_known = table[:, 0] != _UNKNOWN
+    numbers: dict[str, Any] = {"without_answer": int((~is_known).sum())}
+    if not is_known.any():
+        return numbers | {"exact_match": None, "exact_match_interval": None}
+    correct = table[is_known] == "correct"
+    share = score.wilson(float(score.mean_at_n(correct).mean()), len(correct))
+    passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= samples]
+    return {
+        **numbers,
+        "exact_match": share.value,
+        "exact_match_interval": [share.low, share.high],
+        **{f"pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
     }
 
 
@@ -146,7 +183,7 @@ def latency(costs: list[cost.Cost], samples: int) -> dict[str, Any]:
         "longest_tokens": longest.value,
         "longest_tokens_interval": [longest.low, longest.high],
         "total_tokens": total.value,
-        "latency_ratio": longest.value / max(total.value, 1.0),
+        "latency_ratio": longest.value / total.value if total.value else 1.0,
         "parallel_ratio": float(np.mean([c.parallel_ratio for c in costs])),
         "threads_per_block": sum(c.threads for c in costs) / max(sum(c.blocks for c in costs), 1),
     }
@@ -229,15 +266,10 @@ def _with(cfg: Any, **changes: Any) -> Any:
     return type(cfg)(**{**vars(cfg), **changes})
 
 
-def _wanted(cfg: Evaluate) -> list[records.Record]:
+def _in_order(cfg: Evaluate, asked: list[records.Problem]) -> list[records.Rollout]:
     """The rollouts of this evaluation in the order of its problems, whatever the file holds."""
-    path = Path(cfg.sample.workdir) / "rollouts.jsonl"
-    by_id = {record.id: record for record in records.read(path)}
-    return [
-        by_id[f"{problem.id}/{k}"]
-        for problem in sample.problems(cfg.sample)
-        for k in range(cfg.sample.samples)
-    ]
+    by_id = {rollout.id: rollout for rollout in sample.finished(cfg.sample, asked)}
+    return [by_id[name] for name in sample.names(cfg.sample, asked)]
 
 
 def _write(
@@ -268,28 +300,51 @@ def _write(
             found, trajectories, verdicts, map(cost.of_calls, trajectories), texts, strict=True
         )
     ]
-    (folder / "graded.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    files.write_text(folder / "graded.jsonl", "\n".join(lines) + "\n")
+    files.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _summary_of(folder: str) -> dict[str, Any]:
-    """The figures of an earlier evaluation.
+def _summary_of(folder: str, asked: list[records.Problem]) -> dict[str, Any]:
+    """The figures of an earlier evaluation of these problems.
 
     Raises:
       FileNotFoundError: there is none.
+      ValueError: it was an evaluation of other problems.
     """
     path = Path(folder) / "summary.json"
+    summary = _read(path, f"Evaluate.before = {folder!r}", "Run that evaluation first")
+    if summary.get("problems_hash") != content_hash(*asked):
+        raise ValueError(
+            f"{path} is an evaluation of other problems: it has {summary.get('problems')} with the "
+            f"hash {summary.get('problems_hash')}, and this one has {len(asked)} with the hash "
+            f"{content_hash(*asked)}. Evaluate both on one file, or leave Evaluate.before out."
+        )
+    return summary
+
+
+def _packing_of(folder: str) -> dict[str, Any]:
+    """How full the rows of a training run were."""
+    path = Path(folder) / "packing.json"
+    return _read(path, f"Evaluate.training = {folder!r}", "Finish that training run first")
+
+
+def _read(path: Path, field: str, first: str) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: no such file, and Evaluate.before = {folder!r} names it. Run that evaluation "
-            "first, or leave Evaluate.before out."
+            f"{path}: no such file, and {field} names it. {first}, or leave "
+            f"{field.partition(' =')[0]} out."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged. {first}, so that it is written again.") from None
 
 
 def _print(summary: dict[str, Any]) -> None:
     columns = [summary] if "before" not in summary else [summary["before"], summary]
-    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each:")
+    without = summary["without_answer"]
+    apart = f" ({without} without a known answer, left out of exact match)" if without else ""
+    print(f"{summary['problems']} problems, {summary['samples']} sample(s) each{apart}:")
     if len(columns) > 1:
         print(f"  {'':32}{'before':24}after")
     for name, label, spec in (
@@ -309,6 +364,6 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def _shown(summary: dict[str, Any], name: str, spec: str) -> str:
-    value = f"{summary[name]:{spec}}" if name in summary else "-"
+    value = "-" if summary.get(name) is None else f"{summary[name]:{spec}}"
     low_high = summary.get(f"{name}_interval")
     return value if low_high is None else f"{value} [{', '.join(f'{x:{spec}}' for x in low_high)}]"

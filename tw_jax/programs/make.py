@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from tw_jax import workdir
+from tw_jax import files, workdir
 from tw_jax.config import config
 from tw_jax.data import records
 from tw_jax.metrics import progress
@@ -94,7 +94,7 @@ def run(cfg: Make) -> None:
         "tokens_max": int(lengths.max()),
         **{f"share_under_{n}": float((lengths < n).mean()) for n in _THRESHOLDS},
     }
-    (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    files.write_text(folder / "statistics.json", json.dumps(statistics, indent=2) + "\n")
     workdir.record(cfg)
     print(f"{folder}: {len(train)} training and {len(held_out)} held-out examples")
     print(

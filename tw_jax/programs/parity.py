@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from tw_jax import figures, workdir
+from tw_jax import figures, files, workdir
 from tw_jax.checkpoint import restore_params
 from tw_jax.config import config
 from tw_jax.contracts import Params
@@ -302,7 +302,7 @@ def read_material(cfg: Parity) -> Material:
             builder = Builder(Data(path=some.path, chat=some.chat), tokenizer, written)
             found = open_records(some.path)
             count = min(some.count, len(found))
-            made = [builder.trajectory(found[n], f"{some.path}, record {n}") for n in range(count)]
+            made = [builder.trajectory(found[n], found.where(n)) for n in range(count)]
             tries = [(of_trajectory(t), t.prompt_tokens) for t in made]
             prompts = [t.ids[: t.prompt_tokens] for t in made]
     return Material(
@@ -378,7 +378,7 @@ def _plain(value: Any) -> Any:
 def _conclude(cfg: Parity, found: dict[str, dict[str, Any]]) -> int:
     folder = Path(cfg.workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "parity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    files.write_text(folder / "parity.json", json.dumps(found, indent=2) + "\n")
     figures.save(figures.parity_figure(found), folder / "parity.png", "png")
     print(f"{folder}/parity.json, {folder}/parity.png")
     short = {

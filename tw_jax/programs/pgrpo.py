@@ -23,7 +23,8 @@ from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import config
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
-from tw_jax.data.prompts import Problems
+from tw_jax.data.problems import read_answered
+from tw_jax.data.prompts import Problems, encoded
 from tw_jax.data.stored import fingerprint, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
@@ -328,27 +329,26 @@ class Rollouts:
         """Reads the problems; samples nothing yet.
 
         Raises:
-          ValueError: there is no problem, or a prompt is too long.
+          ValueError: there is no problem, two have one id, the answer of one is not known, or a
+            prompt is too long.
         """
         self._cfg, self._pool, self._mesh = cfg, pool, mesh
         self._tokenizer = tokenizer
-        read = partial(
-            Problems,
-            prompt=partial(cfg.chat.prompt, tokenizer),
-            limits=prompt_limits(cfg.sampler, cfg.forkjoin),
-        )
-        self._problems = read(cfg.problems, too_long=cfg.long_prompts, option="Pgrpo.long_prompts")
+        encode = partial(cfg.chat.prompt, tokenizer)
+        limits = prompt_limits(cfg.sampler, cfg.forkjoin)
+        self._problems = Problems(cfg.problems, encode, limits=limits, too_long=cfg.long_prompts)
         if self._problems.dropped and hosts.is_first():
             print(f"{cfg.problems}: {self._problems.dropped} problems with long prompts left out")
-        aside = cfg.evaluation
-        self._held_out = [] if aside is None else list(read(aside.problems, count=aside.count))
         # Each process of a job does all that is drawn.
         self.contents = {
             "problems": fingerprint(cfg.problems),
             "tokenizer": self._tokenizer.fingerprint,
         }
-        if cfg.evaluation is not None:
-            self.contents["held-out problems"] = fingerprint(cfg.evaluation.problems)
+        self._held_out = ([], 0)
+        if (held := cfg.evaluation) is not None:
+            self.contents["held-out problems"] = fingerprint(held.problems)
+            self._held_out = read_answered(held.problems, held.count)
+            encoded(held.problems, encode, limits=limits, count=held.count)
         hosts.agree(**self.contents)
         self._sampler: ForkJoinSampler = make_sampler(
             net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
@@ -577,7 +577,7 @@ class Rollouts:
 
     def evaluate(self, cfg: Evaluation) -> dict[str, float]:
         """Accuracy with its 95 % interval, pass@k and token latency on held-out problems."""
-        problems = self._held_out
+        problems, without_answer = self._held_out
         made: list[Trajectory] = []
         each = self._cfg.sampler.rows // cfg.samples
         for first in range(0, len(problems), each):
@@ -592,6 +592,7 @@ class Rollouts:
         correct = np.array([[one.is_correct for one in group] for group in parts])
         numbers = summary(parts, totals(parts, self._cfg.reward))
         return {
+            "eval_without_answer": without_answer,
             **held_out(correct),
             **{
                 f"eval_{n}": numbers[n] for n in ("longest_tokens", "total_tokens", "latency_ratio")

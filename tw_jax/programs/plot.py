@@ -128,8 +128,7 @@ def _drawn(cfg: Drawn) -> tuple[Trajectory, Callable[[np.ndarray], str]]:
     tokenizer = load_tokenizer(cfg.tokenizer)
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
     builder = Builder(Data(path=cfg.path, chat=cfg.chat), tokenizer, protocol)
-    where = f"{cfg.path}, record {cfg.index}"
-    return builder.trajectory(found[cfg.index], where), tokenizer.decode
+    return builder.trajectory(found[cfg.index], found.where(cfg.index)), tokenizer.decode
 
 
 def _require_file(path: str, writer: str) -> None:

@@ -6,6 +6,7 @@ Finished rollouts are appended as they come, so an interrupted run goes on where
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import operator
 from collections import Counter
@@ -15,12 +16,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tw_jax import workdir
-from tw_jax.checkpoint import newest, restore_params
+from tw_jax import files, workdir
+from tw_jax.checkpoint import identity, newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
 from tw_jax.data import records
-from tw_jax.data.stored import problem_of
+from tw_jax.data.problems import content_hash, read_problems, require_new
+from tw_jax.data.prompts import encoded
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import progress
@@ -102,25 +104,67 @@ def load(cfg: Sample) -> Loaded:
 
 
 def problems(cfg: Sample) -> list[records.Problem]:
-    """The problems to sample, from a file of problems, examples or rollouts."""
-    found = records.open_records(cfg.problems)
-    count = len(found) if cfg.count is None else min(cfg.count, len(found))
-    return [problem_of(found[n]) for n in range(count)]
+    """The problems to sample, from a file of problems, examples or rollouts.
+
+    Raises:
+      ValueError: the file has no problem, or two of one id.
+    """
+    return read_problems(cfg.problems, cfg.count)
 
 
-def rollouts(cfg: Sample, loaded: Loaded) -> Iterator[tuple[records.Rollout, Trajectory]]:
+def names(cfg: Sample, asked: list[records.Problem]) -> dict[str, records.Problem]:
+    """The ids of all rollouts in order, and the problem of each."""
+    return {f"{problem.id}/{k}": problem for problem in asked for k in range(cfg.samples)}
+
+
+def finished(cfg: Sample, asked: list[records.Problem]) -> Iterator[records.Rollout]:
+    """The rollouts of these problems that `rollouts.jsonl` holds, in the order of the file.
+
+    Raises:
+      ValueError: a rollout was sampled for another problem of this id, or two have the same id.
+    """
+    found = records.open_records(Path(cfg.workdir) / "rollouts.jsonl")
+    hashes = {problem.id: content_hash(problem) for problem in asked}
+    wanted, seen = names(cfg, asked), {}
+    for index, record in enumerate(found):
+        require_new(seen, record.id, index, found)
+        problem = wanted.get(record.id)
+        if problem is None:
+            continue
+        if not (
+            isinstance(record, records.Rollout)
+            and record.extra.get("problem") == hashes[problem.id]
+        ):
+            raise ValueError(
+                f"{found.where(index)} was not sampled for the problem that now has the id "
+                f"{problem.id!r} in {cfg.problems}: the hash of its question, answer and task "
+                "differs. Set Sample.workdir to another folder, or delete this one to sample "
+                "again."
+            )
+        yield record
+
+
+def rollouts(
+    cfg: Sample, loaded: Loaded, asked: list[records.Problem]
+) -> Iterator[tuple[records.Rollout, Trajectory]]:
     """Rollouts that `rollouts.jsonl` does not hold yet, appended to it as they come.
 
     Raises:
-      ValueError: the workdir holds rollouts of another model or of other settings.
+      ValueError: the workdir holds rollouts of another model, of other settings or of other
+        problems; or a prompt is too long.
     """
     path = Path(cfg.workdir) / "rollouts.jsonl"
+    prompts = encoded(
+        cfg.problems,
+        functools.partial(cfg.chat.prompt, loaded.tokenizer),
+        limits=samplers.prompt_limits(cfg.sampler, cfg.forkjoin),
+        count=cfg.count,
+    )
     _require_same_maker(cfg, loaded)
-    wanted = [(p, k) for p in problems(cfg) for k in range(cfg.samples)]
+    wanted = list(names(cfg, asked))
     with records.append(path) as add:
-        have = {record.id for record in records.read(path)}
-        names = [f"{problem.id}/{k}" for problem, k in wanted]
-        missing = [n for n, name in enumerate(names) if name not in have]
+        have = {record.id for record in finished(cfg, asked)}
+        missing = [n for n, name in enumerate(wanted) if name not in have]
         # Seeds belong to rollouts, not to the order in which a resumed run makes them.
         how = settings(
             max(len(wanted), 1),
@@ -134,15 +178,17 @@ def rollouts(cfg: Sample, loaded: Loaded) -> Iterator[tuple[records.Rollout, Tra
         ]
         for batch in progress(batches, desc="sample"):
             index = np.array(batch)
-            prompts = [cfg.chat.prompt(loaded.tokenizer, wanted[n][0].question) for n in batch]
             some = jax.tree.map(operator.itemgetter(index), how)
-            for n, made in zip(batch, loaded.sampler(loaded.params, prompts, some), strict=True):
+            given = [prompts[n // cfg.samples] for n in batch]
+            for n, made in zip(batch, loaded.sampler(loaded.params, given, some), strict=True):
+                problem = asked[n // cfg.samples]
                 rollout = records.Rollout.from_trajectory(
                     made,
-                    wanted[n][0],
-                    id=names[n],
+                    problem,
+                    id=wanted[n],
                     fingerprint=loaded.tokenizer.fingerprint,
                     text=loaded.tokenizer.decode(made.ids[made.prompt_tokens :]),
+                    extra={"problem": content_hash(problem)},
                 )
                 add(rollout)
                 yield rollout, made
@@ -152,7 +198,8 @@ def run(cfg: Sample) -> None:
     """Samples what is missing and says how the rollouts ended."""
     finishes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for _, made in rollouts(cfg, load(cfg)):
+    asked = problems(cfg)
+    for _, made in rollouts(cfg, load(cfg), asked):
         finishes[made.finish] += 1
         counts.update(made.counts)
     workdir.record(cfg)
@@ -162,13 +209,17 @@ def run(cfg: Sample) -> None:
         print("events: " + _listed(counts))
 
 
+_TOLD = ("checkpoint", "step")
+"""What `made_by.json` says for readers; the parameters themselves are compared."""
+
+
 def _require_same_maker(cfg: Sample, loaded: Loaded) -> None:
     """Rollouts of two models or settings in one file would be graded as one."""
     sampler = cfg.sampler
     maker = {
         "checkpoint": cfg.checkpoint,
         "step": loaded.step,
-        "problems": cfg.problems,
+        "model_identity": identity(cfg.checkpoint, step=loaded.step),
         "tokenizer": loaded.tokenizer.fingerprint,
         "model": operative(cfg.model),
         "chat": operative(cfg.chat),
@@ -179,16 +230,27 @@ def _require_same_maker(cfg: Sample, loaded: Loaded) -> None:
         "seed": sampler.seed,
     }
     path = Path(cfg.workdir) / "made_by.json"
-    if not path.exists():
+    remedy = "Set Sample.workdir to another folder, or delete this one to sample again."
+    made = path.with_name("rollouts.jsonl")
+    if not (made.exists() and made.stat().st_size):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(maker, indent=2) + "\n", encoding="utf-8")
+        files.write_text(path, json.dumps(maker, indent=2) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in maker.items() if before.get(name) != value]
+    if not path.exists():
+        raise ValueError(
+            f"{cfg.workdir} holds rollouts and no {path.name}, which would say what they were "
+            f"sampled from. {remedy}"
+        )
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged. {remedy}") from None
+    changed = [n for n, value in maker.items() if n not in _TOLD and before.get(n) != value]
     if changed:
         raise ValueError(
-            f"{cfg.workdir} holds rollouts with another {', '.join(changed)}: want the same, or "
-            "another Sample.workdir. Delete the folder to sample anew."
+            f"{cfg.workdir} holds rollouts with another {', '.join(changed)}. They were sampled "
+            f"from step {before.get('step')} of {before.get('checkpoint')}, and this command reads "
+            f"step {loaded.step} of {cfg.checkpoint}. {remedy}"
         )
 
 
