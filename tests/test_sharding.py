@@ -27,6 +27,8 @@ from tw_jax.sharding import (
     to_global,
     use,
 )
+from tw_jax.train.sft import nll_sums
+from tw_jax.trie.batch import TrieBatch
 
 MODEL = Model(
     vocab_size=64,
@@ -306,3 +308,30 @@ def test_hosts_that_hold_the_same_rows_have_one_share(sizes, shares, monkeypatch
 def test_hosts_that_hold_some_of_the_same_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="gives two hosts rows of which they share only some"):
         row_share(mesh_of_hosts(1, 4, 3, chips=4), Rules())
+
+
+def test_a_split_vocabulary_stays_split_where_rows_have_no_token() -> None:
+    """512 rows for 500 ids over four devices: no device holds logits of all rows."""
+    cfg = dataclasses.replace(MODEL, vocab_size=512)
+    net, mesh, rules = network(cfg, num_ids=500), make_mesh(Mesh(fsdp=2, tensor=4)), Rules()
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    where = shardings(net.axes(), shapes, mesh, rules)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
+    )
+    ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    batch = TrieBatch(
+        tokens=ids,
+        parent=ids,
+        depth=ids,
+        end=ids,
+        weight=jax.ShapeDtypeStruct((4, 64), jnp.float32),
+    )
+
+    def loss(params, batch):
+        return nll_sums(net, params, batch, chunk_tokens=16)[0]
+
+    with use(mesh, rules):
+        text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
+    assert ",128]" in text, "a quarter of the rows"
+    assert re.findall(r"\w+\[(?:\d+,)+512\]", text) == []

@@ -59,7 +59,7 @@ def refusal(before, cfg, *, step=5, **contents):
     [
         ("Packing.row_tokens=1024", "Packing.row_tokens = 1024 (was 2048)"),
         ("Packing.window=8", "Packing.window = 8 (was 256)"),
-        ("Packing.rows=2", "Packing.rows = 2 (was 1)"),
+        ("Sft.batch_rows=2", "Sft.batch_rows = 2 (was 1)"),
         ("Data.seed=3", "Data.seed = 3 (was 0)"),
         ("Data.labels='flat'", "Data.labels = 'flat' (was 'calls')"),
         ("Optim.peak_lr=1e-3", "Optim.peak_lr = 0.001 (was 0.0025)"),

@@ -435,7 +435,7 @@ def refuse_mismatch(most: float, index: int, numbers: Mapping[str, float]) -> No
     else:
         advice = (
             "Most tokens disagree. If the run was resumed before this step, its rollouts may be of "
-            "other settings. Run the same command again, which samples the step once more. "
+            "another mesh or package. Run the same command again, which samples it once more. "
             'Otherwise run one step with Model.compute_dtype = "float32" in another workdir. If '
             "ratios are near 1 there, it is rounding. If not, it is a fault; please report it."
         )
