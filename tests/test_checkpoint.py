@@ -340,7 +340,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 port, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
+from tw_jax import checkpoint
 from tw_jax.checkpoint import Checkpoints
+from tw_jax.damage import DamagedError
 from tw_jax.metrics import Metrics
 mesh = Mesh(np.array(jax.devices()), ("d",))
 split, whole = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
@@ -349,9 +351,18 @@ state = {"x": jax.jit(lambda: jnp.arange(8.0), out_shardings=split)(),
 wanted = {name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole) for name, v in state.items()}
 with Metrics(folder) as out:
     out.write(0, {"loss": jax.jit(jnp.sum, out_shardings=whole)(state["x"])})
-with Checkpoints(folder + "/checkpoints", keep=1) as kept:
+with Checkpoints(folder + "/checkpoints", keep=2) as kept:
     kept.save(1, state, {"position": "p" * (rank + 1)})
+    kept.save(2, state, {"position": "later"})
+    read = checkpoint._read_extra
+    if rank == 1:  # one host sees a damage that the other does not
+        def damaged(path):
+            if path.name == "2":
+                raise DamagedError("Checkpoint 2 is damaged: here.")
+            return read(path)
+        checkpoint._read_extra = damaged
     restored, extra = kept.restore(None, wanted)
+    assert kept.latest() == 1
 assert extra == {"position": "p" * (rank + 1)}, extra
 np.testing.assert_array_equal(restored["x"], np.arange(8.0))
 np.testing.assert_array_equal(jax.random.key_data(restored["key"]), [0, 3])
@@ -359,7 +370,7 @@ np.testing.assert_array_equal(jax.random.key_data(restored["key"]), [0, 3])
 
 
 @pytest.mark.slow
-def test_two_processes_keep_one_state_and_each_its_own_extra(tmp_path):
+def test_two_processes_keep_one_state_each_its_own_extra_and_judge_damage_alike(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -373,6 +384,9 @@ def test_two_processes_keep_one_state_and_each_its_own_extra(tmp_path):
     assert [job.returncode for job in jobs] == [0, 0], "\n".join(errors)
     (line,) = read(tmp_path / "metrics.jsonl")
     assert line["loss"] == 28.0
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged"]
+    assert "Checkpoint 2 is damaged: here. It is kept as 2.damaged" in errors[0]
+    assert "is damaged" not in errors[1]
 
 
 # Identity.

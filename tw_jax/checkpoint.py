@@ -144,14 +144,15 @@ class Checkpoints:
         _existing(self.directory, None)
         paths = _paths(self.directory)
         faults: dict[str, str] = {}
-        for known in reversed(hosts.gather(list(paths))[0]):
+        for candidate in reversed(hosts.gather(list(paths))[0]):
+            path = paths[candidate]
             try:
-                found = _restored_state(paths[known], abstract)
+                found = _restored_state(path, abstract)
             except DamagedError as error:
-                faults[paths[known].name] = str(error)
+                faults[path.name] = str(error)
                 continue
             if faults:
-                self._set_aside(faults, f"The run goes on from step {known}.")
+                self._set_aside(faults, f"The run goes on from step {candidate}.")
                 self._manager.reload()
             return found
         raise self._hopeless(list(faults.values()))

@@ -351,6 +351,19 @@ def test_a_batch_that_was_not_placed_is_refused(run):
         run(2, place=lambda batch: batch)
 
 
+def test_a_run_goes_on_from_the_newest_sound_checkpoint_and_ends_the_same(run, tmp_path):
+    whole = run(9, folder=tmp_path / "whole")
+    run(6)
+    record = tmp_path / "checkpoints/6/extra/metadata"
+    record.write_bytes(record.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=r"checkpoints/6 is damaged: .* goes on from step 3\."):
+        state = run(9)
+    assert float(state.params["x"]) == float(whole.params["x"])
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["6", "6.damaged", "9"]
+
+
 # Gradients that are not finite.
 
 

@@ -40,6 +40,10 @@ _COPIED = (
 class Import:
     """From a Hugging Face folder to `checkpoints/`, `model.gin` and `hf/` of the workdir.
 
+    `hf/` gets the config, the files of the tokenizer, the chat template and the licence, and no
+    other file: no code and no weights of other formats. A link that leads out of the folder is
+    refused, except into the `blobs` of the Hub's cache that the folder belongs to.
+
     Attributes:
       source: the folder, with config.json, safetensors and, for control tokens, tokenizer.json.
       param_dtype: of the parameters; training wants float32, which holds bfloat16 exactly.
