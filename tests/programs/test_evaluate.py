@@ -65,3 +65,20 @@ def test_an_earlier_evaluation_stands_beside_the_new_one(runs, summary, tmp_path
 def test_an_earlier_evaluation_that_is_not_there_is_named(runs, tmp_path, capsys):
     assert evaluate(runs, f"Evaluate.before='{tmp_path}'") == 2
     assert "Run that evaluation first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "pgrpo"])
+def test_a_truth_that_is_no_number_is_refused_before_anything_is_sampled(made, tmp_path, verb):
+    path = tmp_path / "problems.jsonl"
+    rows = [
+        {"id": "a", "question": "1 + 1?", "answer": "2"},
+        {"id": "b", "question": "x?", "answer": "x"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    root = {"evaluate": "Evaluate.workdir", "pgrpo": "Pgrpo.workdir"}[verb]
+    problems = {"evaluate": "Sample.problems", "pgrpo": "Pgrpo.problems"}[verb]
+    sets = [f"{root}='{tmp_path / 'run'}'", f"{problems}='{path}'"]
+    command = [verb, str(made / f"{verb}.gin"), *[w for s in sets for w in ("--set", s)]]
+    with pytest.raises(ValueError, match="Problem 'b': The truth 'x' is not a number"):
+        main([*command, "--debug"])
+    assert not list(tmp_path.rglob("rollouts*"))
