@@ -148,7 +148,7 @@ def rollout(text, answer):
 
 def test_a_problem_without_a_known_answer_is_neither_right_nor_wrong():
     found = [rollout(r"</think> \boxed{5}", answer) for answer in ("5", "6", "", " ")]
-    assert program.grade(Grader(), found) == ["correct", "wrong", "unknown", "unknown"]
+    assert program.grade(Grader(mode="number"), found) == ["correct", "wrong", "unknown", "unknown"]
 
 
 def test_accuracy_is_over_the_problems_whose_answer_is_known():
@@ -169,3 +169,20 @@ def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         program._write(tmp_path, {"problems": 2}, [], [], [], [])
     assert json.loads((tmp_path / "summary.json").read_text()) == {"problems": 1}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "pgrpo"])
+def test_a_truth_that_is_no_number_is_refused_before_anything_is_sampled(made, tmp_path, verb):
+    path = tmp_path / "problems.jsonl"
+    rows = [
+        {"id": "a", "question": "1 + 1?", "answer": "2"},
+        {"id": "b", "question": "x?", "answer": "x"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    root = {"evaluate": "Evaluate.workdir", "pgrpo": "Pgrpo.workdir"}[verb]
+    problems = {"evaluate": "Sample.problems", "pgrpo": "Pgrpo.problems"}[verb]
+    sets = [f"{root}='{tmp_path / 'run'}'", f"{problems}='{path}'"]
+    command = [verb, str(made / f"{verb}.gin"), *[w for s in sets for w in ("--set", s)]]
+    with pytest.raises(ValueError, match="Problem 'b': The truth 'x' is not a number"):
+        main([*command, "--debug"])
+    assert not list(tmp_path.rglob("rollouts*"))

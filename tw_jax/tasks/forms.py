@@ -24,7 +24,9 @@ MAX_ITEMS = 64
 """Most items of a set or a tuple that are compared."""
 
 _SPACES = re.compile(r"(?<!\\)\\[,:; ]|~|\\q?quad(?![A-Za-z])|\s")
-_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?")
+_SIZES = re.compile(
+    r"\\(?:(?:left|right)(?![A-Za-z])\.?|(?:[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z]))"
+)
 _JOINED = re.compile(
     r",?\s*(?:\\(?:text|textrm|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"
 )
