@@ -193,14 +193,16 @@ def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained,
     without_evaluation(trained, tmp_path)
     init, run = tmp_path / "init", tmp_path / "run"
     shutil.copytree(trained / "sft" / "checkpoints", init)
-    words = [f"Pgrpo.init='{init}'", "PolicyLoss.kl_coef=0.1"]
+    words = [f"Pgrpo.init='{init}'", "PolicyLoss.kl_coef=0.1", "Pgrpo.most_prompts=24"]
     assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=1") == 0
     # The run that made the first parameters goes on: its newest ones are others.
     with Checkpoints(init, keep=9) as checkpoints:
-        other = jax.tree.map(lambda leaf: leaf + 0.5, restore_params(init))
+        noise = np.random.default_rng(0).normal
+        other = jax.tree.map(lambda leaf: leaf + noise(size=leaf.shape), restore_params(init))
         checkpoints.save(5, {"params": other}, {})
     assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=2") == 0
     assert [line["step"] for line in numbers(run)] == [0, 1]
+    assert all(line["tokens"] > 0 for line in numbers(run))
     assert all(0 <= line["reference_kl"] < 0.01 for line in numbers(run))
 
 
