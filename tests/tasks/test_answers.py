@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tw_jax.tasks import mathematics, numbers
+from tw_jax.tasks import mathematics, notation
 from tw_jax.tasks.answers import exactly_equal, final_answer, last_boxed
-from tw_jax.tasks.numbers import as_integer
+from tw_jax.tasks.notation import as_integer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "answers.json"
 BENCHMARKS = Path(__file__).parents[3] / "shared" / "benchmarks"
@@ -153,7 +153,7 @@ def test_an_integer_survives_its_separators(number, mark):
     ],
 )
 def test_a_number_is_read_exactly(text, value):
-    number = numbers.read(text)
+    number = notation.read(text)
     assert (number and number.value) == value
 
 
@@ -170,7 +170,7 @@ def test_a_number_is_read_exactly(text, value):
 )
 @pytest.mark.parametrize("mode", ["number", "mathematics"])
 def test_b1_numbers_that_a_double_confuses_are_not_equal(answer, truth, mode):
-    given, wanted = numbers.read(answer), numbers.read(truth)
+    given, wanted = notation.read(answer), notation.read(truth)
     assert float(given.value) == float(wanted.value)
     assert exactly_equal(answer, truth, mode) is False
     assert exactly_equal(truth, truth, mode) is True

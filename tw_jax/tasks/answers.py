@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NoReturn
 
-from tw_jax.tasks import expressions, forms, numbers
+from tw_jax.tasks import expressions, forms, notation
 
 Where = Literal["after_thinking", "anywhere"]
 """Which part of a response may hold the answer; see `final_answer`."""
@@ -83,7 +83,7 @@ def check_truth(truth: str, mode: Mode) -> None:
     """
     if not truth.strip():
         raise ValueError("The truth is empty. Every problem that is graded needs a known answer.")
-    if mode == "number" and numbers.read(truth) is None:
+    if mode == "number" and notation.read(truth) is None:
         shown = truth if len(truth) <= 80 else truth[:80] + "..."
         raise ValueError(
             f"The truth {shown!r} is not a number, and Grader.mode = 'number' compares numbers "
@@ -102,9 +102,9 @@ def exactly_equal(answer: str, truth: str, mode: Mode) -> bool | None:
       ValueError: As `check_truth`.
     """
     check_truth(truth, mode)
-    given, wanted = numbers.read(answer), numbers.read(truth)
+    given, wanted = notation.read(answer), notation.read(truth)
     if given is not None and wanted is not None:
-        return numbers.equal(given, wanted)
+        return notation.equal(given, wanted)
     if mode == "number":
         return False
     if len(answer) > MAX_SYMBOLIC:

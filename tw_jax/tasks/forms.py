@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tw_jax.tasks import expressions, numbers, units
+from tw_jax.tasks import expressions, notation, units
 
 Judge = Callable[[str, expressions.Tree, expressions.Tree], bool]
 """Decides "equal" for two values, or "equation" for two differences of sides."""
@@ -134,7 +134,7 @@ def equal(answer: Form, truth: Form, judge: Judge) -> bool:
         return _quantities_equal(answer, truth, judge)
     kinds = {answer.kind, truth.kind}
     if kinds == {"number"}:
-        return numbers.equal(answer.parts[0], truth.parts[0])
+        return notation.equal(answer.parts[0], truth.parts[0])
     if kinds <= {"number", "value"}:
         return _values_equal(answer, truth, judge)
     if len(kinds) > 1 or answer.tag != truth.tag:
@@ -153,13 +153,13 @@ def equal(answer: Form, truth: Form, judge: Judge) -> bool:
 def tidied(text: str) -> str:
     """A text without delimiters, sizes and odd spaces, and with one name for each symbol."""
     text = text.translate(str.maketrans(_SYMBOLS))
-    text = numbers.unwrapped(text)
+    text = notation.unwrapped(text)
     text = re.sub(r"\\!\s*", "", text).replace("{,}", ",")
     text = _SIZES.sub("", text)
     text = _COMMAND.sub(lambda m: _renamed(m[1]), text)
     text = _SPACES.sub(" ", text)
     text = _PERCENT.sub(r"\\%", text)
-    return numbers.unwrapped(" ".join(text.split()))
+    return notation.unwrapped(" ".join(text.split()))
 
 
 def _renamed(name: str) -> str:
@@ -172,7 +172,7 @@ def _renamed(name: str) -> str:
 def _read(text: str, depth: int) -> Form:
     if not text or depth > MAX_DEPTH:
         return Form("text", text=text)
-    number = numbers.read(text)
+    number = notation.read(text)
     if number is not None:
         return Form("number", (number,), text=text)
     for reader in (_word, _based, _list, _relation, _union, _matrix, _bracketed, _two_signs):

@@ -26,7 +26,7 @@ import numpy as np
 from tw_jax.bounds import require
 from tw_jax.config import config
 from tw_jax.forkjoin import grammar
-from tw_jax.tasks import answers, numbers
+from tw_jax.tasks import answers, notation
 
 
 @config
@@ -157,7 +157,7 @@ def grade(response: str, answer: str) -> bool:
       answer: `Problem.answer`.
     """
     given = answers.final_answer(response, where="after_thinking")
-    return given is not None and numbers.as_integer(given) == int(answer)
+    return given is not None and notation.as_integer(given) == int(answer)
 
 
 def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
