@@ -31,7 +31,7 @@ from tw_jax.trie.mask import dense
 from tw_jax.trie.pack import Fill, Packing, truncate
 
 MODEL = dataclasses.replace(test_sharding.MODEL, attention="blockwise")
-NETWORK = network(MODEL)
+NETWORK = network(MODEL, num_ids=TOKENIZER.vocab_size)
 OPTIM = Optim(peak_lr=1e-2, warmup_steps=0)
 ROWS, TOKENS = 8, 512
 MESHES = {
