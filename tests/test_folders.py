@@ -30,9 +30,14 @@ def test_a_new_folder_takes_the_place_of_the_old_and_keeps_what_is_not_stale(tmp
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
 def test_an_error_leaves_the_old_folder_and_no_part_of_the_new(tmp_path, error):
     fill(tmp_path / "out", a="old")
-    with pytest.raises(type(error)), folders.replacing(tmp_path / "out", bool) as new:
-        fill(new, a="new")
-        raise error
+
+    def fails():
+        with folders.replacing(tmp_path / "out", bool) as new:
+            fill(new, a="new")
+            raise error
+
+    with pytest.raises(type(error)):
+        fails()
     assert content(tmp_path / "out") == {"a": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
