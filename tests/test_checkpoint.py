@@ -520,6 +520,18 @@ def test_a_reader_of_parameters_never_takes_an_older_checkpoint_by_itself(flippe
     assert_same(restore_params(flipped, step=1), make_state(1).params)
 
 
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(flipped, monkeypatch):
+    read = checkpoint._read_extra
+
+    def late(path: Path) -> Any:
+        shutil.rmtree(path)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_read_extra", late)
+    with pytest.raises(FileNotFoundError, match="run/3 was deleted while it was read"):
+        restore_params(flipped)
+
+
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(flipped):
     with Checkpoints(flipped, keep=2) as kept:
         with pytest.warns(UserWarning, match="goes on from step 1"):

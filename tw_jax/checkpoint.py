@@ -140,7 +140,7 @@ class Checkpoints:
             try:
                 return _restored_state(path, abstract)
             except DamagedError as error:
-                raise DamagedError(f"{error} {_advice(path)}") from error
+                raise _for_readers(error, path) from error
         _existing(self.directory, None)
         paths = _paths(self.directory)
         faults: dict[str, str] = {}
@@ -281,7 +281,7 @@ def identity(directory: str | Path, *, step: int | None = None) -> str:
     try:
         arrays = _read_extra(path)["arrays"]
     except DamagedError as error:
-        raise DamagedError(f"{error} {_advice(path)}") from error
+        raise _for_readers(error, path) from error
     _require_params(path, arrays)
     params = {name: told for name, told in arrays.items() if name.startswith("params.")}
     return _seal(params)[:16]
@@ -327,7 +327,7 @@ def restore_params(
             _refuse_misfit(path, stored, {"params": abstract})
         return _restored(path, arrays, abstract and {"params": abstract}, part="params.")["params"]
     except DamagedError as error:
-        raise DamagedError(f"{error} {_advice(path)}") from error
+        raise _for_readers(error, path) from error
 
 
 # orbax, its options and its trees.
@@ -410,7 +410,8 @@ def _restored(path: Any, arrays: Mapping[str, str], abstract: Any, part: str = "
             wanted = stored if abstract is None else abstract
             args = _reading(wanted, **({"partial_restore": True} if part else {}))
             restored = jax.block_until_ready(handler.restore(path / "state", args=args))
-        for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        leaves = zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True)
+        for one, other in leaves if abstract is not None else ():
             if one.dtype != other.dtype:  # a typed key that came back as its integers
                 raise DamagedError(
                     damage(path, f"an array is {one.dtype}, and {other.dtype} was written")
@@ -504,11 +505,16 @@ def _stored(leaf: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
-def _advice(path: Any) -> str:
-    """How to go on without a damaged checkpoint, for those who asked for this very one."""
+def _for_readers(error: DamagedError, path: Any) -> Exception:
+    """The error with what to do, for those who asked for this very checkpoint."""
+    if not path.exists():
+        return FileNotFoundError(
+            f"{path} was deleted while it was read: its run keeps only the newest checkpoints. "
+            "Run the same command again."
+        )
     older = [step for step in _paths(str(path.parent)) if step < int(path.name)]
     then = f" to use step {older[-1]}, the newest before it" if older else ""
-    return f"Put back a copy of it, or move the folder elsewhere{then}."
+    return DamagedError(f"{error} Put back a copy of it, or move the folder elsewhere{then}.")
 
 
 # Processes and disks.
