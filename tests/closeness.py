@@ -57,14 +57,23 @@ class Close:
                 error = np.abs(mine - other) / np.maximum(size, _TINIEST)
                 self.error(row, error.max(), f"{what}{jax.tree_util.keystr(path)}")
 
-    def norm(self, row, got, want, what=""):
-        """Asserts that two trees are equal: the L2 norm of the difference over that of `want`."""
+    def norm(self, row, got, want, *, of=None, what=""):
+        """Asserts that two trees are equal: the L2 norm of the difference over that of `of`.
+
+        Args:
+          row: of the table.
+          got: a tree of arrays.
+          want: the same tree.
+          of: a tree, `want` if None; for a gradient that cancels, one that does not.
+          what: named if the comparison fails.
+        """
         pairs = [
             (np.float64(mine), np.float64(other))
             for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
         ]
         gap = np.sqrt(sum(np.square(mine - other).sum() for mine, other in pairs))
-        size = np.sqrt(sum(np.square(other).sum() for _, other in pairs))
+        leaves = jax.tree.leaves(want if of is None else of)
+        size = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in leaves))
         self.error(row, gap / max(size, _TINIEST), what)
 
     def error(self, row, error, what=""):

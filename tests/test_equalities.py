@@ -281,7 +281,7 @@ def plain_weights(calls, mean):
 
 
 def plain_policy(calls, advantage, mean, *, off_policy, kind):
-    """Loss, the sum of its terms without their signs, and gradient of P-GRPO.
+    """Loss and gradient of P-GRPO, and both as they are where all tokens cost and none pays.
 
     In float64, and the slope of each token's loss is written by hand.
     """
@@ -296,8 +296,10 @@ def plain_policy(calls, advantage, mean, *, off_policy, kind):
     scale = plain_weights(calls, mean) * np.minimum(np.exp(gap), 2.0) * calls.drawn
     slope = np.where(bound == ratio, -each * ratio, 0) * scale
     costs = scale * -each * bound
-    gradient = plain_model()(calls.tokens, slope.astype(np.float32))[1]
-    return costs.sum(), np.abs(costs).sum(), gradient
+    gradient, size = (
+        plain_model()(calls.tokens, s.astype(np.float32))[1] for s in (slope, np.abs(slope))
+    )
+    return (costs.sum(), gradient), (np.abs(costs).sum(), size)
 
 
 def packed_groups(calls, recorded, advantage, mean):
@@ -356,7 +358,7 @@ def test_a_packed_groups_equal_their_calls_one_by_one(mean, sign, off_policy, ki
         old = packed_groups(calls, calls.old, advantage, mean).sampler_logp
         batch = batch.replace(old_logp=old)
     (loss, sums), gradient = packed_policy(kind)(batch)
-    want, size, plain_gradient = plain_policy(
+    (want, plain_gradient), (size, of) = plain_policy(
         calls, advantage, mean, off_policy=off_policy, kind=kind
     )
     tokens = calls.drawn.sum()
@@ -368,16 +370,16 @@ def test_a_packed_groups_equal_their_calls_one_by_one(mean, sign, off_policy, ki
     ]
     assert sum(clipped) < tokens
     assert 0 < float(sums["importance_capped"]) < tokens
-    # Good and bad tokens cancel in the loss, the roundings of their costs do not.
+    # Good and bad tokens cancel in both, the roundings of their costs and slopes do not.
     close("equality_loss", loss, want, of=size)
-    close.norm("equality_gradient", gradient, plain_gradient)
+    close.norm("equality_gradient", gradient, plain_gradient, of=of)
 
 
 def test_a_every_aggregation_is_another_loss(tolerance):
     """The comparison above can fail: what one mean calls the loss, no other does."""
     calls = plain_calls()
     losses = [
-        plain_policy(calls, ADVANTAGE, mean, off_policy=True, kind="token")[:2]
+        [part[0] for part in plain_policy(calls, ADVANTAGE, mean, off_policy=True, kind="token")]
         for mean in ("token", "sequence_mean", "sequence_sum", "micro_batch")
     ]
     for n, (one, size) in enumerate(losses):
