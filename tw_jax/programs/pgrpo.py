@@ -358,7 +358,9 @@ class Rollouts:
             net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
-        self._problems.require_unchanged()
+        for asked in (self._problems, self._held_out):
+            if asked is not None:
+                asked.require_unchanged()
         self._params: Params | None = None
         self._run = ""
         self._step = self._prompts = 0
