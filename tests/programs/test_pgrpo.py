@@ -7,6 +7,7 @@ import math
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -187,6 +188,18 @@ def test_rollouts_that_an_attempt_with_other_settings_left_are_drawn_again(
     assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
     assert drawn == [4, 3]
     assert same_first_batch(trained, tmp_path)
+
+
+def test_rollouts_of_later_steps_than_the_newest_checkpoint_are_deleted(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    names = ("000000", "000001", "000002", "000003", ".000001", ".000002", ".000003", "notes")
+    for name in names:
+        (tmp_path / "rollouts" / f"{name}.jsonl").touch()
+    drawer = object.__new__(program.Rollouts)
+    drawer._cfg, drawer._step = SimpleNamespace(workdir=str(tmp_path)), 2
+    drawer.begin("0123456789abcdef")
+    left = {path.stem for path in (tmp_path / "rollouts").iterdir()}
+    assert left == {"000000", "000001", ".000002", "notes"}
 
 
 def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained, tmp_path, numbers):
