@@ -532,6 +532,20 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(flipped, 
         restore_params(flipped)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    shutil.copytree(run / "1", run / "12")
+    for reader in (restore_params, identity):
+        with pytest.raises(DamagedError, match=r"run/12 is damaged: it was saved as step 1\."):
+            reader(run)
+    with (
+        Checkpoints(run, keep=2) as kept,
+        pytest.warns(UserWarning, match="saved as step 1.*goes on from step 3"),
+    ):
+        assert_same(kept.restore(None, abstract(make_state()))[0], make_state(3))
+
+
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(flipped):
     with Checkpoints(flipped, keep=2) as kept:
         with pytest.warns(UserWarning, match="goes on from step 1"):

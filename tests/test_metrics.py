@@ -83,9 +83,10 @@ def test_a_fresh_run_drops_all_lines_of_the_one_before(tmp_path):
 
 def test_a_broken_line_in_the_middle_is_pointed_at(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2: want a JSON object, got 'nonsense'"):
-        read(path)
+    for line in ("nonsense", "[]", "3", '{"step": null}', '{"loss": 1}', "\0\0", "[" * 100_000):
+        path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+        with pytest.raises(ValueError, match=r"metrics.jsonl:2: want a JSON object .* with a step"):
+            Metrics(tmp_path, step=2)
 
 
 def test_a_step_is_written_once(tmp_path):

@@ -54,6 +54,10 @@ def test_a_folder_that_another_job_holds_is_refused_until_that_job_is_killed(
     told = rf"run is in use by process {other.pid} on \S+, started .* UTC: tw sft first\.gin\. Two"
     with pytest.raises(ValueError, match=told), workdir.held([str(tmp_path / "run")], "tw"):
         pass
+    (tmp_path / "run" / ".lock").write_text("[1]")  # whatever stands there, the lock counts
+    told = "run is in use by another job"
+    with pytest.raises(ValueError, match=told), workdir.held([str(tmp_path / "run")], "tw"):
+        pass
     other.kill()
     monkeypatch.setattr(workdir, "PATIENCE_SECONDS", 30)
     with workdir.held([str(tmp_path / "run")], "tw"):

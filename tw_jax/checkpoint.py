@@ -1,10 +1,10 @@
 """The door to orbax: what a run keeps so that it can go on, and what evaluation reads of it.
 
 A checkpoint is a folder named by its step. It holds the state, a pytree of arrays, and a JSON
-object: for each process all else (the position in the data, the config), and a checksum of every
-array and of the object itself, which every restore verifies. A checkpoint appears whole or not at
-all. This file does not know what a state is made of; a state whose parameters others should find
-has them at `params`.
+object: its step, for each process all else (the position in the data, the config), and a checksum
+of every array and of the object itself, which every restore verifies. A checkpoint appears whole or
+not at all. This file does not know what a state is made of; a state whose parameters others should
+find has them at `params`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Checkpoints:
         # Asked before, for a save that fills the disk takes the run's other files down with it.
         if min(hosts.gather(_free_bytes(self.directory))) < self._saving[1]:
             raise self._disk_error(errno.ENOSPC)
-        content = {"processes": hosts.gather(extra), "arrays": _described(state)}
+        content = {"step": step, "processes": hosts.gather(extra), "arrays": _described(state)}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             extra=ocp.args.JsonSave({**content, "sha256": _seal(content)}),
@@ -426,7 +426,7 @@ def _restored(path: Any, arrays: Mapping[str, str], abstract: Any, part: str = "
 
 
 def _read_extra(path: Any) -> dict[str, Any]:
-    """The JSON object of a checkpoint: `processes` and `arrays`, whose seal is verified."""
+    """The JSON object of a checkpoint, whose seal is verified: `step`, `processes`, `arrays`."""
 
     def read() -> Any:
         with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
@@ -438,6 +438,8 @@ def _read_extra(path: Any) -> dict[str, Any]:
     seal = content.pop("sha256")
     if seal != _seal(content):
         raise DamagedError(damage(path, "its JSON record is not what was written"))
+    if content.get("step") != int(path.name):
+        raise DamagedError(damage(path, f"it was saved as step {content.get('step')}"))
     return content
 
 

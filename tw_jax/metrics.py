@@ -24,7 +24,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from tw_jax import hosts
+from tw_jax import hosts, strict_json
 
 FILE = "metrics.jsonl"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -118,16 +118,21 @@ def read(path: str | Path) -> list[dict[str, Any]]:
       A dict per step: `step` is an int, all else floats; nan and infinities are numbers again.
 
     Raises:
-      ValueError: a line other than the last is no JSON.
+      ValueError: a line other than the last is not what `Metrics` writes.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     parsed = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is cut off
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}:{number}: want a JSON object, got {line[:80]!r}.") from None
-        parsed.append({k: int(v) if k == "step" else float(v) for k, v in values.items()})
+            values = strict_json.parse(line)
+            numbers = {k: int(v) if k == "step" else float(v) for k, v in values.items()}
+            _ = numbers["step"]
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
+            raise ValueError(
+                f"{path}:{number}: want a JSON object of numbers with a step, got {line[:80]!r}. "
+                "Delete that line."
+            ) from None
+        parsed.append(numbers)
     return parsed
 
 

@@ -166,6 +166,8 @@ def _take(folder: Path, command: str) -> int:
         holder = json.loads(text)
     except ValueError:
         holder = {}  # it has the lock and has not written its name yet
+    if not isinstance(holder, dict) or holder.keys() != _holder("").keys():
+        holder = {}  # another program wrote there
     raise ValueError(_in_use(folder, holder))
 
 

@@ -332,6 +332,24 @@ def test_an_index_of_the_wrong_shape_is_refused(source, index, sentence) -> None
     assert "model.safetensors.index.json" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"vocab_size": 9, "vocab_size": 8}', "the key 'vocab_size' stands twice in one object"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "Write that number as a string"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+    ],
+)
+def test_json_with_a_key_twice_or_deep_nesting_is_refused_with_its_file(
+    tmp_path, text, sentence
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        hf_config.read_model(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: ")
+
+
 def test_a_write_that_fails_leaves_the_old_folder_as_it_was(source, monkeypatch) -> None:
     folder, model, _ = source
     params = hf.read_params(folder, model)

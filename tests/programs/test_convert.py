@@ -265,6 +265,15 @@ def test_a_link_out_of_the_folder_is_refused(source, tmp_path, kind):
     assert content(ours) == {}
 
 
+def test_weights_behind_a_link_out_of_the_folder_are_refused(source, tmp_path):
+    shutil.move(source / "model.safetensors", tmp_path / "other.safetensors")
+    (source / "model.safetensors").symlink_to("../other.safetensors")
+    ours = tmp_path / "ours"
+    with pytest.raises(ValueError, match=r"model.safetensors is a link to .*, outside of its"):
+        convert_module.import_folder(convert_module.Import(source=str(source)), ours)
+    assert content(ours) == {}
+
+
 def test_links_of_the_hubs_cache_are_followed_into_its_blobs_only(source, tmp_path):
     repo = tmp_path / "models--a--b"
     snapshot = repo / "snapshots" / "0123"

@@ -7,6 +7,7 @@ import math
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -189,6 +190,18 @@ def test_rollouts_that_an_attempt_with_other_settings_left_are_drawn_again(
     assert same_first_batch(trained, tmp_path)
 
 
+def test_rollouts_of_later_steps_than_the_newest_checkpoint_are_deleted(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    names = ("000000", "000001", "000002", "000003", ".000001", ".000002", ".000003", "notes")
+    for name in names:
+        (tmp_path / "rollouts" / f"{name}.jsonl").touch()
+    drawer = object.__new__(program.Rollouts)
+    drawer._cfg, drawer._step = SimpleNamespace(workdir=str(tmp_path)), 2
+    drawer.begin("0123456789abcdef")
+    left = {path.stem for path in (tmp_path / "rollouts").iterdir()}
+    assert left == {"000000", "000001", ".000002", "notes"}
+
+
 def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained, tmp_path, numbers):
     without_evaluation(trained, tmp_path)
     init, run = tmp_path / "init", tmp_path / "run"
@@ -344,7 +357,7 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Packing.row_tokens=32", "want at most 32"),
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
         ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
-        ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0: want at least 1"),
+        ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),
         ("Pgrpo.most_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
         ("Pgrpo.inner_steps=3", "want 1 to Pgrpo.prompts = 2"),

@@ -68,7 +68,13 @@ def test_a_missing_file_is_refused_with_the_program_that_writes_it(
     ("text", "sentence"),
     [
         ('{"verdict": "correct", "total": 4}\n', "graded.jsonl:1: no longest"),
-        ('{"verdict": "correct", "total": 4, "longest": 2}\n{"verd', "graded.jsonl:2: no JSON"),
+        (
+            '{"verdict": "correct", "total": 4, "longest": 2}\n{"verd',
+            "graded.jsonl:2: no JSON object",
+        ),
+        ("3\n", "graded.jsonl:1: no JSON object"),
+        ("[" * 100_000, "graded.jsonl:1: no JSON object"),
+        ('{"verdict": "correct", "total": 4, "longest": []}\n', "graded.jsonl:1: no longest"),
         ("", "graded.jsonl: the file is empty"),
     ],
 )

@@ -94,6 +94,14 @@ def test_a_reinforcement_run_is_not_resumed_with_another_setting(word, told):
     assert f": {told}. Set" in refusal(note(build(root=Pgrpo)), build(word, root=Pgrpo))
 
 
+def test_a_run_of_another_verb_is_refused_even_if_all_shared_configs_are_equal():
+    cfg = build()
+    shared = [line for line in operative(cfg).splitlines() if not line.startswith("Sft.")]
+    config = "\n".join(["Pgrpo.workdir = 'runs/demo/sft'", *shared])
+    before = {"config": config, "contents": {"tokenizer": "577d"}, "origin": None}
+    assert ": root config: Sft (was Pgrpo). Set" in refusal(before, cfg, tokenizer="577d")
+
+
 def test_all_changed_fields_are_named_in_one_sentence():
     sentence = refusal(note(build()), build("Data.seed=3", "Mesh.data=2", "Packing.window=8"))
     assert ": Data.seed = 3 (was 0); Packing.window = 8 (was 256). Set" in sentence
@@ -175,7 +183,8 @@ def test_more_steps_that_would_make_the_rate_jump_are_refused():
 
 
 def test_a_checkpoint_that_is_not_one_of_a_run_is_refused():
-    assert "schedule: cosine" in refusal({"source": "hub"}, build(), **with_schedule(build()))
+    sentence = refusal({"source": "hub"}, build(), **with_schedule(build()))
+    assert "root config: Sft (was none recorded); schedule: cosine" in sentence
 
 
 @pytest.mark.parametrize(

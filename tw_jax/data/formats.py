@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from tw_jax import strict_json
+
 Facts = tuple[int, int, int]
 """Inode, size and modification time in nanoseconds of a file."""
 
@@ -270,7 +272,7 @@ def parse(data: bytes, where: str) -> Mapping[str, Any]:
 
 def _load(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
+        return strict_json.parse(text)
     except json.JSONDecodeError as error:
         fault = f"no JSON at column {error.colno}, {error.msg} ({text[:60]}). Mend that line."
         inside = "string" if error.msg.startswith("Unterminated string") else "object"
@@ -281,26 +283,5 @@ def _load(text: str, where: str) -> Any:
                 "delete that line or write the file again."
             )
         raise ValueError(f"{where}: {fault}") from None
-    except RecursionError:
-        raise ValueError(
-            f"{where}: lists or objects are nested too deeply ({text[:40]}…). Remove that record, "
-            "or nest it less."
-        ) from None
-    except KeyError as error:
-        raise ValueError(
-            f"{where}: the key {error.args[0]!r:.60} stands twice in one object. Keep one of them."
-        ) from None
     except ValueError as error:
-        raise ValueError(f"{where}: {error}. Write that number as a string.") from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise KeyError(next(name for name in names if names.count(name) > 1))
-    return found
+        raise ValueError(f"{where}: {error}") from None

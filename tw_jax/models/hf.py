@@ -333,7 +333,7 @@ def _write_json(file: Path, content: Any) -> None:
 def _open(folder: Path) -> dict[str, Any]:
     """Every tensor of a folder as a slice that reads from disk, by name."""
     stored: dict[str, Any] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             opened: Any = safe_open(file, framework="np")
         except SafetensorError as error:
@@ -345,7 +345,13 @@ def _open(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the tensors of a folder are read from.
+
+    Raises:
+      FileNotFoundError: there is none, or one that the index names is missing.
+      ValueError: the index is damaged.
+    """
     index, single = folder / _INDEX, folder / "model.safetensors"
     if index.is_file():
         names = _named_shards(index)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tw_jax import strict_json
 from tw_jax.models.rope import Llama3Rope, Rope, YarnRope
 from tw_jax.models.transformer import Dtype, Model
 
@@ -198,14 +199,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is not JSON, or no object.
+      ValueError: it is not JSON, or no object; or see `strict_json`.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = strict_json.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: not there. Give a folder as the Hub has it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error}). Copy or download it again.") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: holds a {type(found).__name__}; want a JSON object.")
     return found

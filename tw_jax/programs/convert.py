@@ -133,7 +133,7 @@ def import_folder(job: Import, folder: Path) -> Model:
     Raises:
       FileNotFoundError: a file of the source is not there.
       ValueError: see `hf.read_params` and `hf_config.read_model`; or an import is there already;
-        or a file to copy is a link that leaves the source.
+        or a file to copy or to read weights from is a link that leaves the source.
     """
     source = Path(job.source)
     for name in ("checkpoints", "hf", "model.gin"):
@@ -160,6 +160,8 @@ def _import_into(part: Path, job: Import, model: Model) -> Model:
     (part / "hf").mkdir()
     _copy_files(source, part / "hf")
     added = _with_control_tokens(source, part / "hf") if job.control_tokens else []
+    for file in hf.weight_files(source):
+        _refuse_link(file, source)
     mesh = sharding.make_mesh(job.mesh)
     params = hf.read_params(source, model, mesh=mesh, rules=job.rules)
     if job.control_tokens:
@@ -239,7 +241,7 @@ def _refuse_link(file: Path, source: Path) -> None:
         places.append(inside.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in places):
         raise ValueError(
-            f"{file} is a link to {real}, outside of its folder, and is not copied. Replace the "
+            f"{file} is a link to {real}, outside of its folder, and is not read. Replace the "
             "link by the file that you mean."
         )
     if not real.is_file():

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax import files, workdir
+from tw_jax import files, strict_json, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.config import config
 from tw_jax.data import records
@@ -342,7 +342,7 @@ def _read(path: Path, field: str, first: str) -> dict[str, Any]:
             f"{field.partition(' =')[0]} out."
         )
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(strict_json.parse(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise ValueError(f"{path} is damaged. {first}, so that it is written again.") from None
 

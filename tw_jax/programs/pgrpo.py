@@ -358,7 +358,9 @@ class Rollouts:
             net, ThreadWeaver(make_table(tokenizer), cfg.forkjoin), cfg.sampler
         )
         self._tags = tags_of(self._tokenizer)
-        self._problems.require_unchanged()
+        for asked in (self._problems, self._held_out):
+            if asked is not None:
+                asked.require_unchanged()
         self._params: Params | None = None
         self._run = ""
         self._step = self._prompts = 0
@@ -374,7 +376,7 @@ class Rollouts:
         self._step, self._prompts = state["step"], state["prompts"]
 
     def begin(self, run: str) -> None:
-        """Deletes what a crash left of later steps, whose parameters are made again.
+        """Deletes what an earlier attempt left of later steps, which are drawn again.
 
         Args:
           run: tells this run's unfinished rollouts from those of another, as `Identity.digest`.
@@ -382,9 +384,9 @@ class Rollouts:
         self._run = run
         if not hosts.is_first():
             return
-        folder = Path(self._cfg.workdir) / "rollouts"
-        for file in folder.glob(".[0-9]*.jsonl"):
-            if file.name != f".{self._step:06}.jsonl":
+        kept = {f".{self._step:06}.jsonl", *(f"{n:06}.jsonl" for n in range(self._step))}
+        for file in (Path(self._cfg.workdir) / "rollouts").glob("*.jsonl"):
+            if file.stem.removeprefix(".").isdecimal() and file.name not in kept:
                 file.unlink()
 
     def take(self, state: TrainState) -> None:

@@ -6,14 +6,13 @@ nothing itself (`tw_jax/figures.py`) and trains, samples and grades nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tw_jax import figures, metrics, workdir
+from tw_jax import figures, metrics, strict_json, workdir
 from tw_jax.bounds import require, require_text, shown
 from tw_jax.config import config
 from tw_jax.data.pipeline import Builder, Data
@@ -101,6 +100,9 @@ def run(cfg: Plot) -> None:
 
 # What the files hold.
 
+_GRADED = {"verdict": str, "longest": int, "total": int}
+"""What `latency.png` needs of a line of `graded.jsonl`."""
+
 
 def _metrics(path: str) -> list[dict[str, Any]]:
     _require_file(path, "Training writes it: run `tw sft` first")
@@ -115,15 +117,16 @@ def _graded(path: str) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            lines.append(json.loads(text))
-            fault = [f"no {n}" for n in ("verdict", "longest", "total") if n not in lines[-1]]
-        except json.JSONDecodeError:
-            fault = ["no JSON"]
+            line = strict_json.parse(text)
+            fault = [f"no {n}" for n, kind in _GRADED.items() if type(line.get(n)) is not kind]
+        except (ValueError, AttributeError):
+            fault = ["no JSON object"]
         if fault:
             raise ValueError(
                 f"{path}:{number}: {', '.join(fault)} ({text[:60]}). Write the file anew with "
                 "`tw evaluate`."
             )
+        lines.append(line)
     if not lines:
         raise ValueError(f"{path}: the file is empty. Write it anew with `tw evaluate`.")
     return lines

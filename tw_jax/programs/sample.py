@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tw_jax import files, workdir
+from tw_jax import files, strict_json, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import identity, newest, restore_params
 from tw_jax.config import config, operative
@@ -249,7 +249,7 @@ def _require_same_maker(cfg: Sample, loaded: Loaded) -> None:
             f"sampled from. {remedy}"
         )
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
+        before = dict(strict_json.parse(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise ValueError(f"{path} is damaged. {remedy}") from None
     changed = [n for n, value in maker.items() if n not in _TOLD and before.get(n) != value]

@@ -174,6 +174,10 @@ def _refuse_changes(
         if _may(name) and not (name in is_place and {None, "None"} & {*found[name]})
     }
     refused = [text for name, text in told.items() if name not in allowed]
+    # Two verbs may agree in all configs that both have, and their positions mean different things.
+    root_then = _holder(next(iter(_fields(before.get("config", ""))), "")) or "none recorded"
+    if root_then != root:
+        refused.insert(0, f"root config: {root} (was {root_then})")
     kept = before.get("contents", {})
     for name, value in now.contents.items():
         if kept.get(name) != value:
