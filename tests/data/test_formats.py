@@ -151,6 +151,13 @@ def test_a_column_of_another_type_and_bad_json_in_one_are_told_with_file_and_row
         list(read(path))
 
 
+def test_a_column_of_parquet_that_stands_twice_is_refused(tmp_path):
+    path, names = tmp_path / "x.parquet", ["question", "answer", "answer"]
+    pq.write_table(pa.Table.from_arrays([TEXT, TEXT, TEXT], names=names), path)
+    with pytest.raises(ValueError, match=r"x\.parquet: the column 'answer' stands twice\."):
+        open_records(path)
+
+
 def test_a_damaged_page_of_parquet_is_told_with_file_and_row(tmp_path):
     path = tmp_path / "x.parquet"
     write(path, [Example(f"e{i}", "q" * i, "r", "1", "t") for i in range(300)])

@@ -392,12 +392,21 @@ def test_a_missing_shard_and_an_empty_folder_are_named(source, tmp_path) -> None
     ("fields", "sentence"),
     [
         ({"model_type": "mistral"}, "model_type is 'mistral': want qwen3 or llama"),
+        ({"model_type": ["llama"]}, "model_type is ['llama']: want qwen3 or llama"),
+        ({"rms_norm_eps": 10**400}, "want a number above 0"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': want 'silu'"),
         ({"attention_bias": True}, "attention_bias is True: want False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "want rope_type default, llama3 or yarn"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn rope has no 'factor'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None: want a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: want a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2': want a whole number"),
+        ({"head_dim": [16]}, "head_dim is [16]: want a whole number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no': want true or false"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small': want a number above 0"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1]: want an object"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor is '4': want a number"),
     ],
 )
 def test_what_our_decoder_does_not_have_is_refused_by_name(source, fields, sentence) -> None:

@@ -150,6 +150,11 @@ class _Parquet(Rows):
             raise ValueError(
                 f"{self._path}: not a Parquet file ({error}). Write it again."
             ) from None
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"{self._path}: the column {twice[0]!r} stands twice. Keep one of them."
+            )
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         self._ends = list(itertools.accumulate(sizes, initial=0))
         self._table_of = functools.lru_cache(maxsize=4)(file.read_row_group)

@@ -36,9 +36,11 @@ def read_model(folder: str | Path) -> Model:
       ValueError: a field is missing or of another type, or names another architecture or a feature
         that ours does not have; the sentence names it.
     """
-    fields, file = read_config(folder), Path(folder) / "config.json"
+    # A field that is null has its default.
+    file = Path(folder) / "config.json"
+    fields = _known(read_config(folder))
     family = fields.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(
             f"{file}: model_type is {family!r}: want {' or '.join(_FAMILIES)} (Qwen3 dense; Llama "
             "2, 3.x, SmolLM2). Other architectures are not implemented."
@@ -48,28 +50,44 @@ def read_model(folder: str | Path) -> Model:
         _number(file, fields, "num_attention_heads"),
         _number(file, fields, "hidden_size"),
     )
-    head = fields.get("head_dim") or (128 if family == "qwen3" else width // heads)
-    kv_heads = fields.get("num_key_value_heads") or heads
+    head = 128 if family == "qwen3" else width // heads
+    if "head_dim" in fields:
+        head = _number(file, fields, "head_dim")
+    tied = fields.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{file}: tie_word_embeddings is {tied!r}: want true or false.")
     return Model(
         vocab_size=_number(file, fields, "vocab_size"),
         num_layers=_number(file, fields, "num_hidden_layers"),
         width=width,
         mlp_width=_number(file, fields, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=_number(file, {"num_key_value_heads": heads} | fields, "num_key_value_heads"),
         head_width=head,
         qk_norm=family == "qwen3",
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=tied,
         rope=_read_rope(file, fields),
-        norm_epsilon=float(fields.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=_float(file, {"rms_norm_eps": 1e-6} | fields, "rms_norm_eps"),
     )
 
 
 def _number(file: Path, fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
-    if not isinstance(value, int):
-        raise ValueError(f"{file}: {name} is {value!r}: want a whole number.")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{file}: {name} is {value!r}: want a whole number above 0.")
     return value
+
+
+def _float(file: Path, fields: Mapping[str, Any], name: str) -> float:
+    value = fields[name]
+    if type(value) not in (int, float) or not 0 < value < 1e38:
+        raise ValueError(f"{file}: {name} is {value!r}: want a number above 0.")
+    return float(value)
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not null."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _refuse_features(file: Path, fields: Mapping[str, Any]) -> None:
@@ -93,34 +111,36 @@ def _refuse_features(file: Path, fields: Mapping[str, Any]) -> None:
 
 def _read_rope(file: Path, fields: Mapping[str, Any]) -> Rope | Llama3Rope | YarnRope:
     # transformers 5 writes rope_parameters, 4 wrote rope_theta beside rope_scaling.
-    given = {
-        "rope_theta": fields.get("rope_theta", 10_000.0),
-        **(fields.get("rope_scaling") or {}),
-        **(fields.get("rope_parameters") or {}),
-    }
+    given: dict[str, Any] = {"rope_theta": fields.get("rope_theta", 10_000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = fields.get(name, {})
+        if not isinstance(part, dict):
+            raise ValueError(f"{file}: {name} is {part!r}: want an object.")
+        given |= _known(part)
     kind = given.get("rope_type", given.get("type", "default"))
-    theta = float(given["rope_theta"])
-    original = given.get("original_max_position_embeddings")
+    theta = _float(file, given, "rope_theta")
+    longest = {"original_max_position_embeddings": fields.get("max_position_embeddings")} | given
     try:
         if kind == "default":
             return Rope(theta=theta)
         if kind == "llama3":
             return Llama3Rope(
                 theta=theta,
-                factor=float(given["factor"]),
-                low_freq_factor=float(given["low_freq_factor"]),
-                high_freq_factor=float(given["high_freq_factor"]),
-                original_tokens=original or _number(file, fields, "max_position_embeddings"),
+                factor=_float(file, given, "factor"),
+                low_freq_factor=_float(file, given, "low_freq_factor"),
+                high_freq_factor=_float(file, given, "high_freq_factor"),
+                original_tokens=_number(file, longest, "original_max_position_embeddings"),
             )
         if kind == "yarn" and given.get("truncate", True) and not given.get("mscale"):
-            factor = given.get("attention_factor")
+            given = {"beta_fast": 32, "beta_slow": 1} | given
+            is_given = "attention_factor" in given
             return YarnRope(
                 theta=theta,
-                factor=float(given["factor"]),
-                original_tokens=original or _number(file, fields, "max_position_embeddings"),
-                beta_fast=float(given.get("beta_fast") or 32),
-                beta_slow=float(given.get("beta_slow") or 1),
-                attention_factor=None if factor is None else float(factor),
+                factor=_float(file, given, "factor"),
+                original_tokens=_number(file, longest, "original_max_position_embeddings"),
+                beta_fast=_float(file, given, "beta_fast"),
+                beta_slow=_float(file, given, "beta_slow"),
+                attention_factor=_float(file, given, "attention_factor") if is_given else None,
             )
     except KeyError as error:
         raise ValueError(
