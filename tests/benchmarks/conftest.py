@@ -28,4 +28,8 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def quick_network(monkeypatch):
     """A network of one fixed layer in place of the step's decoder: it compiles in a moment."""
-    monkeypatch.setattr(step, "network", lambda model: fakes.path_network(model.vocab_size))
+    monkeypatch.setattr(
+        step,
+        "network",
+        lambda model, num_ids: fakes.path_network(model.vocab_size, num_ids=num_ids),
+    )

@@ -15,7 +15,11 @@ CASE = workloads.TINY_ROWS
 
 
 def test_rows_trains_the_same_tokens_both_ways(run, monkeypatch, close):
-    monkeypatch.setattr(rows, "network", lambda model: fakes.path_network(model.vocab_size))
+    monkeypatch.setattr(
+        rows,
+        "network",
+        lambda model, num_ids: fakes.path_network(model.vocab_size, num_ids=num_ids),
+    )
     _, found = run("rows")
     close.error("equality_loss", found["loss_rel_diff"])
     close.error("equality_gradient", found["grad_rel_l2"])

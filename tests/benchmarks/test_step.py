@@ -66,7 +66,7 @@ def test_a_gradient_of_other_weights_is_seen_as_different(quick_network):
     trie = tries.of_trajectory(made)
     batch = stack_rows([[trie]], len(trie))
     other = batch.replace(weight=batch.weight * (np.arange(len(trie)) % 2))
-    net = step.network(case.model)
+    net = step.network(case.model, num_ids=workloads.table().num_ids)
     params = net.init(jax.random.key(0))
     objective = functools.partial(nll_sums, net, chunk_tokens=64)
     loss, gradient = step.difference(objective, params, {"trie": batch, "rows": other})

@@ -204,6 +204,44 @@ def test_the_golden_answers_are_enough():
         assert min(wants.count(True), wants.count(False)) >= 100
 
 
+@pytest.mark.parametrize(
+    ("answer", "wrong", "right"),
+    [
+        (r"1\left.5", "15", None),
+        (r"1\displaystyle5", "15", None),
+        ("0,123", "123", None),
+        (r"x \cdot 2\frac12", "x", None),
+        (r"(2)\frac12", "5/2", None),
+        (r"2\frac12^2", r"\frac12", None),
+        (r"\sin{2}x", r"x\sin 2", r"\sin{2}x"),
+        (r"\sin(\frac{\pi}{2})^\circ", "1", None),
+        (r"15\%^\circ", "0.15", None),
+        (r"15 \text{cm}\text{cm}", "15 cm", None),
+        (r"(1^\circ,2)", "(1,2)", r"(1^\circ, 2)"),
+        ("x = 2x+3", "2x+3", "2x+3 = x"),
+        (r"x \in 5", "5", None),
+        ("ABC", "abc", "ABC"),
+        ("ABC-D", "abc-d", "ABC - D"),
+        ("0^0", "1", None),
+        (r"|416| \cdot |607|", "252512", None),
+        (r"416(607+i-i)", "252512", None),
+        (r"5\pmod{7}", "5+od{7}, 5-od{7}", r"5\pmod{7}"),
+    ],
+)
+def test_an_answer_that_only_looks_right_is_refused(answer, wrong, right):
+    assert not is_equal(answer, wrong, "mathematics")
+    if right is not None:
+        assert is_equal(answer, right, "mathematics")
+
+
+def test_a_marked_number_does_not_begin_with_zero():
+    """0,123 is 0.123 to many; 0123 can be nothing else than 123."""
+    for text in ("0,123", "0 123", "00,123", "0{,}123"):
+        assert notation.read(text) is None
+        assert as_integer(text) is None
+    assert as_integer("0123") == 123
+
+
 def test_what_needs_no_symbols_is_decided_without_a_worker():
     for answer, truth, equal in [
         ("x + 1", "x+1", True),

@@ -182,6 +182,15 @@ def test_a_summary_leaves_out_what_is_no_number():
     assert parts[0].told(1.1)["longest"] == 90
 
 
+@pytest.mark.parametrize("drawn", [(0, 0, 1, 0), (0, 0, 0, 0)])
+def test_the_latency_ratio_of_calls_without_a_fork_is_one_however_few_their_tokens(drawn):
+    rollouts = [
+        Trajectory(3, (call((), n),), NOTHING, NOTHING.astype(np.int8), 0, "eos", {}) for n in drawn
+    ]
+    parts = [reward(rollout, False, Reward()) for rollout in rollouts]
+    assert summary([parts], np.zeros((1, 4)))["latency_ratio"] == 1
+
+
 def test_a_group_of_rollouts_that_are_all_left_out_trains_nothing():
     cut = reward(made(10, finish="length"), False, Reward(overlong="filter"))
     whole = reward(made(10), False, Reward(overlong="filter"))

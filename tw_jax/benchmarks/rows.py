@@ -45,7 +45,7 @@ def run(case: RowsCase) -> Report:
     which is kinder to them than any packing of whole calls into micro-batches.
     """
     batches = batches_of(case)
-    net = network(case.model)
+    net = network(case.model, num_ids=workloads.table().num_ids)
     params = net.init(jax.random.key(0))
     objective = functools.partial(
         pgrpo.loss_sums,

@@ -47,7 +47,7 @@ def run(case: StepCase) -> Report:
         "trie": stack_rows([[trie]], len(trie)),
         "rows": stack_rows([rows], trie.source_tokens),
     }
-    net = network(case.model)
+    net = network(case.model, num_ids=workloads.table().num_ids)
     params = net.init(jax.random.key(0))
     objective = functools.partial(sft.nll_sums, net, chunk_tokens=CHUNK_TOKENS)
     loss_diff, gradient_diff = difference(objective, params, batches)
@@ -122,7 +122,7 @@ def _full_token_ratio(case: StepCase) -> tuple[float, float]:
 
 def _model(model: Model, attention: str, remat: str) -> Network:
     changed: dict[str, Any] = {"attention": attention, "remat": remat}
-    return network(dataclasses.replace(model, **changed))
+    return network(dataclasses.replace(model, **changed), num_ids=workloads.table().num_ids)
 
 
 def chains(rollouts: Sequence[Trajectory]) -> list[Trie]:

@@ -64,9 +64,11 @@ def is_unfinished(tree: Tree) -> bool:
     A power, factorial, root or binomial is an exact form; a fraction of two integers is a number.
     """
     if tree[0] in ("+", "*", "/"):
-        literals = sum(map(_is_literal, _terms(tree, tree[0])))
-        if literals > 1 and not _is_fraction(tree):
+        terms = _terms(tree, tree[0])
+        if sum(map(_is_literal, terms)) > 1 and not _is_fraction(tree):
             return True
+        if tree[0] == "+" and len(set(terms)) < len(terms):
+            return True  # as the second and third of 607 + i - i
     return any(is_unfinished(part) for part in tree[1:] if isinstance(part, tuple))
 
 
@@ -112,6 +114,12 @@ def render(tree: Tree, names: dict[str, str]) -> str:
     return forms[kind].format(*inner)
 
 
+def has_function(tree: Tree) -> bool:
+    """Whether a function or a logarithm is called in a tree."""
+    inner = (part for part in tree[1:] if isinstance(part, tuple))
+    return tree[0] in ("fn", "log") or any(map(has_function, inner))
+
+
 def symbols(tree: Tree) -> set[str]:
     """Names of the variables in a tree, without the base of a bare logarithm."""
     if tree[0] == "sym":
@@ -136,18 +144,38 @@ def _is_fraction(tree: Tree) -> bool:
 
 
 def _is_literal(tree: Tree) -> bool:
-    """A written number, also behind a sign or in a power or factorial that does nothing."""
-    kind = tree[0]
-    if kind == "neg":
-        return _is_literal(tree[1])
-    if _is_fraction(tree):
-        return True
+    """A written number, also behind a sign or in what does nothing, as a power of one."""
+    kind, *parts = tree
+    if kind in ("neg", "abs", "floor", "ceil"):
+        return _is_literal(parts[0])
     if kind == "^":
-        trivial = (("num", Fraction(0)), ("num", Fraction(1)))
-        return _is_literal(tree[1]) and (tree[2] in trivial or tree[1] in trivial)
+        trivial = (Fraction(0), Fraction(1))
+        does_nothing = _written(parts[1]) in trivial or _written(parts[0]) in trivial
+        return does_nothing and _is_literal(parts[0])
+    if kind == "root":  # of a power with the same exponent
+        power = parts[1]
+        return power[0] == "^" and power[2] == parts[0] and _is_literal(power[1])
+    if kind == "binom":
+        above, below = map(_written, parts)
+        return above is not None and below in (0, 1, above - 1, above)
     if kind == "!":
-        return tree[1][0] == "num" and tree[1][1] <= 2
-    return kind == "num"
+        return parts[0][0] == "num" and parts[0][1] <= 2
+    if kind in ("fn", "log"):  # the logarithm of a power of its own base
+        base = ("const", "e") if kind == "fn" and parts[0] == "ln" else parts[0]
+        power = parts[1]
+        return power[0] == "^" and power[1] == base and _is_literal(power[2])
+    return _written(tree) is not None
+
+
+def _written(tree: Tree) -> Fraction | None:
+    """The value of a written number, or of one over another; None of anything else."""
+    if tree[0] == "neg":
+        value = _written(tree[1])
+        return None if value is None else -value
+    if _is_fraction(tree):
+        above, below = _written(tree[1]), _written(tree[2])
+        return above / below if above is not None and below else None
+    return tree[1] if tree[0] == "num" else None
 
 
 class _Reader:
@@ -200,13 +228,14 @@ class _Reader:
 
     def product(self, depth: int) -> Tree:
         tree, is_slashed = self.factor(depth), False
+        last = tree
         while True:
             token = self.peek()
             if token in _TIMES or token in ("/", "\\div"):
                 self.take()
                 sign = self.take() if self.peek() == "-" else ""
-                factor = self.factor(depth)
-                factor = ("neg", factor) if sign else factor
+                last = self.factor(depth)
+                factor = ("neg", last) if sign else last
                 if token == "\\div":  # a calculation, where / writes a fraction
                     tree = ("*", tree, ("/", ("num", Fraction(1)), factor))
                 else:
@@ -216,21 +245,24 @@ class _Reader:
                 # 1/2x may be x/2 or 1/(2x), and numbers side by side are no product.
                 if is_slashed or self.kind() == "number":
                     raise self.unreadable()
-                tree = self.beside(tree, depth)
+                tree = last = self.beside(tree, last, depth)
             else:
                 return tree
 
-    def beside(self, left: Tree, depth: int) -> Tree:
-        """The product, or mixed number, of a factor and the one written beside it."""
-        token, is_number = self.peek(), left[0] == "num"
-        called = self._tokens[self._at - 1]
+    def beside(self, left: Tree, last: Tree, depth: int) -> Tree:
+        """The product, or mixed number, of factors, the last of them, and the one beside it."""
+        token, called = self.peek(), self._tokens[self._at - 1]
+        is_number = last[0] == "num" and called[1] != ")"
         if token == "(" and called[0] == "letter" and called[1] in _CALLED:
             raise self.unreadable()  # f(x) is no product
         right = self.factor(depth)
         if self._tokens[self._at - 1][1] == "}" and self.kind() == "number":
             raise self.unreadable()
-        plain = right[0] == "/" and all(part[0] == "num" for part in right[1:])
+        core = right[1] if right[0] in ("^", "!") else right
+        plain = core[0] == "/" and all(part[0] == "num" for part in core[1:])
         if is_number and token == "\\frac" and plain:
+            if left is not last or right is not core:  # 3 \cdot 2\frac12, 2\frac12^2
+                raise self.unreadable()
             whole, (above, below) = left[1], (right[1][1], right[2][1])
             if whole.denominator == above.denominator == below.denominator == 1 and above < below:
                 return ("num", whole + above / below)
@@ -262,6 +294,8 @@ class _Reader:
         if self.peek() == "^":
             self.take()
             tree = ("^", tree, self.exponent(depth))
+            if _written(tree[1]) == _written(tree[2]) == 0:
+                raise self.unreadable()  # 0^0 is 1 to some and nothing to others
             if self.peek() in ("^", "!", "_"):
                 raise self.unreadable()
         if self.peek() == "_":
@@ -371,9 +405,12 @@ class _Reader:
             power = self.exponent(depth)
             if power[0] != "num":  # sin^{-1} may be the inverse or the reciprocal
                 raise self.unreadable()
-        inner = self.group(depth) if self.peek() in ("(", "{") else self.bare_argument(depth)
+        opening = self.peek()
+        inner = self.group(depth) if opening in ("(", "{") else self.bare_argument(depth)
         if self.peek() in ("^", "!", "("):
             raise self.unreadable()
+        if opening == "{" and self.begins_factor() and self.peek()[1:] not in _FUNCTIONS:
+            raise self.unreadable()  # \sin{2}x is printed as \sin 2x
         if name == "log":
             # \log alone may be of base ten or e: a base of its own keeps it apart from both.
             tree: Tree = ("log", base or ("sym", LOG_BASE), inner)
@@ -389,7 +426,7 @@ class _Reader:
         ):
             if tree is not None and self.kind() == "number":
                 raise self.unreadable()
-            tree = self.factor(depth) if tree is None else self.beside(tree, depth)
+            tree = self.factor(depth) if tree is None else self.beside(tree, tree, depth)
         if tree is None or self.peek() == "/":
             raise self.unreadable()
         return tree

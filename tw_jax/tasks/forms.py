@@ -27,6 +27,9 @@ _SPACES = re.compile(r"(?<!\\)\\[,:; ]|~|\\q?quad(?![A-Za-z])|\s")
 _SIZES = re.compile(
     r"\\(?:(?:left|right)(?![A-Za-z])\.?|(?:[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z]))"
 )
+_JOINABLE = re.compile(r"[0-9A-Za-z.]")
+"""What would run into what stands before a size, if nothing were put in its place."""
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _JOINED = re.compile(
     r",?\s*(?:\\(?:text|textrm|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"
 )
@@ -126,6 +129,8 @@ def equal(answer: Form, truth: Form, judge: Judge) -> bool:
     """
     if answer.text and answer.text == truth.text:
         return True
+    if truth.kind == answer.kind == "word" and truth.parts and answer.parts:
+        return truth.parts == answer.parts
     if truth.kind == "word" and answer.text.casefold() == truth.tag:
         return True
     if truth.kind == "relation" or answer.kind == "relation":
@@ -155,7 +160,7 @@ def tidied(text: str) -> str:
     text = text.translate(str.maketrans(_SYMBOLS))
     text = notation.unwrapped(text)
     text = re.sub(r"\\!\s*", "", text).replace("{,}", ",")
-    text = _SIZES.sub("", text)
+    text = _SIZES.sub(lambda m: " " if _JOINABLE.match(text, m.end()) else "", text)
     text = _COMMAND.sub(lambda m: _renamed(m[1]), text)
     text = _SPACES.sub(" ", text)
     text = _PERCENT.sub(r"\\%", text)
@@ -189,9 +194,14 @@ def _word(text: str, depth: int) -> Form | None:
     if choice is not None and (is_text or inner != choice[1] or depth == 0):
         return Form("word", tag=choice[1])
     if _WORDS.fullmatch(inner) and (is_text or re.search("[A-Za-z]{3}", inner)):
+        is_longer = is_text or re.search("[A-Za-z]{4}", inner)
         if not is_text and depth == 0 and _JOINED.search(inner):
             return None
-        return Form("word", tag=" ".join(inner.casefold().split()).rstrip("."))
+        if not is_longer and re.search("['-]", inner):
+            return None  # abc - d
+        # Three letters may be a product of variables, whose case counts.
+        letters = (inner,) if not is_longer and inner.casefold() != "yes" else ()
+        return Form("word", letters, " ".join(inner.casefold().split()).rstrip("."))
     if inner.casefold() in ("yes", "no"):
         return Form("word", tag=inner.casefold())
     return None
@@ -240,7 +250,7 @@ def _relation(text: str, depth: int) -> Form | None:
         return Form("text")  # a chain of equations is a calculation, not an answer
     parts = tuple(_read(side, depth + 1) for side in sides)
     if signs == ["\\in"]:
-        if not _VARIABLE.fullmatch(sides[0]):
+        if not _VARIABLE.fullmatch(sides[0]) or parts[1].kind in ("number", "value", "infinity"):
             return Form("text")
         signs = ["="]
     return Form("relation", parts, " ".join(signs))
@@ -295,17 +305,25 @@ def _bracketed(text: str, depth: int) -> Form | None:
 
 def _two_signs(text: str, depth: int) -> Form | None:
     r"""Both values of a `\pm`."""
-    if "\\pm" not in text:
+    signs = len(_PLUS_MINUS.findall(text))
+    if not signs:
         return None
-    if text.count("\\pm") > 1 or "\\mp" in text:
+    if signs > 1 or "\\mp" in text:
         return Form("text")
-    return _set([_read(text.replace("\\pm", sign).strip(), depth + 1) for sign in "+-"])
+    return _set([_read(_PLUS_MINUS.sub(sign, text).strip(), depth + 1) for sign in "+-"])
 
 
 def _value(text: str, depth: int) -> Form:
     body, unit = units.split(text)
     if unit:
-        return Form("quantity", (_read(body, depth + 1),), unit)
+        measured = _read(body, depth + 1)
+        is_angle = unit.startswith(units.DEGREE) and measured.kind == "value"
+        is_percentage = measured.kind == "number" and measured.parts[0].is_percentage
+        if measured.kind == "quantity" or is_percentage:
+            return Form("text")  # 5 cm cm
+        if is_angle and expressions.has_function(measured.parts[0]):
+            return Form("text")  # the degrees may be those of the argument
+        return Form("quantity", (measured,), unit)
     sign, infinite = ("-", text[1:].strip()) if text[0] == "-" else ("+", text.lstrip("+ "))
     if infinite == "\\infty":
         return Form("infinity", tag=sign)
@@ -341,7 +359,7 @@ def _set(items: Any) -> Form:
     """A set of forms; sets within a list, as those of a plus-minus sign, are taken apart."""
     flat: list[Form] = []
     for item in items:
-        is_two = item.kind == "set" and "\\pm" in item.text
+        is_two = item.kind == "set" and _PLUS_MINUS.search(item.text)
         flat += item.parts if is_two else (item,)
     return Form("set", tuple(flat), text="")
 
@@ -353,7 +371,15 @@ def _is_assignment(form: Form) -> bool:
         and len(form.parts) == 2
         and _VARIABLE.fullmatch(form.parts[0].text) is not None
         and form.parts[1].kind != "relation"
+        and not _symbols(form.parts[0]) & _symbols(form.parts[1])  # x = 2x + 3 gives no value
     )
+
+
+def _symbols(form: Form) -> set[str]:
+    """Names of the variables in the values of a form."""
+    if form.kind == "value":
+        return expressions.symbols(form.parts[0])
+    return set().union(*(_symbols(part) for part in form.parts if isinstance(part, Form)))
 
 
 def _quantities_equal(answer: Form, truth: Form, judge: Judge) -> bool:
@@ -424,8 +450,8 @@ def _all_equal(answer: tuple[Form, ...], truth: tuple[Form, ...], judge: Judge) 
 
 
 def _item_equal(answer: Form, truth: Form, judge: Judge) -> bool:
-    """As `equal`, but among several values the name of a variable is not dropped."""
-    alike = (answer.kind == "relation") == (truth.kind == "relation")
+    """As `equal`, but among several values no name of a variable and no unit is dropped."""
+    alike = all((answer.kind == kind) == (truth.kind == kind) for kind in ("relation", "quantity"))
     return alike and equal(answer, truth, judge)
 
 

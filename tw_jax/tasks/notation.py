@@ -18,7 +18,7 @@ Python itself refuses to convert more than 4300 digits.
 """
 
 _SPACE = re.compile(r"(?<!\\)\\[,:; ]|~")
-_MARKED = re.compile(r"[0-9]+|[0-9]{1,3}(?:(?P<mark>[,_ ])[0-9]{3})(?:(?P=mark)[0-9]{3})*")
+_MARKED = re.compile(r"[0-9]+|[1-9][0-9]{0,2}(?:(?P<mark>[,_ ])[0-9]{3})(?:(?P=mark)[0-9]{3})*")
 _DECIMAL = re.compile(r"(.*?)\.([0-9]*)")
 _RATIO = re.compile(r"([^/{}\\]+)/([^/{}\\]+)")
 _FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")

@@ -306,7 +306,7 @@ def summary(groups: Sequence[Sequence[Parts]], reward: np.ndarray) -> dict[str, 
 
     def tokens(costs: Sequence[Cost]) -> dict[str, float]:
         longest, total = mean(one.longest for one in costs), mean(one.total for one in costs)
-        ratio = longest / max(total, 1.0)
+        ratio = longest / total if total else 1.0  # as of an evaluation
         return {"longest_tokens": longest, "total_tokens": total, "latency_ratio": ratio}
 
     texts = [one.text for one in flat if one.text is not None]
