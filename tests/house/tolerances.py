@@ -1,7 +1,7 @@
 """The worst error of each row of the table of tolerances, in four settings of the compiler.
 
-`make tolerances` runs every test that compares numbers once in each setting and writes what it saw
-into the table, tests/conftest.py. It ends with status 1 if a bound leaves too little room.
+`make tolerances` runs the whole suite once in each setting and writes the worst errors into the
+table, tests/conftest.py. It ends with status 1 if a test failed or a bound leaves too little room.
 """
 
 import json
@@ -30,22 +30,25 @@ ROW = re.compile(r'^    "(\w+)": Row\(([^,]+), [^)]*\),', re.MULTILINE)
 WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
-def worst_in(flags: str, words: list[str]) -> dict[str, tuple[float, str]]:
-    """Row -> the worst error in one setting, and the test that saw it.
+def worst_in(flags: str, words: list[str]) -> tuple[dict[str, tuple[float, str]], bool]:
+    """Runs the suite in one setting.
 
     Args:
       flags: XLA_FLAGS.
       words: more words for pytest, such as files.
+
+    Returns:
+      Row -> the worst error and the test that saw it; and whether all tests passed.
     """
     found: dict[str, tuple[float, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         here = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         command = [sys.executable, "-m", "pytest", "-q", *WORKERS, f"--worst={folder}", *words]
-        subprocess.run(command, env=here, cwd=ROOT, check=False)
+        done = subprocess.run(command, env=here, cwd=ROOT, check=False)
         for file in pathlib.Path(folder).iterdir():
             for row, (error, test) in json.loads(file.read_text(encoding="utf-8")).items():
                 found[row] = max(found.get(row, (-1.0, "")), (error, test))
-    return found
+    return found, done.returncode == 0
 
 
 def written(text: str, worst: dict[str, list[float]]) -> str:
@@ -63,7 +66,10 @@ def written(text: str, worst: dict[str, list[float]]) -> str:
 
 def main(words: list[str]) -> int:
     """Measures, prints, writes; the exit status."""
-    columns = {name: worst_in(flags, words) for name, flags in SETTINGS.items()}
+    columns, failed = {}, []
+    for name, flags in SETTINGS.items():
+        columns[name], passed = worst_in(flags, words)
+        failed += [name] * (not passed)
     rows = sorted(set().union(*columns.values()))
     text = TABLE.read_text(encoding="utf-8")
     bounds = {name: float(bound) for name, bound in ROW.findall(text)}
@@ -80,7 +86,9 @@ def main(words: list[str]) -> int:
         sys.stdout.write(
             f"{', '.join(short)}: the bound is less than {ROOM} times the worst error.\n"
         )
-    return int(bool(short))
+    if failed:
+        sys.stdout.write(f"Tests failed in: {', '.join(failed)}.\n")
+    return int(bool(short or failed))
 
 
 if __name__ == "__main__":
