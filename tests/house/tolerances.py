@@ -58,7 +58,7 @@ def written(text: str, worst: dict[str, list[float]]) -> str:
         errors = worst.get(match[1])
         if errors is None:
             return match[0]
-        numbers = ", ".join(f"{error:.1e}" for error in errors)
+        numbers = ", ".join(f"{error:.1e}" if error else "0" for error in errors)
         return f'    "{match[1]}": Row({match[2]}, {numbers}),'
 
     return ROW.sub(row, text)
