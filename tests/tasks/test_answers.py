@@ -234,6 +234,13 @@ def test_an_answer_that_only_looks_right_is_refused(answer, wrong, right):
         assert is_equal(answer, right, "mathematics")
 
 
+def test_answers_that_stand_in_mathematics_one_by_one_are_a_list():
+    truth = r"$1$,$\frac{3+\sqrt{21}}{2}$,$\frac{3-\sqrt{21}}{2}$"
+    assert is_equal(r"\frac{3 \pm \sqrt{21}}{2}, 1", truth, "mathematics")
+    assert not is_equal(r"1, \frac{3+\sqrt{21}}{2}", truth, "mathematics")
+    assert is_equal(r"a = -6-4\sqrt2, a = 2", r"$a=2$, $a=-6-4 \sqrt{2}$", "mathematics")
+
+
 def test_a_marked_number_does_not_begin_with_zero():
     """0,123 is 0.123 to many; 0123 can be nothing else than 123."""
     for text in ("0,123", "0 123", "00,123", "0{,}123"):

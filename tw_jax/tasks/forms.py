@@ -221,7 +221,7 @@ def _based(text: str, depth: int) -> Form | None:
 
 def _list(text: str, depth: int) -> Form | None:
     """Several answers, in any order: `1, 2`, `1 and 2`, `x = 1 or x = 2`."""
-    parts = _split(_JOINED.sub(",", text), {",", ";"})
+    parts = [notation.unwrapped(part) for part in _split(_JOINED.sub(",", text), {",", ";"})]
     if len(parts) < 2:
         return None
     if any(not part for part in parts) or len(parts) > MAX_ITEMS:
