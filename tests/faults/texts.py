@@ -156,7 +156,7 @@ def may_be(answer: str, truth: int) -> bool:
     text = answer.replace("\N{MINUS SIGN}", "-")
     text = re.sub(r"\\text\{[^{}0-9]*\}|\\left|\\right|\\displaystyle|\\mathrm\{[^{}]*\}", "", text)
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
-    text = re.sub(r"\\[,:;!\s]|[~$ \n\t\r{}_]", "", text)
+    text = re.sub(r"\\[,:;!\s]|[~$\s{}_]", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     text = re.sub(r"\\+(?=%|$)|\.$|^\+", "", text)
     value = _VALUE.fullmatch(text)
