@@ -158,7 +158,7 @@ def may_be(answer: str, truth: int) -> bool:
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"\\[,:;!\s]|[~$\s{}_]", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    text = re.sub(r"\\+(?=%|$)|\.$|^\+", "", text)
+    text = re.sub(r"\\+(?=%)|[\\.]+$|^\+", "", text)
     value = _VALUE.fullmatch(text)
     if value is None or len(text) > 4000 or not text.strip("-.%"):
         return False
