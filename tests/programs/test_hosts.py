@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from programs.jobs import PROCESSES, Job
 
-from tw_jax import hosts, sharding
+from tw_jax import checkpoint, hosts, sharding
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.cli import main
 from tw_jax.config import load
@@ -41,8 +41,10 @@ def state_of(config, folder, tmp_path):
     copy = tmp_path / f"copy_of_{folder.name}"
     shutil.copytree(folder / "checkpoints" / str(STEPS), copy / str(STEPS))
     told = copy / str(STEPS) / "extra" / "metadata"
-    extras = json.loads(told.read_text())["processes"]
-    told.write_text(json.dumps({"processes": [{}]}))
+    content = json.loads(told.read_text())
+    extras, content["processes"] = content["processes"], [{}]
+    del content["sha256"]
+    told.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
     cfg = load(sft.Sft, [str(config)])
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)
