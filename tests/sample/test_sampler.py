@@ -245,10 +245,10 @@ def test_repeats_that_do_not_divide_the_rows_are_refused():
         build(draw=None)(PARAMS, [TOKENIZER.encode("ab")], repeats=3)
 
 
-def test_a_network_with_other_ids_than_the_tokenizer_is_refused():
+def test_a_network_with_more_ids_than_the_tokenizer_is_refused():
     wide = fakes.path_network(TOKENIZER.vocab_size + 8)
     protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin())
-    with pytest.raises(ValueError, match="Both need the same number"):
+    with pytest.raises(ValueError, match="must be at least as many"):
         samplers.make_sampler(wide, protocol, samplers.Sampler())
     num_ids = TOKENIZER.vocab_size
     samplers.make_sampler(wide._replace(num_ids=num_ids), protocol, samplers.Sampler())

@@ -251,7 +251,8 @@ def _decoded(
     """Ids after each prompt, by the jitted sampler."""
     longest = max(map(len, prompts))
     sampler = Sampler(rows=len(prompts), max_prompt=longest, temperature=0.0)
-    net = network(model, num_ids=protocol.table.num_ids)
+    # A pretrained table may have no rows for the control tokens, which the tokenizer was given.
+    net = network(model, num_ids=min(model.vocab_size, protocol.table.num_ids))
     made = make_sampler(net, protocol, sampler)(params, prompts)
     return [t.ids[t.prompt_tokens :].tolist() for t in made]
 

@@ -278,12 +278,14 @@ def make_sampler(
         one forces given tokens.
 
     Raises:
-      ValueError: the network gives probability to other ids than the tokenizer has.
+      ValueError: the network gives probability to ids that the tokenizer does not have.
     """
-    if network.num_ids != protocol.table.num_ids:
+    # Fewer are no mistake: a model without rows for the control tokens never draws one.
+    if network.num_ids > protocol.table.num_ids:
         raise ValueError(
-            f"The network has {network.num_ids} ids and the tokenizer {protocol.table.num_ids}. "
-            "Both need the same number. Build it with network(model, num_ids=tokenizer.vocab_size)."
+            f"The network has {network.num_ids} ids and the tokenizer {protocol.table.num_ids}, "
+            "which must be at least as many. Build the network with network(model, "
+            "num_ids=tokenizer.vocab_size)."
         )
     limits = protocol.limits
     lanes = limits.max_threads if limits.parallel else 1
