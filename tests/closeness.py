@@ -1,7 +1,7 @@
 """The one way to compare numbers: an error as a share of a size, judged by a row of the table.
 
 A sum whose terms cancel says nothing of the rounding in it, so whoever compares such a sum names
-the size of its terms. The worst error of each row is kept, for the table in conftest.py.
+the size of its terms. The worst error of each row is recorded for the table in conftest.py.
 """
 
 from __future__ import annotations

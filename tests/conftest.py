@@ -95,7 +95,7 @@ def pytest_addoption(parser):
 
 
 # Each process takes the next file when it is done with one; what takes longest goes first. All of
-# tests/programs goes to one process, for it shares the runs that are made for it.
+# tests/programs goes to one process, because they share the runs that fixtures make.
 _LONGEST = (
     "tests/programs/",
     "tests/test_equalities.py",

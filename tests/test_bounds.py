@@ -38,9 +38,17 @@ def test_a_number_out_of_range_is_refused_with_field_value_and_range(field, valu
 
 
 def test_numbers_on_the_border_and_none_pass():
-    require(Sampler(rows=2**31 - 1, top_p=math.ldexp(1, -126)), "rows", least=1)
-    require(Sampler(top_p=math.ldexp(1, -126)), "top_p", above=0, most=1)
-    require(Sampler(rows=2**40), "rows", most=2**41)
+    smallest = math.ldexp(1, -126)
+    for cfg, field, inside, outside in (
+        (Sampler(rows=2**31 - 1), "rows", {"least": 1}, {"least": 2**31, "most": 2**40}),
+        (Sampler(top_p=smallest), "top_p", {"above": 0, "most": 1}, {"above": smallest}),
+        (Sampler(rows=2**40), "rows", {"most": 2**40}, {"most": 2**40 - 1}),
+        (Sampler(rows=2**40), "rows", {"below": 2**40 + 1}, {"below": 2**40}),
+    ):
+        require(cfg, field, **inside)
+        with pytest.raises(ValueError, match=f"{field} = .* must be"):
+            require(cfg, field, **outside)
+    assert Sampler().count is None
     require(Sampler(), "count", least=1)
 
 

@@ -70,7 +70,7 @@ def load(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = (
       files: gin files.
       bindings: single bindings as a shell hands them over, "Class.field=value". What is no gin
         value, or not one that the field takes, is text where the field takes that text:
-        "Sft.workdir=/tmp/run".
+        "Sft.workdir=runs/mine".
 
     Returns:
       The one instance of `root`.

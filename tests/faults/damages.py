@@ -191,7 +191,7 @@ DAMAGES: tuple[Callable[[random.Random, Path], str], ...] = (
 
 @contextlib.contextmanager
 def _heard() -> Iterator[io.StringIO]:
-    """Everything that is said meanwhile, by whatever way."""
+    """Collects warnings, log records and both standard streams until the block ends."""
     words = io.StringIO()
     handler = logging.StreamHandler(words)
     handler.addFilter(lambda record: record.name != "absl")  # no words for a user

@@ -198,7 +198,9 @@ def test_a_checkpoint_that_is_not_one_of_a_run_is_refused():
 )
 def test_more_steps_of_the_same_schedule_are_allowed(words, more):
     before, after = build(*words), build(*dict.fromkeys([*words, *more]))
-    establish(after, Kept(note(before, **with_schedule(before))), **with_schedule(after))
+    found = establish(after, Kept(note(before, **with_schedule(before))), **with_schedule(after))
+    assert any(text.startswith(("Sft.steps = ", "Optim.warmup_")) for text in found.changed)
+    assert found.contents["schedule"] == with_schedule(before)["schedule"]
 
 
 def test_fewer_steps_than_are_taken_are_refused():
