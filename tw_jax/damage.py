@@ -81,16 +81,8 @@ def first_line(error: Exception) -> str:
 
 
 def agreed(read: Callable[[], T]) -> T:
-    """Reads in every process; where one of them finds damage, all raise its error."""
-    found, fault = None, None
-    try:
-        found = read()
-    except DamagedError as error:
-        fault = str(error)
-    faults = [one for one in hosts.gather(fault) if one is not None]
-    if faults:
-        raise DamagedError(faults[0])
-    return found  # pyright: ignore[reportReturnType]
+    """Reads in every process; where one of them finds damage, all raise a DamagedError."""
+    return hosts.together(read, DamagedError)
 
 
 def os_error_code(error: Exception) -> int | None:

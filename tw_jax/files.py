@@ -1,31 +1,40 @@
-"""Text files that appear whole: a reader sees the old text or the new one, never a part of it."""
+"""Files that appear whole: a reader sees the old content or the new one, never a part of it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file in one move, as UTF-8. Its folder must exist.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary file beside a file, which replaces it when the block ends well.
 
-    The text goes to a temporary file beside it and is on the disk before it takes the name, so a
-    crash at any moment leaves the old file or the new one.
+    The new content is on the disk before it takes the name, so a crash at any moment leaves the old
+    file or the new one.
 
     Args:
-      path: the file to write or replace.
-      text: its new content.
+      path: the file to write or replace. Its folder must exist.
+
+    Yields:
+      The file to write; it is gone after the block.
 
     Raises:
       OSError: the file could not be written. The old one, if any, is unchanged.
     """
-    path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
+        yield part
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in one move, as UTF-8; see `replacing`."""
+    with replacing(Path(path)) as part:
+        part.write_text(text, encoding="utf-8", newline="")

@@ -14,11 +14,13 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 LOST_SECONDS = 60
 """Without a sign of life for this long, a process is given up and the others end too."""
@@ -137,6 +139,28 @@ def gather(value: Any) -> list[Any]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def together(work: Callable[[], T], *faults: type[Exception]) -> T:
+    """Does some work in every process, and fails in all of them if it fails in one.
+
+    Args:
+      work: may differ in each process, but must not wait for the others.
+      *faults: the errors that stop all processes. One that did not fail itself raises the first
+        class, with the words of the first process that failed.
+
+    Returns:
+      What `work` returned in this process.
+    """
+    found, fault = None, None
+    try:
+        found = work()
+    except faults as error:
+        fault = error
+    told = [text for text in gather(None if fault is None else str(fault)) if text is not None]
+    if told:
+        raise fault or faults[0](told[0])
+    return cast(T, found)
 
 
 def divide(work: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]) -> list[Any]:

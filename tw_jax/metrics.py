@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from tw_jax import hosts, strict_json
+from tw_jax import files, hosts, strict_json
 
 FILE = "metrics.jsonl"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -54,9 +53,7 @@ class Metrics:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(path) if line["step"] < step] if path.exists() else []
         text = "".join(map(_json_line, kept))
-        # Replaced in one move: a crash in between leaves the old file, not half of one.
-        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        files.write_text(path, text)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = tensorboardX.SummaryWriter(
             str(Path(workdir) / "tensorboard"), purge_step=step if step else None

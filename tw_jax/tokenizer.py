@@ -12,7 +12,6 @@ import abc
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from tw_jax import files
 from tw_jax.bounds import require_text
 from tw_jax.config import config
 
@@ -497,10 +497,8 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip() or "The corpus has no text."
         raise ValueError(f"train_sentencepiece: vocab_size = {vocab_size}: {reason}") from None
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(model.getvalue())
-    part.replace(path)
+    with files.replacing(Path(path)) as part:
+        part.write_bytes(model.getvalue())
 
 
 class AddedToken(NamedTuple):
@@ -537,10 +535,7 @@ def add_control_tokens(source: str | Path, target: str | Path) -> list[AddedToke
     known = before.get_vocab(with_added_tokens=True)
     after = _read_hugging_face(source)
     after.add_special_tokens(list(CONTROL))
-    target = Path(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.write_text(after.to_str(pretty=True), encoding="utf-8")
-    part.replace(target)
+    files.write_text(target, after.to_str(pretty=True))
     ids = after.get_vocab(with_added_tokens=True)
     return [
         AddedToken(text, ids[text], before.encode(text[1:-1], add_special_tokens=False).ids)

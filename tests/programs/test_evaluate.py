@@ -13,7 +13,6 @@ from tw_jax.cli import main
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Call, Hit, Trajectory
 from tw_jax.programs import evaluate as program
-from tw_jax.programs.evaluate import summarise
 from tw_jax.tasks import reward
 from tw_jax.tasks.grader import Grader
 
@@ -66,15 +65,16 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
     threads = (call((), ids[3:15]), call((0, "1"), ids[:7]), call((0, "2"), ids[:4]))
     forked = Trajectory(3, threads, ids, zeros, 1, "eos", {})
     made = [written, forked]
-    told = summarise(
-        types.SimpleNamespace(
-            prompt_in_text=False,
-            sample=types.SimpleNamespace(samples=1, sampler=types.SimpleNamespace(temperature=0.0)),
-        ),
+    cfg = types.SimpleNamespace(
+        prompt_in_text=False,
+        sample=types.SimpleNamespace(samples=1, sampler=types.SimpleNamespace(temperature=0.0)),
+    )
+    told = program.summarise(
+        cfg,
         [types.SimpleNamespace(text=text, answer="1")] * 2,
         made,
         ["correct", "wrong"],
-        types.SimpleNamespace(tokenizer=rollouts.TOKENIZER),
+        program.texts_of(cfg, made, rollouts.TOKENIZER),
     )
     drawn = len(ids) - 3
     longest, total = (drawn + 12 + 7) / 2, (drawn + 12 + 7 + 4) / 2

@@ -159,11 +159,11 @@ def test_two_processes_train_as_one_does_on_the_same_rows(
 ):
     open_batches, one = sft.open_batches, tmp_path / "one"
 
-    def open_both(cfg, mesh):
+    def open_both(cfg, mesh, tokenizer):
         shares = []
         for share in range(PROCESSES):
             monkeypatch.setattr(sharding, "row_share", lambda *_, i=share: (i, PROCESSES))
-            shares.append(open_batches(cfg, mesh))
+            shares.append(open_batches(cfg, mesh, tokenizer))
         return Both(shares)
 
     monkeypatch.setattr(sft, "open_batches", open_both)

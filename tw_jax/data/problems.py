@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
-from tw_jax.data.records import Problem, Records, open_records
+from tw_jax.data.records import Problem, Records, Rollout
 from tw_jax.data.stored import problem_of
 
 
-def has_answer(problem: Problem) -> bool:
+def has_answer(record: Problem | Rollout) -> bool:
     """Whether the right answer is known."""
-    return bool(problem.answer.strip())
+    return bool(record.answer.strip())
 
 
 def content_hash(*problems: Problem) -> str:
@@ -66,16 +65,3 @@ def distinct(found: Records, count: int | None = None) -> Iterator[tuple[Problem
         problem = problem_of(found[index])
         require_new(seen, problem.id, index, found)
         yield problem, found.where(index)
-
-
-def read_problems(path: str | Path, count: int | None = None) -> list[Problem]:
-    """The first `count` problems of a file, or all.
-
-    Raises:
-      FileNotFoundError: the file is not there.
-      ValueError: it has no problem, two of one id, or a record that cannot be read.
-    """
-    found = open_records(path)
-    if not len(found):
-        raise ValueError(f"{path} has no problem: want at least one.")
-    return [problem for problem, _ in distinct(found, count)]

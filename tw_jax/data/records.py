@@ -22,6 +22,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from tw_jax import files
 from tw_jax.data import formats
 from tw_jax.forkjoin.calls import Hit, Trajectory
 
@@ -189,14 +190,8 @@ def write(path: str | Path, records: Iterable[Record]) -> None:
     path = Path(path)
     write_file = formats.WRITERS[_suffix(path)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with files.replacing(path) as part:
         write_file(part, map(_json_bytes, records))
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

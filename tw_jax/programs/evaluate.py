@@ -34,7 +34,7 @@ from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool, check_truths
-from tw_jax.tokenizer import Tokenizer
+from tw_jax.tokenizer import Tokenizer, load_tokenizer
 
 _UNKNOWN = "unknown"
 """The verdict where the right answer is not known."""
@@ -73,16 +73,18 @@ class Evaluate:
 def run(cfg: Evaluate) -> None:
     """Samples, grades, times, prints a table and writes `summary.json`."""
     began = time.monotonic()
-    asked = sample.problems(cfg.sample)
+    tokenizer = load_tokenizer(cfg.sample.tokenizer)
+    asked = sample.problems(cfg.sample, tokenizer)
     check_truths(cfg.grader, ((p.id, p.answer) for p in asked if has_answer(p)))
     before = None if cfg.before is None else _summary_of(cfg.before, asked)
-    loaded = sample.load(cfg.sample)
+    loaded = sample.load(cfg.sample, tokenizer)
     for _ in sample.rollouts(cfg.sample, loaded, asked):
         pass
     found = _in_order(cfg, asked)
     trajectories = [trajectory_of(loaded.sampler.protocol, rollout) for rollout in found]
     verdicts = grade(cfg.grader, found)
-    summary = summarise(cfg, found, trajectories, verdicts, loaded)
+    texts = texts_of(cfg, trajectories, tokenizer)
+    summary = summarise(cfg, found, trajectories, verdicts, texts)
     summary["problems_hash"] = content_hash(*asked)
     timed = [t for t in trajectories if len(t.ids) > t.prompt_tokens][: cfg.timed]
     if timed:
@@ -93,7 +95,6 @@ def run(cfg: Evaluate) -> None:
         summary["before"] = before
     summary["evaluate_seconds"] = time.monotonic() - began
     summary["seconds"] = summary.get("train_seconds", 0.0) + summary["evaluate_seconds"]
-    texts = texts_of(cfg, trajectories, loaded.tokenizer)
     _write(Path(cfg.workdir), summary, found, trajectories, verdicts, texts)
     workdir.record(cfg)
     _print(summary)
@@ -101,7 +102,7 @@ def run(cfg: Evaluate) -> None:
 
 def grade(cfg: Grader, found: list[records.Rollout]) -> list[str]:
     """A verdict for each rollout; "unknown" where the right answer is not known."""
-    is_known = [bool(rollout.answer.strip()) for rollout in found]
+    is_known = list(map(has_answer, found))
     items = [(r.text, r.answer) for r, known in zip(found, is_known, strict=True) if known]
     with GraderPool(cfg) as pool:
         verdicts = iter(pool.grade_all(items))
@@ -122,10 +123,9 @@ def summarise(
     found: list[records.Rollout],
     trajectories: list[Trajectory],
     verdicts: list[Any],
-    loaded: Loaded,
+    texts: list[cost.Cost],
 ) -> dict[str, Any]:
     """Accuracy, format and token latency with 95 % intervals over problems."""
-    texts = texts_of(cfg, trajectories, loaded.tokenizer)
     reports = [grammar.well_formed(rollout.text) for rollout in found]
     well = np.array([report.trajectory_well_formed for report in reports])
     samples = cfg.sample.samples
@@ -187,12 +187,11 @@ def accuracy(verdicts: list[str], samples: int) -> dict[str, Any]:
         return numbers | {"exact_match": None, "exact_match_interval": None}
     correct = table[is_known] == "correct"
     share = score.wilson(float(score.mean_at_n(correct).mean()), len(correct))
-    passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= samples]
     return {
         **numbers,
         "exact_match": share.value,
         "exact_match_interval": [share.low, share.high],
-        **{f"pass_at_{k}": float(score.pass_at_k(correct, k).mean()) for k in passes},
+        **score.passes(correct),
     }
 
 

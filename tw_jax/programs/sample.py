@@ -22,7 +22,7 @@ from tw_jax.checkpoint import identity, newest, restore_params
 from tw_jax.config import config, operative
 from tw_jax.contracts import Params
 from tw_jax.data import records
-from tw_jax.data.problems import content_hash, read_problems, require_new
+from tw_jax.data.problems import content_hash, require_new
 from tw_jax.data.prompts import Problems
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -91,13 +91,12 @@ class Loaded:
     step: int
 
 
-def load(cfg: Sample) -> Loaded:
-    """Reads the tokenizer and the newest checkpoint, and builds the sampler.
+def load(cfg: Sample, tokenizer: Tokenizer) -> Loaded:
+    """Reads the newest checkpoint and builds the sampler.
 
     Raises:
       ValueError: the model has fewer rows than the tokenizer has ids.
     """
-    tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
     net = network(cfg.model, num_ids=tokenizer.vocab_size)
     step = newest(cfg.checkpoint)
@@ -107,13 +106,15 @@ def load(cfg: Sample) -> Loaded:
     return Loaded(params, samplers.make_sampler(net, protocol, cfg.sampler), tokenizer, step)
 
 
-def problems(cfg: Sample) -> list[records.Problem]:
+def problems(cfg: Sample, tokenizer: Tokenizer) -> list[records.Problem]:
     """The problems to sample, from a file of problems, examples or rollouts.
 
     Raises:
-      ValueError: the file has no problem, or two of one id.
+      ValueError: the file has no problem, or two of one id; or a prompt is empty or too long.
     """
-    return read_problems(cfg.problems, cfg.count)
+    prompt = functools.partial(cfg.chat.prompt, tokenizer)
+    limits = prompt_limits(cfg.sampler, cfg.forkjoin)
+    return list(Problems(cfg.problems, prompt, limits=limits, unanswered="keep", count=cfg.count))
 
 
 def names(cfg: Sample, asked: list[records.Problem]) -> dict[str, records.Problem]:
@@ -155,10 +156,9 @@ def rollouts(
 
     Raises:
       ValueError: the workdir holds rollouts of another model, of other settings or of other
-        problems; or a prompt is too long.
+        problems.
     """
     path = Path(cfg.workdir) / "rollouts.jsonl"
-    prompts = _prompts(cfg, loaded.tokenizer, asked)
     _require_same_maker(cfg, loaded)
     wanted = list(names(cfg, asked))
     with records.append(path) as add:
@@ -178,7 +178,8 @@ def rollouts(
         for batch in progress(batches, desc="sample"):
             index = np.array(batch)
             some = jax.tree.map(operator.itemgetter(index), how)
-            given = [prompts[n // cfg.samples] for n in batch]
+            questions = [asked[n // cfg.samples].question for n in batch]
+            given = [cfg.chat.prompt(loaded.tokenizer, question) for question in questions]
             for n, made in zip(batch, loaded.sampler(loaded.params, given, some), strict=True):
                 problem = asked[n // cfg.samples]
                 rollout = records.Rollout.from_trajectory(
@@ -197,8 +198,9 @@ def run(cfg: Sample) -> None:
     """Samples what is missing and says how the rollouts ended."""
     finishes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    asked = problems(cfg)
-    for _, made in rollouts(cfg, load(cfg), asked):
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    asked = problems(cfg, tokenizer)
+    for _, made in rollouts(cfg, load(cfg, tokenizer), asked):
         finishes[made.finish] += 1
         counts.update(made.counts)
     workdir.record(cfg)
@@ -206,14 +208,6 @@ def run(cfg: Sample) -> None:
     print("ended by: " + (_listed(finishes) or "nothing new"))
     if counts:
         print("events: " + _listed(counts))
-
-
-def _prompts(cfg: Sample, tokenizer: Tokenizer, asked: list[records.Problem]) -> list[np.ndarray]:
-    """The prompt of each problem; all are checked before anything is sampled."""
-    prompt = functools.partial(cfg.chat.prompt, tokenizer)
-    limits = prompt_limits(cfg.sampler, cfg.forkjoin)
-    Problems(cfg.problems, prompt, limits=limits, unanswered="keep", count=cfg.count)
-    return [prompt(problem.question) for problem in asked]
 
 
 _TOLD = ("checkpoint", "step")

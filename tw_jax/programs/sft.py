@@ -25,7 +25,14 @@ from tw_jax.metrics import Metrics
 from tw_jax.models.lora import trained
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tokenizer import Bytes, HuggingFace, SentencePiece, check_rows, load_tokenizer
+from tw_jax.tokenizer import (
+    Bytes,
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    check_rows,
+    load_tokenizer,
+)
 from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import fit, resume
 from tw_jax.train.sft import make_step
@@ -100,8 +107,10 @@ class Sft:
 def run(cfg: Sft) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh = sharding.make_mesh(cfg.mesh)
-    batches = open_batches(cfg, mesh)
-    net = network(cfg.model, num_ids=load_tokenizer(cfg.tokenizer).vocab_size)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    check_rows(tokenizer, cfg.model.vocab_size)
+    batches = open_batches(cfg, mesh, tokenizer)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_step(
         net,
@@ -116,7 +125,7 @@ def run(cfg: Sft) -> None:
         who = establish(
             cfg,
             checkpoints,
-            tokenizer=load_tokenizer(cfg.tokenizer).fingerprint,
+            tokenizer=tokenizer.fingerprint,
             schedule=schedule(cfg.optim, steps=cfg.steps),
         )
         state = resume(checkpoints, abstract, batches)
@@ -160,15 +169,13 @@ def _count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def open_batches(cfg: Sft, mesh: jax.sharding.Mesh) -> Batches:
+def open_batches(cfg: Sft, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> Batches:
     """The packed batches of this process: its share of the records and of the rows.
 
     Raises:
-      ValueError: the model has fewer rows than the tokenizer has ids, the shares do not divide the
-        rows of a batch, or the processes of this job read different files.
+      ValueError: the shares do not divide the rows of a batch, or the processes of this job read
+        different files.
     """
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    check_rows(tokenizer, cfg.model.vocab_size)
     share, shares = sharding.row_share(mesh, cfg.rules)
     if cfg.batch_rows % shares:
         raise ValueError(

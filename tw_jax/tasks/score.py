@@ -101,13 +101,22 @@ def held_out(correct: np.ndarray) -> dict[str, float]:
       Accuracy with its 95 % interval, and pass@k for powers of two up to K.
     """
     share = wilson(float(correct.mean()), len(correct))
-    passes = [k for k in (2, 4, 8, 16, 32, 64) if k <= correct.shape[1]]
     return {
         "eval_correct": share.value,
         "eval_correct_low": share.low,
         "eval_correct_high": share.high,
-        **{f"eval_pass_at_{k}": float(pass_at_k(correct, k).mean()) for k in passes},
+        **{f"eval_{name}": value for name, value in passes(correct).items()},
     }
+
+
+def passes(correct: np.ndarray) -> dict[str, float]:
+    """pass@k, averaged over problems, as `pass_at_k` for powers of two from 2 up to K.
+
+    Args:
+      correct: [P, K] bool, P problems with K samples each.
+    """
+    powers = [k for k in (2, 4, 8, 16, 32, 64) if k <= correct.shape[1]]
+    return {f"pass_at_{k}": float(pass_at_k(correct, k).mean()) for k in powers}
 
 
 def wilson(share: float, trials: int, *, confidence: float = 0.95) -> Estimate:

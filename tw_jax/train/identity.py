@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints, identity, newest, restore_params
 from tw_jax.config import operative
 from tw_jax.contracts import Params
 from tw_jax.models.lora import without_adapters
-
-T = TypeVar("T")
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     # The folder can be moved. A file can be moved too, because its content is compared.
@@ -104,13 +102,13 @@ def establish(
     # All processes judge what process 0 has read, so that all of them stop or none.
     before, taken = hosts.gather([checkpoints.note(), checkpoints.latest() or 0])[0]
     if before is None:
-        now = now._replace(origin=_everywhere(lambda: _origin_of(cfg.init)))
+        now = now._replace(origin=hosts.together(lambda: _origin_of(cfg.init), ValueError, OSError))
     else:
         changed = _refuse_changes(cfg, now, before, taken=taken)
         origin = before.get("origin") and Origin(**before["origin"])
         is_moved = any(name.endswith(".init") for name in changed)
         if origin is not None and (needs_init or is_moved):
-            _everywhere(lambda: _refuse_other_origin(cfg, origin))
+            hosts.together(lambda: _refuse_other_origin(cfg, origin), ValueError, OSError)
         now = now._replace(origin=origin, changed=tuple(changed.values()))
     hosts.agree(run=now.digest)
     return now
@@ -218,19 +216,6 @@ def _origin_of(init: str | None) -> Origin | None:
         return None
     step = newest(init)
     return Origin(step, identity(init, step=step))
-
-
-def _everywhere(read: Callable[[], T]) -> T:
-    """What this process reads; raises in all processes if one of them cannot."""
-    told, fault = None, None
-    try:
-        told = read()
-    except (OSError, ValueError) as error:
-        fault = error
-    faults = [text for text in hosts.gather(None if fault is None else str(fault)) if text]
-    if faults:
-        raise fault or ValueError(faults[0])
-    return cast(T, told)
 
 
 # Configs as text.
