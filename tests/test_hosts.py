@@ -73,6 +73,19 @@ def test_alone_one_does_all_of_what_is_divided():
     assert hosts.divide(list, []) == []
 
 
+def test_work_that_fails_in_one_process_fails_in_all(job):
+    def work():
+        raise FileNotFoundError("no tokenizer")
+
+    job(None, "no tokenizer")
+    with pytest.raises(ValueError, match=r"^no tokenizer$"):
+        hosts.together(lambda: "well", ValueError, OSError)
+    with pytest.raises(FileNotFoundError, match=r"^no tokenizer$"):
+        hosts.together(work, ValueError, OSError)
+    job(None, None)
+    assert hosts.together(lambda: "well", ValueError) == "well"
+
+
 def test_processes_that_agree_go_on(job):
     job({"verb": "sft", "config": "a = 1\n"}, {"verb": "sft", "config": "a = 1\n"})
     assert hosts.agree(verb="sft", config="a = 1\n") is None

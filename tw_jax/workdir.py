@@ -122,17 +122,11 @@ def _local(folder: str) -> str:
 @contextlib.contextmanager
 def _locked(folder: Path, command: str) -> Iterator[None]:
     """Holds the lock of one folder; all processes of the job raise if process 0 does not get it."""
-    descriptor, refusal = None, None
-    if hosts.is_first():
-        try:
-            descriptor = _take(folder, command)
-        except (OSError, ValueError) as error:
-            refusal = error
+    # The others must not start before the folder is theirs, nor wait for a process that left.
+    descriptor = hosts.together(
+        lambda: _take(folder, command) if hosts.is_first() else None, ValueError, OSError
+    )
     try:
-        # The others must not start before the folder is theirs, nor wait for a process that left.
-        told = hosts.gather(None if refusal is None else str(refusal))[0]
-        if told is not None:
-            raise refusal or ValueError(told)
         yield
     finally:
         if descriptor is not None:
