@@ -570,7 +570,7 @@ def test_strays_beside_checkpoints_stop_no_run(saved, tmp_path):
         state, _ = kept.restore(None, abstract(make_state()))
     assert_same(state, make_state(3))
     told = [str(w.message) for w in caught]
-    assert any("7 has the name of a checkpoint and is no folder" in text for text in told)
+    assert any("7 has the name of a checkpoint and is not a folder" in text for text in told)
     assert any(f"{run}/12 is damaged" in text and "12.damaged.2" in text for text in told)
     names = {path.name for path in run.iterdir()}
     kept_names = {"1", "3", "7.damaged", "12.damaged", "12.damaged.2", "abc", "3_old", "notes.txt"}
@@ -579,7 +579,7 @@ def test_strays_beside_checkpoints_stop_no_run(saved, tmp_path):
 
 def test_a_folder_of_damaged_checkpoints_alone_is_no_new_run(tmp_path):
     (tmp_path / "4").write_text("x")
-    with pytest.raises(DamagedError, match="4 has the name of a checkpoint and is no folder"):
+    with pytest.raises(DamagedError, match="4 has the name of a checkpoint and is not a folder"):
         Checkpoints(tmp_path, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["4"]
 

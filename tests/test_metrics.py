@@ -85,7 +85,9 @@ def test_a_broken_line_in_the_middle_is_pointed_at(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for line in ("nonsense", "[]", "3", '{"step": null}', '{"loss": 1}', "\0\0", "[" * 100_000):
         path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
-        with pytest.raises(ValueError, match=r"metrics.jsonl:2: want a JSON object .* with a step"):
+        with pytest.raises(
+            ValueError, match=r"metrics.jsonl:2: this line is not a JSON object .* with a step"
+        ):
             Metrics(tmp_path, step=2)
 
 

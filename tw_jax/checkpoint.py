@@ -207,7 +207,7 @@ class Checkpoints:
         faults: dict[str, str] = {}
         for path in sorted(Path(self.directory).glob("[0-9]*")):
             if path.name.isdecimal() and not path.is_dir():
-                faults[path.name] = f"{path} has the name of a checkpoint and is no folder."
+                faults[path.name] = f"{path} has the name of a checkpoint and is not a folder."
         for found in _NAMES.find_all(self.directory):
             try:
                 _ = found.commit_timestamp  # orbax asks each of them when it opens the folder

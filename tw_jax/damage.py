@@ -33,7 +33,7 @@ def damage(path: Any, fault: str) -> str:
 def judged(path: Any, read: Callable[[], T]) -> T:
     """What `read` returns; turns what orbax says of damaged files into a DamagedError.
 
-    What memory, devices and disks say of themselves is no damage and passes.
+    Errors of memory, devices and disks are not damage and pass.
     """
     try:
         return read()

@@ -126,8 +126,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             _ = numbers["step"]
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
             raise ValueError(
-                f"{path}:{number}: want a JSON object of numbers with a step, got {line[:80]!r}. "
-                "Delete that line."
+                f"{path}:{number}: this line is not a JSON object of numbers with a step: "
+                f"{line[:80]!r}. Delete it."
             ) from None
         parsed.append(numbers)
     return parsed

@@ -29,14 +29,14 @@ def parse(text: str) -> Any:
         ) from None
     except KeyError as error:
         raise ValueError(
-            f"the key {error.args[0]!r:.60} stands twice in one object. Keep one of them."
+            f"the key {error.args[0]!r:.60} occurs twice in one object. Keep one of them."
         ) from None
     except ValueError as error:
         raise ValueError(f"{error}. Write that number as a string.") from None
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

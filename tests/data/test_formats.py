@@ -79,8 +79,8 @@ GOOD = json.dumps(to_json(problem(1)))
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('{"question": "a", "answer": "1", "answer": "2"}', "the key 'answer' stands twice"),
-        ('{"question": "a", "answer": "1", "x": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
+        ('{"question": "a", "answer": "1", "answer": "2"}', "the key 'answer' occurs twice"),
+        ('{"question": "a", "answer": "1", "x": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
         ("[" * 100_000, "nested too deeply"),
         ('{"question": "a", "answer": "1", "x": ' + "[" * 5000 + "]" * 5000 + "}", "too deeply"),
     ],
@@ -154,7 +154,7 @@ def test_a_column_of_another_type_and_bad_json_in_one_are_told_with_file_and_row
 def test_a_column_of_parquet_that_stands_twice_is_refused(tmp_path):
     path, names = tmp_path / "x.parquet", ["question", "answer", "answer"]
     pq.write_table(pa.Table.from_arrays([TEXT, TEXT, TEXT], names=names), path)
-    with pytest.raises(ValueError, match=r"x\.parquet: the column 'answer' stands twice\."):
+    with pytest.raises(ValueError, match=r"x\.parquet: the column 'answer' occurs twice\."):
         open_records(path)
 
 

@@ -1,4 +1,4 @@
-"""Facts about problems: an id names one of them, and a changed one is told from the old one."""
+"""Facts about problems: ids are unique, and a changed problem has another hash."""
 
 import re
 

@@ -64,7 +64,7 @@ def test_a_file_of_which_no_prompt_fits_is_refused(path, tmp_path):
     ):
         Problems(path, encode, limits={"Sampler.max_prompt": 2}, unanswered="keep", too_long="drop")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has no problem: want at least one"):
+    with pytest.raises(ValueError, match=r"has no problem\. It must have at least one"):
         Problems(
             tmp_path / "empty.jsonl", encode, limits={"Sampler.max_prompt": 2}, unanswered="keep"
         )

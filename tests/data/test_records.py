@@ -354,7 +354,7 @@ GOOD = to_json(problem())
         ("plain words", r"no JSON at column 1, Expecting value \(plain words\)\. Mend"),
         ('{"a": 1, b: 2}', "no JSON at column 10"),
         ("[1, 2]", r"want a JSON object, got \[1, 2\]"),
-        ('{"question": "q", "answer": NaN}', "NaN is no JSON number"),
+        ('{"question": "q", "answer": NaN}', "NaN is not a JSON number"),
         (f'{{"question": "q", "answer": {"9" * 5000}}}', "4300.*Write that number as a string"),
         (GOOD | {"kind": "rolout"}, "kind = 'rolout': want one of problem, example, rollout"),
         (GOOD | {"kind": ["problem"]}, "want one of problem, example, rollout"),

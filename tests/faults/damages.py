@@ -237,7 +237,7 @@ def judge(
 
 
 def damage(scene: Scene, verb: str, count: int, seed: int) -> tuple[Counter[str], list[Finding]]:
-    """Damages so many copies of a verb's checkpoints; returns the counts and the findings."""
+    """Damages copies of a verb's checkpoints; returns the counts and the findings."""
     try:
         return damage_copies(subject_of(scene, verb), scene.folder, verb, count, seed)
     except Exception:

@@ -46,7 +46,7 @@ ORPHAN_SECONDS = 5.0
 LONGEST_SECONDS = 300.0
 """A process that neither ends nor shows anything for this time hangs."""
 MOST_FINDINGS = 20
-"""A campaign that has found more is over, for its processes may never live long enough to kill."""
+"""A campaign with more findings ends: its processes may never live long enough to be killed."""
 
 
 class Ledger:
@@ -112,7 +112,7 @@ class Campaign:
         self.findings: list[Finding] = []
 
     def run(self, kills: int) -> None:
-        """Kills so many times; every folder that was begun is finished and compared."""
+        """Kills runs, then finishes and compares every folder that was begun."""
         while self.counts["kills"] < kills and len(self.findings) < MOST_FINDINGS:
             folder = self._scene.folder / f"{self._verb}_{self.counts['runs']}"
             ledger = Ledger(folder, self._scene.whole(self._verb))
@@ -212,7 +212,7 @@ def _phase(found: set[str]) -> str:
 
 
 def campaign(scene: Scene, verb: str, kills: int, seed: int) -> tuple[Counter[str], list[Finding]]:
-    """Kills a verb so many times; returns the counts and the findings."""
+    """Kills runs of a verb; returns the counts and the findings."""
     one = Campaign(scene, verb, seed, lambda line: print(f"faults: {line}", file=sys.stderr))
     try:
         one.run(kills)

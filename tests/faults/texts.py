@@ -36,11 +36,11 @@ CPU_SECONDS = 2.0
 WALL_SECONDS = 300.0
 """A text that waits for longer hangs. A worker of the grader may take 120 seconds to start."""
 RECORDS = 5
-"""One text in so many is read from a file of records too."""
+"""One of this many texts is also read from a file of records."""
 SHARE_SECONDS = 1800.0
 """A share of texts that takes longer hangs where no signal reaches; its process ends."""
 MATHEMATICS = 100
-"""One text in so many is graded in mathematics mode too."""
+"""One of this many texts is also graded in mode "mathematics"."""
 AGAIN = "PYTHONPATH=tests python -m faults --kills 0 --damages 0"
 """Begins the command that judges a text again."""
 LOCATED = re.compile(r"^line \d+, column \d+:$", re.MULTILINE)

@@ -23,7 +23,7 @@ SETTINGS = {
 """What the columns of the table are, and their XLA_FLAGS."""
 
 ROOM = 3
-"""A bound is at least so many times the worst error that was seen."""
+"""A bound is at least this many times the worst error that was seen."""
 
 TABLE = ROOT / "tests" / "conftest.py"
 ROW = re.compile(r'^    "(\w+)": Row\(([^,]+), [^)]*\),', re.MULTILINE)

@@ -335,10 +335,10 @@ def test_an_index_of_the_wrong_shape_is_refused(source, index, sentence) -> None
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"vocab_size": 9, "vocab_size": 8}', "the key 'vocab_size' stands twice in one object"),
+        ('{"vocab_size": 9, "vocab_size": 8}', "the key 'vocab_size' occurs twice in one object"),
         ('{"a": ' * 100_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "Write that number as a string"),
-        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
     ],
 )
 def test_json_with_a_key_twice_or_deep_nesting_is_refused_with_its_file(
@@ -393,20 +393,26 @@ def test_a_missing_shard_and_an_empty_folder_are_named(source, tmp_path) -> None
     [
         ({"model_type": "mistral"}, "model_type is 'mistral': want qwen3 or llama"),
         ({"model_type": ["llama"]}, "model_type is ['llama']: want qwen3 or llama"),
-        ({"rms_norm_eps": 10**400}, "want a number above 0"),
+        ({"rms_norm_eps": 10**400}, "must be a number above 0"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': want 'silu'"),
         ({"attention_bias": True}, "attention_bias is True: want False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "want rope_type default, llama3 or yarn"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn rope has no 'factor'"),
-        ({"num_hidden_layers": None}, "num_hidden_layers is None: want a whole number"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0: want a whole number above 0"),
-        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2': want a whole number"),
-        ({"head_dim": [16]}, "head_dim is [16]: want a whole number"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no': want true or false"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small': want a number above 0"),
-        ({"rope_scaling": [1]}, "rope_scaling is [1]: want an object"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor is '4': want a number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None, and must be a whole number"),
+        (
+            {"num_attention_heads": 0},
+            "num_attention_heads is 0, and must be a whole number above 0",
+        ),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2', and must be a whole number"),
+        ({"head_dim": [16]}, "head_dim is [16], and must be a whole number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', and must be true or false"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', and must be a number above 0"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1], and must be an object"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
+            "factor is '4', and must be a number",
+        ),
     ],
 )
 def test_what_our_decoder_does_not_have_is_refused_by_name(source, fields, sentence) -> None:

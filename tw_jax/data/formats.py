@@ -29,7 +29,7 @@ Facts = tuple[int, int, int]
 """Inode, size and modification time in nanoseconds of a file."""
 
 _NESTED = ("extra", "prompt", "calls", "counts")  # fields that are JSON text in Parquet
-_GROUP_ROWS = 256  # of a Parquet row group; few, for all of them are decoded to read one
+_GROUP_ROWS = 256  # of a Parquet row group; few, because all of them are decoded to read one
 
 
 class Rows:
@@ -75,7 +75,7 @@ class Rows:
         try:
             data = self._data(index)
         finally:
-            # A damaged row of a file that was overwritten is told as what it is.
+            # If the file was overwritten, that is the fault to report, not a damaged row.
             self._require(_facts(os.fstat(self._descriptor)) == self.facts)
         return data if isinstance(data, Mapping) else parse(data, self.where(index))
 
@@ -153,7 +153,7 @@ class _Parquet(Rows):
         names = file.schema_arrow.names
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(
-                f"{self._path}: the column {twice[0]!r} stands twice. Keep one of them."
+                f"{self._path}: the column {twice[0]!r} occurs twice. Keep one of them."
             )
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         self._ends = list(itertools.accumulate(sizes, initial=0))

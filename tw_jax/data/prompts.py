@@ -85,7 +85,7 @@ class Problems:
     def _nothing(self, path: str | Path, field: str, most: int) -> str:
         """Why no problem is left."""
         if not len(self._found):
-            return f"{path} has no problem: want at least one."
+            return f"{path} has no problem. It must have at least one."
         reasons = []
         if self.without_answer:
             reasons.append(f"the answers of {self.without_answer} problems are not known")

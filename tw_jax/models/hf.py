@@ -371,7 +371,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named_shards(index: Path) -> list[str]:
-    """The files that an index names, each once; refuses what is no map of tensors to files."""
+    """The files that an index names, each once; the index must map tensors to files."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict):
         found = "no weight_map" if where is None else f"a weight_map of type {type(where).__name__}"

@@ -55,7 +55,7 @@ def read_model(folder: str | Path) -> Model:
         head = _number(file, fields, "head_dim")
     tied = fields.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise ValueError(f"{file}: tie_word_embeddings is {tied!r}: want true or false.")
+        raise ValueError(f"{file}: tie_word_embeddings is {tied!r}, and must be true or false.")
     return Model(
         vocab_size=_number(file, fields, "vocab_size"),
         num_layers=_number(file, fields, "num_hidden_layers"),
@@ -74,14 +74,14 @@ def read_model(folder: str | Path) -> Model:
 def _number(file: Path, fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{file}: {name} is {value!r}: want a whole number above 0.")
+        raise ValueError(f"{file}: {name} is {value!r}, and must be a whole number above 0.")
     return value
 
 
 def _float(file: Path, fields: Mapping[str, Any], name: str) -> float:
     value = fields[name]
     if type(value) not in (int, float) or not 0 < value < 1e38:
-        raise ValueError(f"{file}: {name} is {value!r}: want a number above 0.")
+        raise ValueError(f"{file}: {name} is {value!r}, and must be a number above 0.")
     return float(value)
 
 
@@ -115,7 +115,7 @@ def _read_rope(file: Path, fields: Mapping[str, Any]) -> Rope | Llama3Rope | Yar
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.get(name, {})
         if not isinstance(part, dict):
-            raise ValueError(f"{file}: {name} is {part!r}: want an object.")
+            raise ValueError(f"{file}: {name} is {part!r}, and must be an object.")
         given |= _known(part)
     kind = given.get("rope_type", given.get("type", "default"))
     theta = _float(file, given, "rope_theta")

@@ -312,7 +312,7 @@ def network(cfg: Model, *, num_ids: int | None = None) -> Network:
 
     Args:
       cfg: sizes and numerics.
-      num_ids: number of ids of the tokenizer. The logits of all rows behind these are set to a
+      num_ids: number of ids of the tokenizer. The logits of all later rows are set to a
         floor. None keeps all `Model.vocab_size` rows, as PyTorch does.
 
     Returns:

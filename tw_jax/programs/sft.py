@@ -179,8 +179,8 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> Bat
     share, shares = sharding.row_share(mesh, cfg.rules)
     if cfg.batch_rows % shares:
         raise ValueError(
-            f"Sft.batch_rows = {cfg.batch_rows}: want a multiple of {shares}, for so many "
-            "processes pack a share of the rows each."
+            f"Sft.batch_rows = {cfg.batch_rows}: want a multiple of {shares}, because "
+            f"{shares} processes pack a share of the rows each."
         )
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
     batches = Batches(

@@ -79,7 +79,7 @@ def check_truth(truth: str, mode: Mode) -> None:
     """Refuses a right answer that no answer could equal in a mode.
 
     Raises:
-      ValueError: In mode "number", if the truth is no number; in either, if it is empty.
+      ValueError: In mode "number", if the truth is not a number; in either mode, if it is empty.
     """
     if not truth.strip():
         raise ValueError("The truth is empty. Every problem that is graded needs a known answer.")

@@ -32,7 +32,7 @@ _START_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
 _MOST_FAILED_STARTS = 3
 _PAUSE_SECONDS = 600.0
-"""After so many failed starts in a row a worker is not started again for so long."""
+"""After this many failed starts in a row a worker is not started again for this long."""
 _GRACE_SECONDS = 1.0
 """A worker ends itself when it is so much later than a deadline at which its parent kills it."""
 
@@ -69,7 +69,7 @@ def check_truths(cfg: Grader, problems: Iterable[tuple[str, str]]) -> None:
       problems: (id, right answer) of each.
 
     Raises:
-      ValueError: If a right answer is empty, or is no number in mode "number".
+      ValueError: If a right answer is empty, or is not a number in mode "number".
     """
     for name, truth in problems:
         try:

@@ -219,7 +219,7 @@ def make_step(
       steps: steps of the whole run, for the schedule; the updates of one step share its rate.
       chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
       temperature: at which the rollouts were sampled.
-      microbatch_rows: rows run at a time; divides the rows of every update. Microbatches behind the
+      microbatch_rows: rows run at a time; divides the rows of every update. Microbatches after the
         last row that trains anything are not run.
       inner_steps: update i takes rows i, i + inner_steps, ..., as `pack_groups` lays them.
 
