@@ -38,9 +38,9 @@ aot: setup  # compiles for TPUs that need not be there
 golden: setup  # the test files that reproduce tests/golden/
 	$(PYTEST) $$(grep -rl '"golden"' tests --include='test_*.py')
 tolerances: setup  # the worst errors for the table in tests/conftest.py, in four settings of XLA
-	PYTHONPATH=tests $(BIN)/python -m house.tolerances
+	PYTHONPATH=tests $(BIN)/python -m repo.tolerances
 docs: setup
-	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m house.documents
+	JAX_PLATFORMS=cpu PYTHONPATH=tests $(BIN)/python -m repo.documents
 demo: .venv/run.stamp
 	$(BIN)/tw make configs/make/demo.gin
 	$(BIN)/tw sft configs/sft/demo.gin

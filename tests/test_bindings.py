@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tw_jax.config import config, load
+from tw_jax.config import configurable, load_config
 
 
-@config
+@configurable
 class Model:
     """A decoder."""
 
@@ -21,7 +21,7 @@ class Model:
             raise ValueError(f"Model.width = {self.width}: want a multiple of 8.")
 
 
-@config
+@configurable
 class Sft:
     """A run."""
 
@@ -54,7 +54,7 @@ def test_includes_are_found_beside_the_file_and_from_the_working_directory(
     run = write(tmp_path / "configs/sft/run.gin", "\n".join([f"include '{include}'", *REST[::2]]))
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / working if working != "/" else "/")
-    assert load(Sft, [run]).model.depth == 2
+    assert load_config(Sft, [run]).model.depth == 2
 
 
 def test_includes_are_not_looked_for_in_the_folders_above(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_includes_are_not_looked_for_in_the_folders_above(tmp_path, monkeypatch)
     run = write(tmp_path / "configs/sft/run.gin", "\n".join(["include 'tiny.gin'", *REST[::2]]))
     monkeypatch.chdir("/")
     with pytest.raises(FileNotFoundError, match=r"run\.gin:1: there is no 'tiny.gin' beside this"):
-        load(Sft, [run])
+        load_config(Sft, [run])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_includes_are_not_looked_for_in_the_folders_above(tmp_path, monkeypatch)
 def test_a_syntax_error_points_at_its_line_and_column(line, column, what, tmp_path):
     file = write(tmp_path / "run.gin", "\n".join([*REST, line, ""]))
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the text is judged below)
-        load(Sft, [file])
+        load_config(Sft, [file])
     first, *excerpt = str(caught.value).split("\n")
     assert what in first
     if column is not None:
@@ -88,17 +88,17 @@ def test_a_syntax_error_points_at_its_line_and_column(line, column, what, tmp_pa
 
 def test_a_missing_file_and_a_missing_include_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^nowhere.gin: no such config file"):
-        load(Sft, ["nowhere.gin"])
+        load_config(Sft, ["nowhere.gin"])
     file = write(tmp_path / "run.gin", "include 'nowhere.gin'")
     with pytest.raises(FileNotFoundError, match=r"^\S*run.gin:1: there is no 'nowhere.gin'"):
-        load(Sft, [file])
+        load_config(Sft, [file])
 
 
 def test_files_that_include_one_another_are_refused(tmp_path):
     write(tmp_path / "a.gin", "include 'b.gin'")
     b = write(tmp_path / "b.gin", "include 'a.gin'")
     with pytest.raises(ValueError, match=r"in a circle: .*b.gin -> .*a.gin -> .*b.gin"):
-        load(Sft, [b])
+        load_config(Sft, [b])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_error_names_the_file_it_is_in_and_the_chain_of_includes(last, senten
     b = write(tmp_path / "b.gin", "# b\ninclude 'c.gin'")
     a = write(tmp_path / "a.gin", "\n".join(["include 'b.gin'", *REST[::2]]))
     with pytest.raises((ValueError, TypeError, OSError)) as caught:
-        load(Sft, [a])
+        load_config(Sft, [a])
     told = f"{c}:3, included by {b}:2, included by {a}:1: {sentence}"
     assert str(caught.value).startswith(told)
 
@@ -126,7 +126,7 @@ def test_a_syntax_error_behind_an_include_shows_the_line_of_its_own_file(tmp_pat
     write(tmp_path / "b.gin", "# one\n# two\n# three\nModel.width = 8")
     a = write(tmp_path / "a.gin", "include 'b.gin'\n\nModel.depth = seven\n# four")
     with pytest.raises(ValueError, match=r"Model.depth = seven") as caught:
-        load(Sft, [a])
+        load_config(Sft, [a])
     assert str(caught.value).startswith(f"{a}:3: Failed")
 
 
@@ -147,7 +147,7 @@ def test_a_syntax_error_behind_an_include_shows_the_line_of_its_own_file(tmp_pat
 def test_hostile_gin_ends_in_a_sentence(text, sentence, tmp_path):
     file = write(tmp_path / "run.gin", text)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the text is judged below)
-        load(Model, [file])
+        load_config(Model, [file])
     assert sentence in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -155,7 +155,7 @@ def test_hostile_gin_ends_in_a_sentence(text, sentence, tmp_path):
 @pytest.mark.parametrize("value", ["[" * 10_000, "9" * 5000, "'", "{[1]:2}", "0x" + "f" * 9000])
 def test_a_hostile_single_binding_ends_in_a_sentence(value):
     with pytest.raises((ValueError, TypeError)) as caught:
-        load(Model, [], [f"Model.depth={value}"])
+        load_config(Model, [], [f"Model.depth={value}"])
     assert len(str(caught.value)) < 1000
 
 
@@ -163,11 +163,11 @@ def test_a_file_that_is_not_text_is_refused_with_a_sentence(tmp_path):
     file = tmp_path / "run.gin"
     file.write_bytes(b"Model.depth = 2\n\xff")
     with pytest.raises(ValueError, match=r"run.gin: byte 16 is not UTF-8"):
-        load(Model, [file])
+        load_config(Model, [file])
 
 
 def test_a_long_chain_of_includes_ends_in_a_sentence(tmp_path):
     for number in range(200):
         write(tmp_path / f"{number}.gin", f"include '{number + 1}.gin'")
     with pytest.raises(ValueError, match="more than 50 nested includes"):
-        load(Model, [tmp_path / "0.gin"])
+        load_config(Model, [tmp_path / "0.gin"])

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from tw_jax.bounds import require, require_text, shown
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 
-@config
+@configurable
 class Sampler:
     """Draws."""
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from house.sources import ROOT
+from repo.sources import ROOT
 
 import tw_jax.programs
 from tw_jax import cli, workdir
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.programs.evaluate import Evaluate
 
 TRAIN = '''
@@ -22,10 +22,10 @@ More words.
 """
 
 from tw_jax import workdir
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 
-@config
+@configurable
 class Optim:
     """The optimiser.
 
@@ -36,7 +36,7 @@ class Optim:
     lr: float = 0.1
 
 
-@config
+@configurable
 class Train:
     """A toy run.
 
@@ -189,7 +189,7 @@ def test_a_workdir_that_another_job_holds_is_refused(programs, capsys):
 
 def test_the_folder_of_the_rollouts_of_an_evaluation_is_held_too(monkeypatch):
     monkeypatch.chdir(ROOT)
-    cfg = load(Evaluate, ["configs/evaluate/demo.gin"])
+    cfg = load_config(Evaluate, ["configs/evaluate/demo.gin"])
     assert cli._workdirs(cfg) == ["runs/demo", "runs/demo/samples"]
 
 
@@ -295,4 +295,4 @@ def test_every_config_program_of_the_package_has_its_root_and_run():
         if not hasattr(program, "main"):
             assert callable(program.run)
             with pytest.raises((ValueError, TypeError), match=r"Unknown config|lacks"):
-                load(cli._root(program, verb), [], ["Nothing.at_all=1"])
+                load_config(cli._root(program, verb), [], ["Nothing.at_all=1"])

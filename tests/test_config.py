@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tw_jax.config import config, describe, load, operative
+from tw_jax.config import configurable, describe, load_config, operative
 
 
-@config
+@configurable
 class Model:
     """A decoder.
 
@@ -44,7 +44,7 @@ class Model:
             raise ValueError(f"Model.width = {self.width}: want a multiple of 8.")
 
 
-@config
+@configurable
 class Sampler:
     """Draws tokens."""
 
@@ -52,21 +52,21 @@ class Sampler:
     stops: tuple[str, ...] = ()
 
 
-@config
+@configurable
 class Multiplication:
     """Multiply two numbers."""
 
     digits: int = 3
 
 
-@config
+@configurable
 class Countdown:
     """Reach a number."""
 
     target: int = 24
 
 
-@config
+@configurable
 class Sft:
     """Supervised training."""
 
@@ -162,7 +162,7 @@ def test_check_judges_rules_across_fields():
 
 
 def test_an_annotation_that_no_file_could_fill_is_refused():
-    @config
+    @configurable
     class Odd:
         table: dict
 
@@ -173,7 +173,7 @@ def test_an_annotation_that_no_file_could_fill_is_refused():
 def test_post_init_is_refused_in_favour_of_check():
     with pytest.raises(TypeError, match=r"judges its fields in check\(self\)"):
 
-        @config
+        @configurable
         class Odd:
             def __post_init__(self):
                 pass
@@ -198,7 +198,7 @@ Model:
   width = %width
 """,
     )
-    assert load(Sft, [file]) == Sft(
+    assert load_config(Sft, [file]) == Sft(
         model=Model(depth=12, width=32),
         task=Multiplication(),
         train=Sampler(stops=("a", "b")),
@@ -214,24 +214,24 @@ def test_scopes_allow_two_of_a_class_and_inherit_the_unscoped_bindings():
         "train/Sampler.top_k = 5",
         "judge/Sampler.top_k = 1",
     ]
-    sft = load(Sft, [], REST + lines)
+    sft = load_config(Sft, [], REST + lines)
     assert sft.train == Sampler(top_k=5, stops=("x",))
     assert sft.judge == Sampler(top_k=1, stops=("x",))
 
 
 def test_a_reference_without_scope_stays_in_the_scope_it_is_met_in():
-    @config
+    @configurable
     class Pair:
         left: Sft
         right: Sft
 
     lines = ["Pair.left = @a/Sft()", "Pair.right = @b/Sft()", "b/Model.depth = 3"]
-    pair = load(Pair, [], REST + lines)
+    pair = load_config(Pair, [], REST + lines)
     assert (pair.left.model.depth, pair.right.model.depth) == (2, 3)
 
 
 def test_references_inside_tuples_are_built():
-    sft = load(
+    sft = load_config(
         Sft, [], [*REST, "Sft.extra = (@Countdown(), @b/Countdown())", "b/Countdown.target=1"]
     )
     assert sft.extra == (Countdown(), Countdown(target=1))
@@ -240,25 +240,25 @@ def test_references_inside_tuples_are_built():
 def test_the_last_binding_wins(tmp_path):
     first = write(tmp_path / "a.gin", "\n".join(REST))
     second = write(tmp_path / "b.gin", "Model.depth = 4")
-    assert load(Sft, [first, second]).model.depth == 4
-    assert load(Sft, [first, second], ["Model.depth=5"]).model.depth == 5
+    assert load_config(Sft, [first, second]).model.depth == 4
+    assert load_config(Sft, [first, second], ["Model.depth=5"]).model.depth == 5
 
 
 def test_loading_leaves_nothing_behind_and_works_twice_and_for_two_roots():
     from gin import config as gin
 
     before = (len(gin._REGISTRY), dict(gin._CONFIG), dict(gin._OPERATIVE_CONFIG))
-    assert load(Sft, [], REST) == load(Sft, [], REST)
-    assert load(Model, [], ["Model.depth=1"]) == Model(depth=1)
+    assert load_config(Sft, [], REST) == load_config(Sft, [], REST)
+    assert load_config(Model, [], ["Model.depth=1"]) == Model(depth=1)
 
-    @config
+    @configurable
     class Sampler:  # a namesake of the one above
         best_of: int = 1
 
-    assert load(Sampler, [], ["Sampler.best_of=3"]).best_of == 3
+    assert load_config(Sampler, [], ["Sampler.best_of=3"]).best_of == 3
     with pytest.raises(TypeError):
-        load(Sft, [], ["Sft.model=3"])
-    assert load(Sft, [], REST).model.depth == 2
+        load_config(Sft, [], ["Sft.model=3"])
+    assert load_config(Sft, [], REST).model.depth == 2
     assert (len(gin._REGISTRY), gin._CONFIG, gin._OPERATIVE_CONFIG) == before
 
 
@@ -290,16 +290,19 @@ def test_importing_gin_stays_behind_the_door():
     ],
 )
 def test_a_binding_takes_text_where_the_field_does(text, value):
-    assert load(Sft, [], [*REST, f"Sft.workdir={text}"]).workdir == value
+    assert load_config(Sft, [], [*REST, f"Sft.workdir={text}"]).workdir == value
 
 
 def test_a_binding_takes_a_literal_without_quotes():
-    assert load(Model, [], ["Model.depth=2", "Model.attention=reference"]).attention == "reference"
+    assert (
+        load_config(Model, [], ["Model.depth=2", "Model.attention=reference"]).attention
+        == "reference"
+    )
 
 
 def test_a_binding_may_bind_a_scope_and_a_macro():
     lines = ["Sft.train=@train/Sampler()", "k=4", "train/Sampler.top_k=%k"]
-    assert load(Sft, [], REST + lines).train.top_k == 4
+    assert load_config(Sft, [], REST + lines).train.top_k == 4
 
 
 # What is refused.
@@ -368,7 +371,7 @@ def test_a_file_is_refused_with_its_line_and_a_sentence(case, tmp_path):
     lines, error, sentence = REFUSED[case]
     file = write(tmp_path / "run.gin", "\n".join(REST + lines))
     with pytest.raises(error) as caught:
-        load(Sft, [file])
+        load_config(Sft, [file])
     if case == "macro circle":
         assert str(caught.value) == sentence
     else:
@@ -384,16 +387,16 @@ def test_a_single_binding_is_refused_with_a_sentence():
         "Model.dpeth=3": "Unknown field Model.dpeth. Model has depth",
     }.items():
         with pytest.raises((ValueError, TypeError), match=f"^{sentence}"):
-            load(Sft, [], [*REST, text])
+            load_config(Sft, [], [*REST, text])
 
 
 def test_missing_fields_are_all_named():
     with pytest.raises(
         ValueError, match=r"^Sft lacks Sft.model \(Model\), Sft.task \(Mul.* \| Cou"
     ):
-        load(Sft, [])
+        load_config(Sft, [])
     with pytest.raises(ValueError, match=r"^a/Model lacks Model.depth \(int\)\."):
-        load(Sft, [], ["Sft.model = @a/Model()", "Sft.task = @Countdown()"])
+        load_config(Sft, [], ["Sft.model = @a/Model()", "Sft.task = @Countdown()"])
 
 
 # A config that refuses its values: the binding at fault.
@@ -409,12 +412,12 @@ def test_missing_fields_are_all_named():
 def test_an_error_of_check_names_the_line_that_set_the_field(lines, number, tmp_path):
     file = write(tmp_path / "run.gin", "\n".join([*REST, *lines]))
     with pytest.raises(ValueError, match=r"Model\.width = 7: want a multiple of 8") as caught:
-        load(Sft, [file])
+        load_config(Sft, [file])
     assert str(caught.value).startswith(f"{file}:{number}: Model.width")
 
 
 def test_an_error_of_check_about_a_field_of_a_part_names_its_line(tmp_path):
-    @config
+    @configurable
     class Whole:
         part: Sampler
         rows: int = 3
@@ -424,32 +427,32 @@ def test_an_error_of_check_about_a_field_of_a_part_names_its_line(tmp_path):
 
     file = write(tmp_path / "run.gin", "Whole.part = @Sampler()\nSampler.top_k = 2")
     with pytest.raises(ValueError, match=r"^.*run.gin:2: Whole.rows = 3 does not"):
-        load(Whole, [file])
+        load_config(Whole, [file])
     with pytest.raises(ValueError, match=r"^.*run.gin:3: Whole.rows = 4 does not"):
-        load(Whole, [write(file, f"{file.read_text()}\nWhole.rows = 4")])
+        load_config(Whole, [write(file, f"{file.read_text()}\nWhole.rows = 4")])
 
 
 def test_two_reachable_configs_of_one_name_are_refused():
     mine = Sampler
 
-    @config
+    @configurable
     class Both:
         one: mine  # pyright: ignore
         two: "Namesake"  # noqa: UP037  # pyright: ignore
 
-    @config
+    @configurable
     class Namesake:
         field: int = 1
 
     Namesake.__name__ = "Sampler"
     Both.__annotations__ = {"one": mine, "two": Namesake}
     with pytest.raises(TypeError, match="Both reaches two configs named Sampler"):
-        load(Both, [])
+        load_config(Both, [])
 
 
 def test_a_root_that_is_no_config_is_refused():
     with pytest.raises(TypeError, match="is no config"):
-        load(int, [])
+        load_config(int, [])
 
 
 # Discovery and the round trip.
@@ -483,7 +486,7 @@ def test_operative_text_shows_defaults_and_wiring():
     assert "Model.width = 64\n" in text
 
 
-@config
+@configurable
 class Node:
     """A tree of its own kind, to make scopes as hard as they get."""
 
@@ -532,4 +535,4 @@ nodes = st.recursive(
 def test_loading_the_operative_text_gives_the_config_back(tmp_path_factory, node):
     file = tmp_path_factory.mktemp("op") / "config.gin"
     file.write_text(operative(node), encoding="utf-8")
-    assert load(Node, [file]) == node
+    assert load_config(Node, [file]) == node

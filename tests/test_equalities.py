@@ -23,7 +23,7 @@ from tw_jax.models.lora import Lora, adapters, overlay
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import settings
+from tw_jax.sample.draw import sampling_params
 from tw_jax.tasks import multiplication
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
@@ -31,7 +31,7 @@ from tw_jax.train.loss import token_logp
 from tw_jax.train.pgrpo import PolicyLoss, loss_sums
 from tw_jax.train.sft import nll_sums
 from tw_jax.trie.batch import stack_rows
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 from tw_jax.trie.tree import build
 
 TOKENIZER = fakes.Characters()
@@ -118,7 +118,7 @@ def task_trajectories(count):
 def packed(trajectories, row_tokens):
     rows, room = [[]], row_tokens
     for trajectory in trajectories:
-        trie = tries.of_trajectory(trajectory)
+        trie = tries.trajectory_trie(trajectory)
         if len(trie) > room:
             rows.append([])
             room = row_tokens
@@ -192,7 +192,7 @@ def test_a_the_reference_labels_differ_from_the_calls(tolerance):
     from tw_jax.trie.tree import flat_labels
 
     net, params = model(TOKENIZER.vocab_size)
-    trie = tries.of_trajectory(trajectory)
+    trie = tries.trajectory_trie(trajectory)
     flat = flat_labels(trie, trajectory.prompt_tokens)
     losses = [loss_and_gradient(net, params, stack_rows([[t]], 1024))[0] for t in (trie, flat)]
     assert abs(losses[0] - losses[1]) > 100 * tolerance["equality_loss"] * losses[0]
@@ -311,12 +311,14 @@ def packed_groups(calls, recorded, advantage, mean):
             here = range(row, row + len(trajectory.calls))
             made.append(with_logp(trajectory, [recorded[r][calls.drawn[r]] for r in here]))
             row += len(trajectory.calls)
-        of_group = advantage[first : first + len(group)].astype(np.float32)
-        scored += [Scored(part, of_group) for part in tries.of_group(made, most_tokens=260)]
+        group_advantages = advantage[first : first + len(group)].astype(np.float32)
+        scored += [
+            Scored(part, group_advantages) for part in tries.group_tries(made, max_tokens=260)
+        ]
         first += len(group)
     cfg = Aggregation(mean=mean, micro_batch_tokens=MICRO_BATCH_TOKENS)
     return pack_groups(
-        [scored], cfg, packing=Packing(row_tokens=260), microbatch_rows=1, fill=Fill()
+        [scored], cfg, packing=Packing(row_tokens=260), microbatch_rows=1, stats=PackingStats()
     )
 
 
@@ -419,25 +421,28 @@ def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora,
         for n, call in enumerate(trajectory.calls):
             script[b, n, : len(call.sampled)] = call.sampled[:40]
 
-    def half_given(logits, how, call, position):
+    def half_given(logits, sampling, call, position):
         """Calls follow the script in form and the model in their words."""
-        own, _ = samplers.draw(logits, how[0], call, position)
+        own, _ = samplers.draw(logits, sampling[0], call, position)
         row = jnp.arange(logits.shape[0])[:, None]
-        given = how[1][row, jnp.minimum(call, calls - 1), jnp.minimum(position, 39)]
+        given = sampling[1][row, jnp.minimum(call, calls - 1), jnp.minimum(position, 39)]
         is_word = given >= TOKENIZER.id_of("a")
         own_word = own >= TOKENIZER.id_of("a")
         tokens = jnp.where(is_word & own_word, own, given)
-        logp = jax.nn.log_softmax(logits / how[0].temperature[:, None, None], axis=-1)
+        logp = jax.nn.log_softmax(logits / sampling[0].temperature[:, None, None], axis=-1)
         return tokens, jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
 
     cfg = samplers.Sampler(rows=4, max_prompt=16, prefill_chunk=16)
     sampler = samplers.make_sampler(net, protocol, cfg, draw=half_given)
-    how = (settings(4, temperature=temperature, top_p=1.0, top_k=0, seed=2), jnp.asarray(script))
+    sampling = (
+        sampling_params(4, temperature=temperature, top_p=1.0, top_k=0, seed=2),
+        jnp.asarray(script),
+    )
     prompts = [t.ids[: t.prompt_tokens] for t in scripted]
-    made = sampler(params, prompts, how)
+    made = sampler(params, prompts, sampling)
     assert sum(t.rounds for t in made) >= 4
     for trajectory in made:
-        trie = tries.of_trajectory(trajectory)
+        trie = tries.trajectory_trie(trajectory)
         batch = stack_rows([[trie]], 1024)
         hidden, _ = net.apply(params, batch.tokens, batch.depth, batch.span)
         said = token_logp(

@@ -17,18 +17,18 @@ from tw_jax import sharding
 from tw_jax.attention import sequence
 from tw_jax.contracts import Span
 from tw_jax.data import workloads
-from tw_jax.forkjoin.tries import of_group, of_trajectory
+from tw_jax.forkjoin.tries import group_tries, trajectory_trie
 from tw_jax.models.transformer import network
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.train import sft
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
 from tw_jax.train.pgrpo import PolicyLoss, make_logp
-from tw_jax.train.pgrpo import make_step as make_policy_step
+from tw_jax.train.pgrpo import make_pgrpo_step as make_policy_step
 from tw_jax.train.state import Optim, abstract_state, create, jit_step
 from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.mask import dense
-from tw_jax.trie.pack import Fill, Packing, truncate
+from tw_jax.trie.pack import Packing, PackingStats, truncate
 
 MODEL = dataclasses.replace(test_sharding.MODEL, attention="blockwise")
 NETWORK = network(MODEL, num_ids=TOKENIZER.vocab_size)
@@ -66,11 +66,11 @@ def drawn(seed: int):
 @functools.cache
 def supervised():
     """Rows of tries, and the state and metrics after a step on one device."""
-    rows = [[of_trajectory(t) for t in drawn(seed)] for seed in range(ROWS)]
+    rows = [[trajectory_trie(t) for t in drawn(seed)] for seed in range(ROWS)]
     batch = stack_rows(rows, max(TOKENS, *(sum(map(len, row)) for row in rows)))
     batch = jax.tree.map(lambda x: np.asarray(x)[:, :TOKENS], batch)
     batch = batch.replace(end=np.minimum(batch.end, TOKENS))
-    step = sft.make_step(NETWORK, OPTIM, steps=10, chunk_tokens=100)
+    step = sft.make_sft_step(NETWORK, OPTIM, steps=10, chunk_tokens=100)
     return batch, step, jax.block_until_ready(jax.jit(step)(fresh(), batch))
 
 
@@ -82,9 +82,11 @@ def policy():
     for seed in range(ROWS):
         made = drawn(seed)
         advantage = rng.normal(size=len(made)).astype(np.float32)
-        groups += [Scored(part, advantage) for part in of_group(made, most_tokens=TOKENS)]
+        groups += [Scored(part, advantage) for part in group_tries(made, max_tokens=TOKENS)]
     packing = Packing(row_tokens=TOKENS)
-    batch = pack_groups([groups], Aggregation(), packing=packing, microbatch_rows=ROWS, fill=Fill())
+    batch = pack_groups(
+        [groups], Aggregation(), packing=packing, microbatch_rows=ROWS, stats=PackingStats()
+    )
     logp = jax.jit(make_logp(NETWORK, chunk_tokens=100, temperature=1.0, microbatch_rows=ROWS))(
         fresh().params, batch.trie
     )
@@ -176,7 +178,7 @@ def test_rollouts_are_those_of_one_device(cfg, close):
 
 @pytest.mark.parametrize("devices", [4, 8])
 def test_devices_get_as_many_tokens_and_about_as_many_pairs(devices):
-    trie = of_trajectory(workloads.trajectory(workloads.Shape(), seed=0))  # ThreadWeaver's
+    trie = trajectory_trie(workloads.trajectory(workloads.Shape(), seed=0))  # ThreadWeaver's
     tokens = len(trie) // 4096 * 4096
     batch = stack_rows([[truncate(trie, tokens)]], tokens)
     order = np.asarray(sequence.deal(batch.span, devices))[0]

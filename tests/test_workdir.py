@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from house.sources import PACKAGE, VERBS, has_config
+from repo.sources import PACKAGE, VERBS, has_config
 
 from tw_jax import hosts, workdir
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 HOLD = """
 import sys, time
@@ -23,7 +23,7 @@ with workdir.held([sys.argv[1]], "tw sft first.gin"):
 """
 
 
-@config
+@configurable
 class Toy:
     """A run.
 

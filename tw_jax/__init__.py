@@ -25,7 +25,7 @@ _HOME = {
     "load_tokenizer": "tokenizer",
     # calls, protocol, cost
     "Call": "forkjoin.calls",
-    "Hit": "forkjoin.calls",
+    "StopReason": "forkjoin.calls",
     "Provenance": "forkjoin.calls",
     "Trajectory": "forkjoin.calls",
     "Request": "forkjoin.protocol",
@@ -36,11 +36,11 @@ _HOME = {
     "ForkJoin": "forkjoin.threadweaver",
     "ThreadWeaver": "forkjoin.threadweaver",
     "make_table": "forkjoin.threadweaver",
-    "of_calls": "forkjoin.cost",
-    "of_ids": "forkjoin.cost",
-    "of_chain": "forkjoin.tries",
-    "of_trajectory": "forkjoin.tries",
-    "of_group": "forkjoin.tries",
+    "cost_from_calls": "forkjoin.cost",
+    "cost_from_ids": "forkjoin.cost",
+    "chain_trie": "forkjoin.tries",
+    "trajectory_trie": "forkjoin.tries",
+    "group_tries": "forkjoin.tries",
     "Group": "forkjoin.tries",
     # tries and rows
     "Trie": "trie.tree",
@@ -59,7 +59,7 @@ _HOME = {
     "TrainState": "train.state",
     "make_step": "train.sft",
     "token_logp": "train.loss",
-    # rewards, advantages and the loss of P-GRPO; its step is `train.pgrpo.make_step`
+    # rewards, advantages and the loss of P-GRPO; its step is `train.pgrpo.make_pgrpo_step`
     "Reward": "tasks.reward",
     "reward": "tasks.reward",
     "totals": "tasks.reward",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from gin import config_parser
 
-MOST_NESTING = 50
+MAX_NESTING = 50
 """Brackets within brackets, and files that include files, beyond which text is refused."""
 _EXCERPT = 100
 
@@ -75,8 +75,8 @@ def read(file: Path, includers: tuple[tuple[Path, int], ...] = ()) -> Iterator[B
     if path in [includer for includer, _ in includers]:
         circle = " -> ".join(_shown(p) for p in (*(p for p, _ in includers), path))
         raise ValueError(f"Files include one another in a circle: {circle}.")
-    if len(includers) >= MOST_NESTING:
-        raise ValueError(f"{_shown(path)} is the end of more than {MOST_NESTING} nested includes.")
+    if len(includers) >= MAX_NESTING:
+        raise ValueError(f"{_shown(path)} is the end of more than {MAX_NESTING} nested includes.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -152,8 +152,8 @@ class _Parser(config_parser.ConfigParser):
     _depth = 0
 
     def parse_value(self) -> Any:
-        if self._depth > MOST_NESTING and self.current_token is not None:
-            what = f"More than {MOST_NESTING} brackets are nested in one another"
+        if self._depth > MAX_NESTING and self.current_token is not None:
+            what = f"More than {MAX_NESTING} brackets are nested in one another"
             raise _TooDeep(what, *self.current_token.start)
         self._depth += 1
         value = super().parse_value()

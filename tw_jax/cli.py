@@ -24,7 +24,7 @@ import jax
 
 import tw_jax.programs
 from tw_jax import hosts, workdir
-from tw_jax.config import describe, load, operative
+from tw_jax.config import describe, load_config, operative
 
 USAGE = """\
 Usage: tw VERB CONFIG.gin [--set Class.field=value ...] [--hosts]
@@ -115,7 +115,7 @@ def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
     """Builds the config; every process of a job stops where one of them has another."""
     facts = {"verb": verb, "package": workdir.origin(), "jax": jax.__version__}
     try:
-        cfg = load(_root(program, verb), [args.file], args.set)
+        cfg = load_config(_root(program, verb), [args.file], args.set)
     except USER_ERRORS as error:
         hosts.agree(**facts, config=_sentence(error))
         raise
@@ -141,7 +141,7 @@ def _check(file: str) -> int:
         print(f"{file}: a fragment, checked where it is included")
         return 0
     try:
-        load(_root(_program(verb), verb), [file])
+        load_config(_root(_program(verb), verb), [file])
     except USER_ERRORS as error:
         sentence = _sentence(error)
         place = "" if sentence.startswith(file) else f"{file}: "

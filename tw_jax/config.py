@@ -1,10 +1,11 @@
 """Typed configs, and the door to gin: what a run may be told, and how a file tells it.
 
-`@config` makes a frozen dataclass whose fields are checked when it is built. `load` reads gin files
-into one immutable tree of such classes; `describe` lists what may be set; `operative` writes a tree
-back as gin text. Nothing global is kept, so roots can be loaded again and side by side, and every
-error names the line of the binding that it is about. This file does not know any config class; it
-finds them by walking the root's annotations. gin text is read by `bindings.py`.
+`@configurable` makes a frozen dataclass whose fields are checked when it is built. `load_config`
+reads gin files into one immutable tree of such classes; `describe` lists what may be set;
+`operative` writes a tree back as gin text. Nothing global is kept, so roots can be loaded again and
+side by side, and every error names the line of the binding that it is about. This file does not
+know any config class; it finds them by walking the root's annotations. gin text is read by
+`bindings.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MISFIT = object()
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
-def config(cls: type[C]) -> type[C]:
+def configurable(cls: type[C]) -> type[C]:
     """Makes a keyword-only frozen dataclass whose fields are checked when it is built.
 
     A field is annotated with `int` (of 64 bits), `float` (an int is accepted and stored as a
@@ -57,7 +58,7 @@ def config(cls: type[C]) -> type[C]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-def load(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = ()) -> C:
+def load_config(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = ()) -> C:
     """Builds the root config from gin files and single bindings.
 
     Files and bindings are read in order; a later binding of the same field wins. A binding in a
@@ -111,7 +112,7 @@ def describe(root: type) -> str:
 
 
 def operative(instance: object) -> str:
-    """Writes a config and all it holds as gin text, defaults included; `load` gives it back.
+    """Writes a config and all it holds as gin text, defaults included; `load_config` gives it back.
 
     Where different values of one class occur, each but the root has a scope, which is named after
     the field that held it first.
@@ -251,7 +252,7 @@ def _configs_in(kind: Any) -> Iterator[type]:
 def _reachable(root: type) -> dict[str, type]:
     """All configs that a root's annotations lead to, by name, the root first, breadth first."""
     if not _is_config(root):
-        raise TypeError(f"{root!r} is no config. Decorate the class with @config.")
+        raise TypeError(f"{root!r} is no config. Decorate the class with @configurable.")
     known, queue = {root.__name__: root}, [root]
     for cls in queue:
         for part in (p for kind in _kinds(cls).values() for p in _configs_in(kind)):

@@ -178,7 +178,7 @@ def divide(work: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any])
     return done
 
 
-def known(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """A tree of global arrays, whole and on the host in every process."""
     if not jax.distributed.is_initialized():
         return jax.device_get(tree)

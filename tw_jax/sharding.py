@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from tw_jax import hosts
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 MeshAxis = Literal["data", "fsdp", "sequence", "tensor"]
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -31,7 +31,7 @@ LogicalAxes = tuple[str | None, ...]
 """One logical name for each dimension of an array; None leaves the dimension to the compiler."""
 
 
-@config
+@configurable
 class Mesh:
     """How many devices each axis of the mesh has; -1 takes the rest.
 
@@ -63,7 +63,7 @@ class Mesh:
             )
 
 
-@config
+@configurable
 class Rules:
     """Over which mesh axes each logical axis is split; () keeps it whole on every device.
 

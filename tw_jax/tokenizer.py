@@ -23,7 +23,7 @@ import tokenizers
 
 from tw_jax import files
 from tw_jax.bounds import require_text
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 CONTROL = (
     "<Think>",
@@ -86,12 +86,12 @@ class Tokenizer(Protocol):
         ...
 
 
-@config
+@configurable
 class Bytes:
     """A vocabulary of 270: the 256 bytes, pad, end of sequence and the control tokens."""
 
 
-@config
+@configurable
 class SentencePiece:
     """A SentencePiece file, as written by `train_sentencepiece`.
 
@@ -106,7 +106,7 @@ class SentencePiece:
         require_text(self, "path")
 
 
-@config
+@configurable
 class HuggingFace:
     """A file of Hugging Face `tokenizers`; missing control tokens are added behind its last id.
 
@@ -128,7 +128,7 @@ class HuggingFace:
         require_text(self, "path", "eos")
 
 
-@config
+@configurable
 class Chat:
     r"""How a question becomes a prompt, and what ends an answer.
 

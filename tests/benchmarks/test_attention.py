@@ -20,7 +20,7 @@ TOKENS = PACKED.tokens
 
 
 def built(shape, seeds):
-    return [tries.of_trajectory(workloads.trajectory(shape, seed)) for seed in seeds]
+    return [tries.trajectory_trie(workloads.trajectory(shape, seed)) for seed in seeds]
 
 
 @pytest.fixture(scope="module")

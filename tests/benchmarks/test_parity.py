@@ -22,5 +22,5 @@ def test_both_frameworks_have_the_same_loss_and_both_are_timed_and_weighed(run, 
 
 def test_the_timed_tries_are_hardly_cut():
     for cut in workloads.PARITY.tries:
-        whole = tries.of_trajectory(workloads.trajectory(cut.shape, cut.seed))
+        whole = tries.trajectory_trie(workloads.trajectory(cut.shape, cut.seed))
         assert cut.nodes <= len(whole) <= 1.1 * cut.nodes

@@ -16,7 +16,7 @@ from tw_jax.trie.tree import build
 
 def test_the_timed_step_has_nodes_enough_for_the_dense_comparison():
     made = workloads.trajectory(workloads.STEP.shape, workloads.STEP.seed)
-    assert len(tries.of_trajectory(made)) >= workloads.STEP.dense_nodes
+    assert len(tries.trajectory_trie(made)) >= workloads.STEP.dense_nodes
 
 
 def test_step_trains_the_same_tokens_both_ways(quick_network, run, close):
@@ -63,7 +63,7 @@ def test_a_loss_whose_terms_cancel_is_judged_by_their_sizes():
 def test_a_gradient_of_other_weights_is_seen_as_different(quick_network):
     case = workloads.TINY_STEP
     made = workloads.trajectory(case.shape, case.seed)
-    trie = tries.of_trajectory(made)
+    trie = tries.trajectory_trie(made)
     batch = stack_rows([[trie]], len(trie))
     other = batch.replace(weight=batch.weight * (np.arange(len(trie)) % 2))
     net = step.network(case.model, num_ids=workloads.table().num_ids)

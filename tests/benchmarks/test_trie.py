@@ -12,7 +12,7 @@ from tw_jax.forkjoin import tries
 def test_trie_reports_its_nodes_times_and_memory(run):
     lines, found = run("trie")
     case = workloads.TINY_TRIE
-    assert found["nodes"] == len(tries.of_trajectory(workloads.trajectory(case.shape, case.seed)))
+    assert found["nodes"] == len(tries.trajectory_trie(workloads.trajectory(case.shape, case.seed)))
     assert found["build_ms"] == found["times"]["build"]["median_ms"]
     assert found["build_ms"] >= found["times"]["build"]["fastest_ms"] > 0
     # Tokens, parents, depths, ends and weights of four bytes each are held at the end.
@@ -26,7 +26,7 @@ def test_trie_reports_its_nodes_times_and_memory(run):
 
 def test_the_timed_trie_has_about_30_000_nodes():
     made = workloads.trajectory(workloads.TRIE.shape, workloads.TRIE.seed)
-    assert 29_000 < len(tries.of_trajectory(made)) < 31_000
+    assert 29_000 < len(tries.trajectory_trie(made)) < 31_000
 
 
 def test_memory_is_what_a_run_adds():

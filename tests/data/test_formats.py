@@ -105,7 +105,7 @@ def test_any_depth_of_nesting_is_read_or_told(tmp_path):
 
 @pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400, "1e39"])
 def test_a_log_prob_that_float32_cannot_hold_is_told_with_its_place(tmp_path, number):
-    call = f'{{"path": [], "sampled": [1], "logp": [{number}], "hit": "eos"}}'
+    call = f'{{"path": [], "sampled": [1], "logp": [{number}], "stop_reason": "eos"}}'
     fields = {"id": "a", "question": "q", "answer": "1", "fingerprint": "f", "prompt": [1]}
     fields |= {"finish": "eos", "counts": {}, "text": "t", "extra": {}}
     row = json.dumps({"kind": "rollout", **fields})[:-1] + f', "calls": [{call}]}}'

@@ -78,7 +78,7 @@ def test_batches_are_the_tries_of_the_replayed_texts(tmp_path):
     batch = next(open_batches(write(tmp_path / "x.jsonl", [written]), rows=1, window=1, seed=None))
     ids = CHAT.document(TOKENIZER, written.question, written.response)
     made = replay(PROTOCOL, ids, len(CHAT.prompt(TOKENIZER, written.question)))
-    trie = tries.of_trajectory(made)
+    trie = tries.trajectory_trie(made)
     assert batch.tokens[0, : len(trie)].tolist() == trie.tokens.tolist()
     assert batch.weight[0, : len(trie)].tolist() == trie.weight.tolist()
     assert batch.weight.sum() == sum(len(call.sampled) for call in made.calls)
@@ -98,7 +98,7 @@ def test_a_restored_position_yields_the_same_batches(tmp_path, drawn):
         again = next(second)
         for a, b in zip(vars(batch).values(), vars(again).values(), strict=True):
             np.testing.assert_array_equal(a, b)
-    assert vars(second.fill) == vars(first.fill)
+    assert vars(second.stats) == vars(first.stats)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_unusable_records_can_be_left_out_and_are_counted(tmp_path):
     path = write(tmp_path / "x.jsonl", found)
     batches = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
     next(batches)
-    assert (batches.unusable, batches.fill.tries) == (1, 3)
+    assert (batches.unusable, batches.stats.tries) == (1, 3)
     again = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
     again.set_state(batches.get_state())
     assert again.unusable == batches.unusable
@@ -268,7 +268,7 @@ def test_threads_that_nothing_forks_are_refused_and_counted(tmp_path, plan, sent
         next(open_batches(path, seed=None))
     batches = open_batches(path, rows=1, window=3, row_tokens=9000, unusable="drop")
     next(batches)
-    assert (batches.unusable, batches.fill.tries) == (1, 2)
+    assert (batches.unusable, batches.stats.tries) == (1, 2)
 
 
 @pytest.mark.parametrize(

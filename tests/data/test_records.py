@@ -26,7 +26,7 @@ from tw_jax.data.records import (
     to_json,
     write,
 )
-from tw_jax.forkjoin.calls import Call, Hit, Trajectory
+from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 
 SUFFIXES = [".jsonl", ".parquet", ".array_record"]
 # Characters at which some readers break lines, and others that some formats trip over.
@@ -40,9 +40,11 @@ def problem(i=0, **changes):
 
 def rollout(**changes):
     calls = (
-        CallRecord((), np.array([5, 6, 7], np.int32), np.float32([-0.1, -1e-8, -30.25]), Hit.STOP),
-        CallRecord((0, "1.2"), np.array([], np.int32), None, Hit.ERROR),
-        CallRecord((0, "2"), np.array([2**31 - 1], np.int32), np.float32([0]), Hit.EOS),
+        CallRecord(
+            (), np.array([5, 6, 7], np.int32), np.float32([-0.1, -1e-8, -30.25]), StopReason.STOP
+        ),
+        CallRecord((0, "1.2"), np.array([], np.int32), None, StopReason.ERROR),
+        CallRecord((0, "2"), np.array([2**31 - 1], np.int32), np.float32([0]), StopReason.EOS),
     )
     fields = {
         "id": "p0#3",
@@ -90,14 +92,14 @@ def test_records_come_back_as_they_were_written(tmp_path, suffix, kind):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_arrays_of_a_rollout_keep_type_and_bits(tmp_path, suffix):
     logp = np.random.default_rng(0).normal(size=200).astype(np.float32)
-    call = CallRecord((), np.arange(200, dtype=np.int32), logp, Hit.LENGTH)
+    call = CallRecord((), np.arange(200, dtype=np.int32), logp, StopReason.LENGTH)
     write(tmp_path / f"x{suffix}", [rollout(calls=(call,))])
     (back,) = read(tmp_path / f"x{suffix}")
     assert back.prompt.dtype == back.calls[0].sampled.dtype == np.int32
     assert back.calls[0].logp.dtype == np.float32
     assert back.calls[0].logp.tobytes() == logp.tobytes()
     assert back.calls[0].path == ()
-    assert back.calls[0].hit is Hit.LENGTH
+    assert back.calls[0].stop_reason is StopReason.LENGTH
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -183,7 +185,9 @@ def test_a_rollout_keeps_what_was_drawn_of_a_trajectory():
     def call(path, sampled):
         logp = np.full(len(sampled), -0.5, np.float32)
         context = np.array([1, 2], np.int32)
-        return Call(path, context, np.zeros(2, np.int8), np.array(sampled, np.int32), logp, Hit.EOS)
+        return Call(
+            path, context, np.zeros(2, np.int8), np.array(sampled, np.int32), logp, StopReason.EOS
+        )
 
     trajectory = Trajectory(
         prompt_tokens=2,
@@ -399,7 +403,10 @@ def _with_call(**changes):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (_with_call(hit="bored"), "hit = 'bored': want one of eos, stop, length, error"),
+        (
+            _with_call(stop_reason="bored"),
+            "stop_reason = 'bored': want one of eos, stop, length, error",
+        ),
         (_with_call(logp=[0.0]), r"logp = array\(\[0.*: want 3 numbers, one for each sampled id"),
         (_with_call(logp=["a", 0, 0]), "calls: logp = .*want numbers or null"),
         (_with_call(sampled=[1, -1, 2]), "calls: sampled = .*want a list of token ids"),
@@ -408,7 +415,7 @@ def _with_call(**changes):
         (_with_call(path=[[0]]), r"calls: path = \[\[0\]\]: want a list of integers and strings"),
         (
             _with_call(context=[]),
-            "the call has the unknown context .*path, sampled, logp, hit",
+            "the call has the unknown context .*path, sampled, logp, stop_reason",
         ),
         (to_json(rollout()) | {"calls": {}}, r"calls = \{\}: want a list"),
         (to_json(rollout()) | {"calls": [3]}, "calls = 3: want an object for each call"),
@@ -465,11 +472,11 @@ def test_records_are_checked_when_they_are_built():
     with pytest.raises(TypeError, match=r"Example\.answer = 3: want str, got int"):
         Example("1", "q", "r", 3, "t")
     with pytest.raises(TypeError, match="want 1 numbers, one for each sampled id"):
-        CallRecord((), np.zeros(1, np.int32), np.zeros(2, np.float32), Hit.EOS)
+        CallRecord((), np.zeros(1, np.int32), np.zeros(2, np.float32), StopReason.EOS)
 
 
 def test_a_number_that_json_lacks_is_refused_when_written(tmp_path):
-    call = CallRecord((), np.zeros(1, np.int32), np.float32([np.nan]), Hit.EOS)
+    call = CallRecord((), np.zeros(1, np.int32), np.float32([np.nan]), StopReason.EOS)
     for suffix in SUFFIXES:
         with pytest.raises(ValueError, match="Rollout 'p0#3' does not fit into JSON"):
             write(tmp_path / f"x{suffix}", [rollout(calls=(call,))])

@@ -8,7 +8,7 @@ import pytest
 from tw_jax.data import workloads
 from tw_jax.data.workloads import Shape
 from tw_jax.forkjoin import tries
-from tw_jax.forkjoin.calls import Hit, Provenance
+from tw_jax.forkjoin.calls import Provenance, StopReason
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
 
@@ -38,8 +38,8 @@ def test_calls_have_the_lengths_of_their_shape(seed):
         assert [thread.path[1] for thread in threads] == [str(n + 1) for n in range(len(threads))]
         for thread in threads:
             assert SMALL.thread[0] <= len(thread.sampled) <= SMALL.thread[1]
-            assert thread.hit is Hit.STOP
-    assert parents[-1][0].hit is Hit.EOS
+            assert thread.stop_reason is StopReason.STOP
+    assert parents[-1][0].stop_reason is StopReason.EOS
 
 
 def test_the_joined_path_replays_to_the_same_calls():
@@ -64,14 +64,14 @@ def test_rollouts_share_their_prompt_and_nothing_else():
 
 
 def test_every_call_has_the_log_probs_that_p_grpo_needs():
-    (group,) = tries.of_group(workloads.rollouts(SMALL, 0, count=2))
+    (group,) = tries.group_tries(workloads.rollouts(SMALL, 0, count=2))
     assert (group.logp[group.call >= 0] < 0).all()
 
 
 def test_at_full_size_the_calls_have_about_seven_times_the_nodes():
     ratios, nodes = [], []
     for seed in range(8):
-        trie = tries.of_trajectory(workloads.trajectory(Shape(), seed))
+        trie = tries.trajectory_trie(workloads.trajectory(Shape(), seed))
         ratios.append(trie.source_tokens / len(trie))
         nodes.append(len(trie))
     assert 6.5 < np.mean(ratios) < 7.4
@@ -80,6 +80,6 @@ def test_at_full_size_the_calls_have_about_seven_times_the_nodes():
 
 def test_only_sampled_tokens_are_trained_and_each_once():
     made = workloads.trajectory(SMALL, 1)
-    trie = tries.of_trajectory(made)
+    trie = tries.trajectory_trie(made)
     assert trie.weight.sum() == sum(len(call.sampled) for call in made.calls)
     assert (made.provenance[: made.prompt_tokens] == Provenance.PROMPT).all()

@@ -26,7 +26,7 @@ WORKERS = 2
 SHARE = 20_000
 """Texts that a worker judges at a time."""
 VERBS = ("sft", "pgrpo")
-MOST_TOLD = 100
+MAX_TOLD = 100
 """Findings that are written out; all are counted."""
 
 # What a job calls is no function of this file, which the processes of the pool do not import.
@@ -94,7 +94,7 @@ def _report(
     folder: Path,
     seconds: float,
 ) -> int:
-    for finding in findings[:MOST_TOLD]:
+    for finding in findings[:MAX_TOLD]:
         print(f"faults: {finding.kind}: {finding.what}\n  {finding.where}", file=sys.stderr)
     kinds = Counter(finding.kind for finding in findings)
     line = {"seed": seed, "seconds": round(seconds), "lost": kinds["lost"]}

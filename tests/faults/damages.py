@@ -26,7 +26,7 @@ from faults.scene import Scene
 from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.cli import USER_ERRORS
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.models.transformer import network
 from tw_jax.train.loop import resume
 from tw_jax.train.state import abstract_state
@@ -99,7 +99,7 @@ class Subject:
 def subject_of(scene: Scene, verb: str) -> Subject:
     """The checkpoints of the uninterrupted run of a verb."""
     runner = scene.runners[verb]
-    cfg = load(ROOTS[verb], [str(runner.config)], runner.sets)
+    cfg = load_config(ROOTS[verb], [str(runner.config)], runner.sets)
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)
     return Subject(scene.whole(verb) / "checkpoints", abstract)

@@ -76,7 +76,7 @@ def hostile(seed: int, number: int) -> Hostile:
 
 
 @functools.cache
-def _valid(index: int) -> tuple[multiplication.Problem, str]:
+def _valid(index: int) -> tuple[multiplication.Product, str]:
     problem = multiplication.problem(TASK, 0, index)
     return problem, multiplication.gold(problem, TASK)
 
@@ -86,14 +86,14 @@ def _valid(index: int) -> tuple[multiplication.Problem, str]:
 
 def _small(rng: random.Random) -> str:
     """A document of the grammar, with short texts."""
-    segments: list[grammar.Prose | grammar.Block] = []
+    segments: list[grammar.Prose | grammar.ParallelBlock] = []
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         numbers = [str(n + 1) for n in range(rng.choice((1, 2, 2, 3, 5, 9, 60)))]
         if rng.random() < 0.1:
             numbers = [f"{rng.randrange(9)}.{n}" for n in numbers]
         outlines = tuple(grammar.Outline(n, _words(rng)) for n in numbers)
-        threads = tuple(grammar.Thread(n, _words(rng)) for n in numbers)
-        segments += [grammar.Prose(_words(rng) + "\n"), grammar.Block(outlines, threads)]
+        threads = tuple(grammar.ThreadText(n, _words(rng)) for n in numbers)
+        segments += [grammar.Prose(_words(rng) + "\n"), grammar.ParallelBlock(outlines, threads)]
     return grammar.render(grammar.Document((*segments, grammar.Prose("\n" + _words(rng)))))
 
 
@@ -190,7 +190,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 
 def _answer(
-    rng: random.Random, problem: multiplication.Problem
+    rng: random.Random, problem: multiplication.Product
 ) -> tuple[str, Literal["value", "form"] | None]:
     """An answer, and whether it is certainly wrong."""
     if (kind := rng.random()) < 0.4:
@@ -207,7 +207,7 @@ def _answer(
     return text, None
 
 
-def _other_value(rng: random.Random, problem: multiplication.Problem) -> str:
+def _other_value(rng: random.Random, problem: multiplication.Product) -> str:
     """A text that does not have the value of the truth by any reading."""
     digits, truth = problem.answer, int(problem.answer)
     other = truth + rng.choice((1, -1, 2, 10, -10, 10**6, 2**64))
@@ -237,7 +237,7 @@ def _other_value(rng: random.Random, problem: multiplication.Problem) -> str:
     return rng.choice(numbers if rng.random() < 0.7 else several)
 
 
-def _other_form(rng: random.Random, problem: multiplication.Problem) -> str:
+def _other_form(rng: random.Random, problem: multiplication.Product) -> str:
     """Work that is left to do, the question above all; it may have the value of the truth."""
     digits, product = problem.answer, _product(rng, problem)
     return rng.choice(
@@ -249,7 +249,7 @@ def _other_form(rng: random.Random, problem: multiplication.Problem) -> str:
     )
 
 
-def _product(rng: random.Random, problem: multiplication.Problem) -> str:
+def _product(rng: random.Random, problem: multiplication.Product) -> str:
     times = rng.choice(("*", " * ", "\\times ", "\\cdot ", " x ", "\\,", ")("))
     product = times.join(map(str, problem.factors))
     return f"({product})" if times == ")(" else product

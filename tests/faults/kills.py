@@ -45,7 +45,7 @@ ORPHAN_SECONDS = 5.0
 """What a process has started has to end within this time after it."""
 LONGEST_SECONDS = 300.0
 """A process that neither ends nor shows anything for this time hangs."""
-MOST_FINDINGS = 20
+MAX_FINDINGS = 20
 """A campaign with more findings ends: its processes may never live long enough to be killed."""
 
 
@@ -113,7 +113,7 @@ class Campaign:
 
     def run(self, kills: int) -> None:
         """Kills runs, then finishes and compares every folder that was begun."""
-        while self.counts["kills"] < kills and len(self.findings) < MOST_FINDINGS:
+        while self.counts["kills"] < kills and len(self.findings) < MAX_FINDINGS:
             folder = self._scene.folder / f"{self._verb}_{self.counts['runs']}"
             ledger = Ledger(folder, self._scene.whole(self._verb))
             found = len(self.findings)

@@ -14,7 +14,7 @@ import numpy as np
 
 from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.models.transformer import network
 from tw_jax.train.state import abstract_state
 
@@ -155,7 +155,7 @@ def told(folder):
 
 def state_of(kind, config, folder, sets=()):
     """The leaves of the last checkpoint, and the position; the mesh is that of config and sets."""
-    cfg = load(kind, [str(config)], sets)
+    cfg = load_config(kind, [str(config)], sets)
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)
     with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:

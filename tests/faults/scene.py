@@ -67,9 +67,9 @@ def _write_problems(file: Path) -> None:
     with file.open("w", encoding="utf-8") as out:
         for index in range(PROBLEMS):
             numbers = ("1", "2")
-            block = grammar.Block(
+            block = grammar.ParallelBlock(
                 outlines=tuple(grammar.Outline(n, "a") for n in numbers),
-                threads=tuple(grammar.Thread(n, "a") for n in numbers),
+                threads=tuple(grammar.ThreadText(n, "a") for n in numbers),
             )
             answer = ANSWERS[index % len(ANSWERS)]
             response = f"{grammar.render_block(block)}\n</think>\n\n\\boxed{{{answer}}}"

@@ -5,14 +5,14 @@ import re
 import fakes
 import numpy as np
 import pytest
-from house.sources import PACKAGE, ROOT
+from repo.sources import PACKAGE, ROOT
 
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Provenance
 from tw_jax.forkjoin.protocol import Result, steps
 from tw_jax.forkjoin.replay import RecordError, rebuild
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.forkjoin.tries import of_trajectory
+from tw_jax.forkjoin.tries import trajectory_trie
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.trie.tree import flat_labels
 
@@ -49,7 +49,7 @@ def test_item_9_a_row_with_its_instruction_and_a_bare_one_give_one_prompt():
 def test_item_13_flat_labels_train_both_copies_and_one_wrong_target_for_each_branch():
     threads = " a\n</Thread>", " b\n</Thread>", " c\n</Thread>"
     made = rolled(plan(2), *threads[:2], "</Parallel>" + plan(3), *threads, "</Parallel><eos>")
-    trie = of_trajectory(made)
+    trie = trajectory_trie(made)
     flat = flat_labels(trie, made.prompt_tokens)
     assert ((flat.weight > 0) & (flat.parent != trie.parent)).sum() == (2 - 1) + (3 - 1)
     returned = np.flatnonzero(made.provenance == Provenance.RETURNED)

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tw_jax.forkjoin.grammar import (
-    Block,
     Document,
     GrammarError,
     Outline,
+    ParallelBlock,
     Prose,
-    Thread,
+    ThreadText,
     check,
     histogram,
     normalise,
@@ -78,9 +78,9 @@ _word = st.text(alphabet="ab <>/|=\n\\{}é1:.", max_size=12)
 _inside = _word.map(str.strip)
 _number = st.one_of(st.integers(0, 120).map(str), st.sampled_from(["2.1", "10.3.4"]))
 _outline = st.builds(Outline, _number, _inside)
-_thread = st.builds(Thread, _number, _inside)
+_thread = st.builds(ThreadText, _number, _inside)
 _block = st.builds(
-    Block,
+    ParallelBlock,
     st.lists(_outline, max_size=4).map(tuple),
     st.lists(_thread, max_size=12).map(tuple),
 )
@@ -142,9 +142,9 @@ def test_the_canonical_text_reads_as_it_is_meant():
     document = parse(CANONICAL)
     prose, fork, rest = document.segments
     assert prose == Prose("<think>\nI square each leg.\n")
-    assert fork == Block(
+    assert fork == ParallelBlock(
         (Outline("1", "Square 3."), Outline("2", "Square 4.")),
-        (Thread("1", "3*3 = 9."), Thread("2", "4*4 = 16.")),
+        (ThreadText("1", "3*3 = 9."), ThreadText("2", "4*4 = 16.")),
     )
     assert rest == Prose("\nSo the sum is 25.\n</think>\n\nIt is \\boxed{25}.")
     assert document.blocks == (fork,)

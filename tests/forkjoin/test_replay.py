@@ -93,7 +93,7 @@ def test_empty_threads_and_numbers_from_ten_on_replay():
 
 def test_the_trie_trains_what_was_sampled_and_nothing_else():
     made = play(f"d{BLOCK}\nc<eos>")
-    trie = tries.of_trajectory(made)
+    trie = tries.trajectory_trie(made)
     assert trie.weight.sum() == sum(len(call.sampled) for call in made.calls)
     assert set(trie.weight.tolist()) == {0.0, 1.0}
     joined = trie.weight[: len(made.ids)]
@@ -106,7 +106,7 @@ def test_the_trie_trains_what_was_sampled_and_nothing_else():
 
 def test_the_chain_of_the_sequential_baseline_trains_all_after_the_prompt():
     made = play(f"d{BLOCK}\nc<eos>")
-    chain = tries.of_chain(made)
+    chain = tries.chain_trie(made)
     assert chain.tokens.tolist() == made.ids.tolist()
     np.testing.assert_array_equal(chain.weight > 0, made.provenance != Provenance.PROMPT)
 

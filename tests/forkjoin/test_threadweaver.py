@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tw_jax.forkjoin import threadweaver
-from tw_jax.forkjoin.calls import Hit, Provenance
+from tw_jax.forkjoin.calls import Provenance, StopReason
 from tw_jax.forkjoin.orchestrator import run
 from tw_jax.forkjoin.protocol import Result
 
@@ -240,6 +240,10 @@ def test_a_tokenizer_that_splits_a_control_token_is_refused():
 def test_hit_is_read_from_the_ids():
     protocol = weaver()
     stops = protocol.thread_stops()
-    for written, want in (("a</Thread>", Hit.STOP), ("a<end>", Hit.EOS), ("a", Hit.LENGTH)):
-        assert protocol.hit(TOKENIZER.encode(written), stops, failed=False) is want
-    assert protocol.hit(TOKENIZER.encode("a<eos>"), stops, failed=True) is Hit.ERROR
+    for written, want in (
+        ("a</Thread>", StopReason.STOP),
+        ("a<end>", StopReason.EOS),
+        ("a", StopReason.LENGTH),
+    ):
+        assert protocol.stop_reason(TOKENIZER.encode(written), stops, failed=False) is want
+    assert protocol.stop_reason(TOKENIZER.encode("a<eos>"), stops, failed=True) is StopReason.ERROR

@@ -20,11 +20,11 @@ def path(trie, node: int) -> list[int]:
     return tokens[::-1]
 
 
-@pytest.mark.parametrize("most_tokens", [None, 150])
-def test_every_sampled_token_is_one_node_with_its_context_call_and_log_prob(most_tokens):
+@pytest.mark.parametrize("max_tokens", [None, 150])
+def test_every_sampled_token_is_one_node_with_its_context_call_and_log_prob(max_tokens):
     made = rollouts(seed=1, count=4)
-    parts = tries.of_group(made, most_tokens=most_tokens)
-    assert (len(parts) == 1) == (most_tokens is None)
+    parts = tries.group_tries(made, max_tokens=max_tokens)
+    assert (len(parts) == 1) == (max_tokens is None)
     found = [
         (
             int(part.rollout[node]),
@@ -51,7 +51,7 @@ def test_every_sampled_token_is_one_node_with_its_context_call_and_log_prob(most
 @hypothesis.given(st.integers(0, 200))
 @hypothesis.settings(max_examples=10)
 def test_rollouts_see_their_prompt_and_themselves_and_no_other(seed):
-    (group,) = tries.of_group(rollouts(seed, count=3))
+    (group,) = tries.group_tries(rollouts(seed, count=3))
     sees = oracles.visible_by_parents(group.trie.parent)
     assert (group.rollout[:PROMPT_TOKENS] == -1).all()
     assert sees[PROMPT_TOKENS:, :PROMPT_TOKENS].all()
@@ -63,8 +63,8 @@ def test_rollouts_see_their_prompt_and_themselves_and_no_other(seed):
 
 def test_two_rollouts_that_drew_the_same_share_the_prompt_alone():
     one = rollouts(seed=2, count=1)[0]
-    alone = tries.of_trajectory(one)
-    (group,) = tries.of_group([one, one])
+    alone = tries.trajectory_trie(one)
+    (group,) = tries.group_tries([one, one])
     assert len(group.trie) == 2 * len(alone) - one.prompt_tokens
     assert group.trie.source_tokens == 2 * alone.source_tokens
     drawn = [int((group.rollout[group.call >= 0] == k).sum()) for k in (0, 1)]
@@ -73,9 +73,9 @@ def test_two_rollouts_that_drew_the_same_share_the_prompt_alone():
 
 def test_parts_hold_whole_rollouts_in_order_and_no_more_than_fits():
     made = rollouts(seed=3, count=6)
-    sizes = [len(tries.of_trajectory(trajectory)) - PROMPT_TOKENS for trajectory in made]
+    sizes = [len(tries.trajectory_trie(trajectory)) - PROMPT_TOKENS for trajectory in made]
     limit = PROMPT_TOKENS + max(sizes) + min(sizes)
-    parts = tries.of_group(made, most_tokens=limit)
+    parts = tries.group_tries(made, max_tokens=limit)
     held = [sorted(set(part.rollout.tolist()) - {-1}) for part in parts]
     assert [k for part in held for k in part] == list(range(6))
     assert max(len(part) for part in held) > 1
@@ -87,19 +87,19 @@ def test_parts_hold_whole_rollouts_in_order_and_no_more_than_fits():
 
 def test_a_group_is_cut_where_it_is_one_token_too_long():
     made = rollouts(seed=3, count=2)
-    size = len(tries.of_group(made)[0].trie)
-    assert [len(tries.of_group(made, most_tokens=n)) for n in (size, size - 1)] == [1, 2]
+    size = len(tries.group_tries(made)[0].trie)
+    assert [len(tries.group_tries(made, max_tokens=n)) for n in (size, size - 1)] == [1, 2]
 
 
 def test_a_rollout_longer_than_a_row_is_left_out_and_the_others_keep_their_numbers():
     made = rollouts(seed=3, count=4)
-    sizes = [len(tries.of_trajectory(t)) for t in made]
+    sizes = [len(tries.trajectory_trie(t)) for t in made]
     longest = int(np.argmax(sizes))
-    parts = tries.of_group(made, most_tokens=max(sizes) - 1)
+    parts = tries.group_tries(made, max_tokens=max(sizes) - 1)
     held = {k for part in parts for k in part.rollout.tolist()} - {-1}
     assert held == {k for k, size in enumerate(sizes) if size < max(sizes)}
     assert longest not in held
-    assert tries.of_group(made, most_tokens=min(sizes) - 1) == []
+    assert tries.group_tries(made, max_tokens=min(sizes) - 1) == []
 
 
 @pytest.mark.parametrize("logp", [None, np.zeros(1, np.float32), "nan"])
@@ -109,16 +109,16 @@ def test_calls_without_log_probs_are_refused(logp):
     logp = np.full(len(call.sampled), np.nan, np.float32) if isinstance(logp, str) else logp
     calls = (trajectory.calls[0], dataclasses.replace(call, logp=logp), *trajectory.calls[2:])
     with pytest.raises(ValueError, match=r"Call \(0, '1'\) of rollout 0 lacks log-probs"):
-        tries.of_group([dataclasses.replace(trajectory, calls=calls)])
+        tries.group_tries([dataclasses.replace(trajectory, calls=calls)])
 
 
 def test_a_token_that_two_calls_drew_in_one_context_is_refused():
     trajectory = rollouts(seed=4, count=1)[0]
     again = dataclasses.replace(trajectory, calls=(trajectory.calls[0], *trajectory.calls))
     with pytest.raises(ValueError, match="Two calls of rollout 0 drew the same token"):
-        tries.of_group([again])
+        tries.group_tries([again])
 
 
 def test_rollouts_of_other_prompts_are_refused():
     with pytest.raises(ValueError, match="want one prompt for all tries of a group"):
-        tries.of_group([*rollouts(seed=5, count=1), *rollouts(seed=6, count=1)])
+        tries.group_tries([*rollouts(seed=5, count=1), *rollouts(seed=6, count=1)])

@@ -66,7 +66,7 @@ def test_llama2_and_qwen3_agree_with_the_defaults_of_transformers() -> None:
 
 @pytest.mark.parametrize("path", sorted(FRAGMENTS.glob("*.gin")), ids=lambda path: path.stem)
 def test_a_fragment_says_what_the_named_size_says(path) -> None:
-    assert config.load(Model, [path]) == NAMED[path.stem.upper()]
+    assert config.load_config(Model, [path]) == NAMED[path.stem.upper()]
 
 
 def test_every_named_size_has_a_fragment() -> None:

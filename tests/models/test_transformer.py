@@ -13,7 +13,7 @@ import pytest
 from tw_jax.contracts import KV, Span
 from tw_jax.models.presets import QWEN3_8B
 from tw_jax.models.rope import Rope, rotation
-from tw_jax.models.transformer import Block, Model, RmsNorm, network
+from tw_jax.models.transformer import DecoderBlock, Model, RmsNorm, network
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.tree import build
 
@@ -100,11 +100,11 @@ def test_sibling_threads_do_not_see_each_other(small) -> None:
 def test_scanned_layers_are_the_blocks_one_after_another(small, close) -> None:
     net, params = small
     tokens, depth, span = causal(np.arange(12, dtype=np.int32).reshape(2, 6))
-    x, turned = params["embed"][tokens], rotation(SMALL.rope, SMALL.head_width, depth)
-    block = jax.jit(Block(SMALL).apply)
+    x, cos_sin = params["embed"][tokens], rotation(SMALL.rope, SMALL.head_width, depth)
+    block = jax.jit(DecoderBlock(SMALL).apply)
     for layer in range(SMALL.num_layers):
         one = {"params": jax.tree.map(lambda p, layer=layer: p[layer], params["blocks"])}
-        (x, _), _ = block(one, (x, None), jnp.int32(layer), turned, span.enter, span, None)
+        (x, _), _ = block(one, (x, None), jnp.int32(layer), cos_sin, span.enter, span, None)
     x = RmsNorm(SMALL).apply({"params": params["norm"]}, x)
     hidden, _ = net.apply(params, tokens, depth, span)
     close("module", hidden, x)

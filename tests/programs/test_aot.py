@@ -9,10 +9,10 @@ import sys
 import jax
 import pytest
 from compiled import too_large
-from house.sources import ROOT
+from repo.sources import ROOT
 
 from tw_jax.cli import main
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.programs import aot
 
 CONFIGS = ROOT / "configs" / "aot"
@@ -127,7 +127,7 @@ class TestPrograms:
     pytestmark = needs_libtpu
 
     def test_no_program_holds_all_pairs_or_all_logits_of_a_row(self, path, capsys, monkeypatch):
-        cfg, texts, compile = load(aot.Aot, [path]), [], jax.stages.Lowered.compile
+        cfg, texts, compile = load_config(aot.Aot, [path]), [], jax.stages.Lowered.compile
 
         def kept(lowered, *args, **kwargs):
             compiled = compile(lowered, *args, **kwargs)
@@ -148,7 +148,7 @@ class TestPrograms:
 def test_a_generation_that_is_not_known_is_refused(tmp_path):
     (tmp_path / "aot.gin").write_text(MODEL + SFT)
     with pytest.raises(ValueError, match="want one of v4, v5e, v5p, v6e, a colon"):
-        load(aot.Aot, [tmp_path / "aot.gin"], ["Aot.topology='v9:2x2'"])
+        load_config(aot.Aot, [tmp_path / "aot.gin"], ["Aot.topology='v9:2x2'"])
 
 
 def test_without_libtpu_a_sentence_names_it(tmp_path, capsys, monkeypatch):
@@ -164,7 +164,7 @@ def test_without_libtpu_a_sentence_names_it(tmp_path, capsys, monkeypatch):
 
 def test_the_work_of_a_row_is_that_of_its_weights_and_its_pairs(tmp_path):
     (tmp_path / "aot.gin").write_text(MODEL + SFT)
-    cfg = load(aot.Aot, [tmp_path / "aot.gin"])
+    cfg = load_config(aot.Aot, [tmp_path / "aot.gin"])
     one, two = (aot._work(cfg.model, rows, 512)["flops"] for rows in (1, 2))
     assert two == 2 * one
     # 128 wide, 4 layers: q, k, v, out; three matrices of the MLP; the unembedding of 384.

@@ -1,12 +1,12 @@
 """`tw bench` prints a report for people and for programs."""
 
 from tw_jax import cli
-from tw_jax.benchmarks.measure import Report, Times
+from tw_jax.benchmarks.measure import BenchmarkReport, Times
 from tw_jax.programs import bench
 
 
 def test_a_missed_bar_is_said_and_is_no_error():
-    report = Report(
+    report = BenchmarkReport(
         times={"a": Times(1.0, 2.0)},
         values={"slow": 1.5, "fast": 1.9, "nodes": 30_000},
         bars={"slow": ("least", 1.7), "fast": ("least", 1.7), "nodes": ("most", 30_000)},

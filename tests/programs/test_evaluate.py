@@ -11,7 +11,7 @@ import rollouts
 
 from tw_jax.cli import main
 from tw_jax.data import records
-from tw_jax.forkjoin.calls import Call, Hit, Trajectory
+from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
 from tw_jax.tasks import reward
 from tw_jax.tasks.grader import Grader
@@ -56,7 +56,7 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
     nothing = np.zeros(0, np.int32)
 
     def call(path, ids):
-        return Call(path, nothing, nothing.astype(np.int8), ids, None, Hit.STOP)
+        return Call(path, nothing, nothing.astype(np.int8), ids, None, StopReason.STOP)
 
     text = "ab<Parallel><Thread>aaaa</Thread><Thread>bbbb</Thread></Parallel>ab"
     ids = rollouts.TOKENIZER.encode("abc" + text)

@@ -15,11 +15,11 @@ from programs.jobs import PROCESSES, Job
 from tw_jax import checkpoint, hosts, sharding
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.cli import main
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.models.transformer import network
 from tw_jax.programs import sft
 from tw_jax.train.state import abstract_state
-from tw_jax.trie.pack import Fill
+from tw_jax.trie.pack import PackingStats
 
 STEPS = 12
 SETS = [f"Sft.steps={STEPS}", "Sft.save_every=3", "Model.attention='reference'"]
@@ -45,7 +45,7 @@ def state_of(config, folder, tmp_path):
     extras, content["processes"] = content["processes"], [{}]
     del content["sha256"]
     told.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
-    cfg = load(sft.Sft, [str(config)])
+    cfg = load_config(sft.Sft, [str(config)])
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)
     with Checkpoints(copy, keep=1) as checkpoints:
@@ -66,9 +66,11 @@ class Both:
         self.shares = shares
 
     @property
-    def fill(self):
-        fills = [vars(share.fill) for share in self.shares]
-        return Fill(**{name: sum(fill[name] for fill in fills) for name in fills[0]})
+    def stats(self):
+        all_stats = [vars(share.stats) for share in self.shares]
+        return PackingStats(
+            **{name: sum(stats[name] for stats in all_stats) for name in all_stats[0]}
+        )
 
     @property
     def unusable(self):

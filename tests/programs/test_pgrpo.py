@@ -16,7 +16,7 @@ import pytest
 from tw_jax import metrics
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.cli import main
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -68,7 +68,7 @@ def test_every_step_has_its_line(trained):
 
 
 def test_more_rows_than_ids_do_not_part_sampler_and_trainer(trained, tolerance):
-    cfg = load(program.Pgrpo, [str(trained / "pgrpo.gin")])
+    cfg = load_config(program.Pgrpo, [str(trained / "pgrpo.gin")])
     assert load_tokenizer(cfg.tokenizer).vocab_size < cfg.model.vocab_size
     for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
         assert line["mismatch_mean"] < tolerance["sampler_logp"]
@@ -206,7 +206,7 @@ def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained,
     without_evaluation(trained, tmp_path)
     init, run = tmp_path / "init", tmp_path / "run"
     shutil.copytree(trained / "sft" / "checkpoints", init)
-    words = [f"Pgrpo.init='{init}'", "PolicyLoss.kl_coef=0.1", "Pgrpo.most_prompts=24"]
+    words = [f"Pgrpo.init='{init}'", "PolicyLoss.kl_coef=0.1", "Pgrpo.max_prompts=24"]
     assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=1") == 0
     # The run that made the first parameters goes on: its newest ones are others.
     with Checkpoints(init, keep=9) as checkpoints:
@@ -352,13 +352,13 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Sampler.top_p=0.9", "want a temperature above 0, top_p 1.0 and top_k 0"),
         ("Pgrpo.rollouts=1", "Pgrpo.rollouts = 1 must be at least 2"),
         ("Pgrpo.rollouts=3", "want a multiple of Pgrpo.rollouts = 3"),
-        ("Pgrpo.most_prompts=1", "want at least Pgrpo.prompts = 2"),
+        ("Pgrpo.max_prompts=1", "want at least Pgrpo.prompts = 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
         ("Packing.row_tokens=32", "want at most 32"),
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
         ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),
-        ("Pgrpo.most_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
+        ("Pgrpo.max_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
         ("Pgrpo.inner_steps=3", "want 1 to Pgrpo.prompts = 2"),
         ("Pgrpo.microbatch_rows=4", "want a multiple of 8, the devices that rows are split over"),

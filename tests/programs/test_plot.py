@@ -28,7 +28,7 @@ def test_a_run_writes_the_pictures_that_it_names(tmp_path, capsys) -> None:
     report.write_text("".join(json.dumps(line) + "\n" for line in GRADED))
     example = records.Example(id="a", question="b?", response=RESPONSE, answer="", task="")
     records.write(rollouts, [example])
-    drawn = plot.Drawn(
+    drawn = plot.StoredRollout(
         path=str(rollouts),
         tokenizer=Bytes(),
         chat=Chat(template="plain"),
@@ -41,12 +41,14 @@ def test_a_run_writes_the_pictures_that_it_names(tmp_path, capsys) -> None:
     assert sorted(path.name for path in folder.glob("*.png")) == names
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in names)
     assert "loss.png" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"Drawn\.index = 4: want at least 0 and less than 1"):
+    with pytest.raises(
+        ValueError, match=r"StoredRollout\.index = 4: want at least 0 and less than 1"
+    ):
         plot.run(plot.Plot(workdir=str(folder), trajectory=_with(drawn, index=4)))
 
 
-def _with(drawn: plot.Drawn, **changes) -> plot.Drawn:
-    return plot.Drawn(**{**vars(drawn), **changes})
+def _with(drawn: plot.StoredRollout, **changes) -> plot.StoredRollout:
+    return plot.StoredRollout(**{**vars(drawn), **changes})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.cli import main
-from tw_jax.config import load
+from tw_jax.config import load_config
 from tw_jax.data import records
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
@@ -34,7 +34,7 @@ def test_every_problem_has_its_rollouts_with_ids_and_log_probs(runs):
 
 
 def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
-    cfg = load(Sample, [str(runs / "sample.gin")])
+    cfg = load_config(Sample, [str(runs / "sample.gin")])
     loaded = sample.load(cfg, load_tokenizer(cfg.tokenizer))
     for rollout in rollouts(runs / "samples"):
         prompt = cfg.chat.prompt(loaded.tokenizer, rollout.question)
@@ -102,7 +102,7 @@ def test_a_problems_file_that_grew_keeps_its_rollouts(runs, copy):
     old = list(records.read(path))
     records.write(path, [*old, dataclasses.replace(old[0], id="new")])
     words = [f"Sample.workdir='{folder}'", f"Sample.problems='{path}'"]
-    cfg = load(Sample, [str(runs / "sample.gin")], words)
+    cfg = load_config(Sample, [str(runs / "sample.gin")], words)
     asked = sample.problems(cfg, load_tokenizer(cfg.tokenizer))
     kept = {one.id for one in sample.finished(cfg, asked)}
     assert len(kept) == 6
@@ -137,7 +137,7 @@ def test_two_rollouts_of_one_id_are_refused_with_both_lines(runs, copy):
     folder, _ = copy
     path = folder / "rollouts.jsonl"
     path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
-    cfg = load(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
+    cfg = load_config(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
     with pytest.raises(ValueError, match=rf"{path}:7 has the id '.*', and so has {path}:2\."):
         list(sample.finished(cfg, sample.problems(cfg, load_tokenizer(cfg.tokenizer))))
 
@@ -165,7 +165,7 @@ def test_settings_without_a_rollout_are_replaced(runs, copy):
     made = json.loads((folder / "made_by.json").read_text())
     (folder / "made_by.json").write_text(json.dumps(made | {"temperature": 0.5}))
     (folder / "rollouts.jsonl").unlink()
-    cfg = load(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
+    cfg = load_config(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
     tokenizer = load_tokenizer(cfg.tokenizer)
     asked = sample.problems(cfg, tokenizer)
     next(sample.rollouts(cfg, sample.load(cfg, tokenizer), asked))

@@ -11,7 +11,7 @@ import pytest
 from tw_jax import metrics, sharding
 from tw_jax.checkpoint import Checkpoints, restore_params
 from tw_jax.cli import main
-from tw_jax.config import load, operative
+from tw_jax.config import load_config, operative
 from tw_jax.models.transformer import network
 from tw_jax.programs.sft import Sft
 from tw_jax.tokenizer import load_tokenizer, train_sentencepiece
@@ -41,7 +41,7 @@ def test_a_run_leaves_metrics_checkpoints_its_config_and_its_packing(runs):
 
 
 def test_a_checkpoint_holds_the_config_and_the_data_position(runs):
-    cfg = load(Sft, [str(runs / "sft.gin")])
+    cfg = load_config(Sft, [str(runs / "sft.gin")])
     with Checkpoints(runs / "sft" / "checkpoints", keep=2) as checkpoints:
         net = network(cfg.model)
         mesh = sharding.make_mesh(cfg.mesh)
@@ -49,11 +49,11 @@ def test_a_checkpoint_holds_the_config_and_the_data_position(runs):
         state, extra = checkpoints.restore(None, abstract)
     assert int(state.step) == 4
     assert extra["config"] == operative(cfg)
-    assert extra["batches"]["fill"]["tries"] > 0
+    assert extra["batches"]["stats"]["tries"] > 0
 
 
 def test_rows_of_the_table_that_no_token_has_are_not_trained(runs, tolerance):
-    cfg = load(Sft, [str(runs / "sft.gin")])
+    cfg = load_config(Sft, [str(runs / "sft.gin")])
     ids = load_tokenizer(cfg.tokenizer).vocab_size
     assert ids < cfg.model.vocab_size
     before, after = (

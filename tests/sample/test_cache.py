@@ -1,4 +1,4 @@
-"""The cache's numbers: announce, join, grow, against plain lists."""
+"""The cache's numbers: write_spans, join, grow, against plain lists."""
 
 import fakes
 import jax
@@ -30,7 +30,7 @@ def test_an_empty_cache_is_seen_by_nothing():
 
 def test_entries_are_announced_behind_what_each_row_uses():
     cache = caches.empty(NETWORK, rows=2, slots=6).replace(used=jnp.array([1, 3]))
-    new = caches.announce(cache, spans([[7, 8], [7, 8]], [[99, 99], [99, 8]]))
+    new = caches.write_spans(cache, spans([[7, 8], [7, 8]], [[99, 99], [99, 8]]))
     assert new.enter.tolist() == [[0, 7, 8, 0, 0, 0], [0, 0, 0, 7, 8, 0]]
     assert visible(new, 8) == [[1, 2], [3]]
 

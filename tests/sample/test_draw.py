@@ -37,10 +37,10 @@ def test_reported_log_probs_are_those_of_the_cut_and_renormalised_distribution(
     temperature, top_p, top_k, close
 ):
     values = logits()
-    how = draw.settings(ROWS, temperature=temperature, top_p=top_p, top_k=top_k, seed=5)
+    sampling = draw.sampling_params(ROWS, temperature=temperature, top_p=top_p, top_k=top_k, seed=5)
     for position in range(40):
         where = jnp.full((ROWS, LANES), position)
-        tokens, logp = jax.jit(draw.draw)(values, how, jnp.zeros_like(where), where)
+        tokens, logp = jax.jit(draw.draw)(values, sampling, jnp.zeros_like(where), where)
         for b in range(ROWS):
             for c in range(LANES):
                 want = distribution(values[b, c], temperature, top_p, top_k)
@@ -51,18 +51,18 @@ def test_reported_log_probs_are_those_of_the_cut_and_renormalised_distribution(
 def test_frequencies_follow_the_distribution():
     count = 20_000
     values = jnp.broadcast_to(logits()[:1, :1], (1, count, VOCABULARY))
-    how = draw.settings(1, temperature=1.0, top_p=0.9, top_k=0, seed=1)
+    sampling = draw.sampling_params(1, temperature=1.0, top_p=0.9, top_k=0, seed=1)
     where = jnp.arange(count)[None]
-    tokens, _ = draw.draw(values, how, jnp.zeros_like(where), where)
+    tokens, _ = draw.draw(values, sampling, jnp.zeros_like(where), where)
     share = np.bincount(np.asarray(tokens[0]), minlength=VOCABULARY) / count
     want = np.exp(distribution(values[0, 0], 1.0, 0.9, 0))
     assert np.abs(share - want).max() < 4 * np.sqrt(0.25 / count)
 
 
 def test_greedy_takes_the_likeliest_token_with_certainty():
-    how = draw.settings(ROWS, temperature=0.0, top_p=0.5, top_k=2, seed=0)
+    sampling = draw.sampling_params(ROWS, temperature=0.0, top_p=0.5, top_k=2, seed=0)
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
-    tokens, logp = draw.draw(logits(), how, zeros, zeros)
+    tokens, logp = draw.draw(logits(), sampling, zeros, zeros)
     np.testing.assert_array_equal(tokens, logits().argmax(-1))
     assert not np.asarray(logp).any()
 
@@ -70,19 +70,19 @@ def test_greedy_takes_the_likeliest_token_with_certainty():
 def test_rows_with_other_settings_change_nothing_for_a_row():
     values = logits()
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
-    plain = draw.settings(ROWS, temperature=1.0, top_p=1.0, top_k=0, seed=9)
+    plain = draw.sampling_params(ROWS, temperature=1.0, top_p=1.0, top_k=0, seed=9)
     mixed = plain.replace(top_p=jnp.array([1.0, 0.5, 1.0]), top_k=jnp.array([0, 2, 1]))
-    alone, together = (draw.draw(values, how, zeros, zeros) for how in (plain, mixed))
+    alone, together = (draw.draw(values, sampling, zeros, zeros) for sampling in (plain, mixed))
     assert alone[0][0].tolist() == together[0][0].tolist()
     assert alone[1][0].tolist() == together[1][0].tolist()
 
 
 def test_calls_and_positions_draw_independently():
     values = jnp.zeros((1, 64, 1000))
-    how = draw.settings(1, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    sampling = draw.sampling_params(1, temperature=1.0, top_p=1.0, top_k=0, seed=0)
     index = jnp.arange(64)[None]
-    by_call = draw.draw(values, how, index, jnp.zeros_like(index))[0][0]
-    by_position = draw.draw(values, how, jnp.zeros_like(index), index)[0][0]
+    by_call = draw.draw(values, sampling, index, jnp.zeros_like(index))[0][0]
+    by_position = draw.draw(values, sampling, jnp.zeros_like(index), index)[0][0]
     assert len(set(by_call.tolist())) > 50
     assert by_call[1:].tolist() != by_position[1:].tolist()
 
@@ -98,18 +98,20 @@ def test_calls_and_positions_draw_independently():
 )
 def test_settings_out_of_range_are_refused(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        draw.settings(1, **({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0} | wrong))
+        draw.sampling_params(
+            1, **({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0} | wrong)
+        )
 
 
 def test_a_vocabulary_that_is_split_over_devices_is_not_gathered():
     size = 1024
     values = jax.random.normal(jax.random.key(3), (2, 2, size)) * 2
-    how = draw.settings(2, temperature=0.7, top_p=0.9, top_k=300, seed=5)
+    sampling = draw.sampling_params(2, temperature=0.7, top_p=0.9, top_k=300, seed=5)
     mesh, rules = sharding.make_mesh(sharding.Mesh(fsdp=1, tensor=8)), sharding.Rules()
     with sharding.use(mesh, rules):
         place = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))
-        cut = jax.jit(draw._truncate).lower(jax.device_put(values, place), how).compile()
+        cut = jax.jit(draw._truncate).lower(jax.device_put(values, place), sampling).compile()
     assert f",{size}]" not in cut.as_text()
     assert f",{size // 8}]" in cut.as_text()
-    want = jax.jit(draw._truncate)(values, how)
-    np.testing.assert_array_equal(cut(jax.device_put(values, place), how), want)
+    want = jax.jit(draw._truncate)(values, sampling)
+    np.testing.assert_array_equal(cut(jax.device_put(values, place), sampling), want)

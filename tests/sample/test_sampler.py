@@ -10,12 +10,12 @@ import pytest
 from fakes import scripted
 
 from tw_jax.forkjoin import threadweaver, tries
-from tw_jax.forkjoin.calls import Hit
+from tw_jax.forkjoin.calls import StopReason
 from tw_jax.forkjoin.orchestrator import run
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import settings
+from tw_jax.sample.draw import sampling_params
 from tw_jax.trie.batch import stack_rows
 
 TOKENIZER = fakes.Characters()
@@ -85,7 +85,7 @@ def assert_same_calls(made, want):
     for mine, theirs in zip(made.calls, want.calls, strict=True):
         assert mine.context.tolist() == theirs.context.tolist()
         assert mine.sampled.tolist() == theirs.sampled.tolist()
-        assert mine.hit is theirs.hit
+        assert mine.stop_reason is theirs.stop_reason
 
 
 @jax.jit
@@ -96,7 +96,7 @@ def full_pass(tokens, depth, span, temperature):
 
 def recomputed(trajectory, temperature=1.0):
     """Log-probs of every weighted node from one full pass over the packed trie."""
-    trie = tries.of_trajectory(trajectory)
+    trie = tries.trajectory_trie(trajectory)
     batch = stack_rows([[trie]], 1024 if len(trie) <= 1024 else 2048)
     logp = full_pass(batch.tokens, batch.depth, batch.span, temperature)
     of_node = np.asarray(logp)[0, batch.parent[0], batch.tokens[0]]
@@ -136,10 +136,10 @@ def test_random_scripts_reach_every_outcome():
         made = run(protocol, FromScript(random_script(seed)), PROMPTS[0])
         finishes.add(made.finish)
         counts |= set(made.counts)
-        hits |= {(bool(call.path), call.hit) for call in made.calls}
+        hits |= {(bool(call.path), call.stop_reason) for call in made.calls}
     assert {"eos", "length", "rounds"} <= finishes
     assert {"stray_outlines", "duplicate_outline", "thread_eos", "thread_length"} <= counts
-    assert {(True, Hit.LENGTH), (True, Hit.EOS), (False, Hit.EOS)} <= hits
+    assert {(True, StopReason.LENGTH), (True, StopReason.EOS), (False, StopReason.EOS)} <= hits
 
 
 def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(close):
@@ -160,8 +160,8 @@ def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(close):
 
 def test_sampled_log_probs_are_those_of_the_tempered_distribution(close):
     sampler = build(draw=None)
-    how = settings(4, temperature=0.7, top_p=1.0, top_k=0, seed=3)
-    for trajectory in sampler(PARAMS, PROMPTS, how):
+    sampling = sampling_params(4, temperature=0.7, top_p=1.0, top_k=0, seed=3)
+    for trajectory in sampler(PARAMS, PROMPTS, sampling):
         drawn = np.concatenate([call.logp for call in trajectory.calls])
         want = recomputed(trajectory, temperature=0.7)
         close("sampler_logp", drawn, want, of=1.0)
@@ -169,12 +169,12 @@ def test_sampled_log_probs_are_those_of_the_tempered_distribution(close):
 
 def test_a_rollout_does_not_depend_on_its_batch_neighbours():
     sampler = build(draw=None)
-    how = settings(4, temperature=1.0, top_p=0.9, top_k=0, seed=3)
-    together = sampler(PARAMS, PROMPTS, how)
-    swapped = jax.tree.map(lambda a: a[::-1], how)
+    sampling = sampling_params(4, temperature=1.0, top_p=0.9, top_k=0, seed=3)
+    together = sampler(PARAMS, PROMPTS, sampling)
+    swapped = jax.tree.map(lambda a: a[::-1], sampling)
     apart = sampler(PARAMS, PROMPTS[::-1], swapped)[::-1]
     alone = [
-        sampler(PARAMS, [p], jax.tree.map(lambda a, n=n: a[n : n + 1], how))[0]
+        sampler(PARAMS, [p], jax.tree.map(lambda a, n=n: a[n : n + 1], sampling))[0]
         for n, p in enumerate(PROMPTS)
     ]
     for a, b, c in zip(together, apart, alone, strict=True):
@@ -183,11 +183,11 @@ def test_a_rollout_does_not_depend_on_its_batch_neighbours():
 
 def test_more_prompts_than_rows_are_decoded_in_turns():
     sampler = build(draw=None)
-    how = settings(6, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    sampling = sampling_params(6, temperature=1.0, top_p=1.0, top_k=0, seed=0)
     prompts = [PROMPTS[n % 4] for n in range(6)]
-    made = sampler(PARAMS, prompts, how)
+    made = sampler(PARAMS, prompts, sampling)
     assert len(made) == 6
-    first = sampler(PARAMS, prompts[:4], jax.tree.map(lambda a: a[:4], how))
+    first = sampler(PARAMS, prompts[:4], jax.tree.map(lambda a: a[:4], sampling))
     assert [t.ids.tolist() for t in made[:4]] == [t.ids.tolist() for t in first]
 
 
@@ -197,11 +197,11 @@ def test_no_prompts_make_no_rollouts():
 
 def test_new_temperatures_and_seeds_do_not_recompile():
     sampler = build(draw=None)
-    sampler(PARAMS, PROMPTS, settings(4, temperature=1.0, top_p=1.0, top_k=0, seed=0))
+    sampler(PARAMS, PROMPTS, sampling_params(4, temperature=1.0, top_p=1.0, top_k=0, seed=0))
     before = sampler.advance._cache_size()
     for temperature, top_p, top_k in ((0.0, 1.0, 0), (0.5, 0.9, 0), (1.3, 1.0, 5)):
-        how = settings(4, temperature=temperature, top_p=top_p, top_k=top_k, seed=top_k)
-        sampler(PARAMS, PROMPTS, how)
+        sampling = sampling_params(4, temperature=temperature, top_p=top_p, top_k=top_k, seed=top_k)
+        sampler(PARAMS, PROMPTS, sampling)
     assert sampler.advance._cache_size() <= before + 1  # at most one more capacity bucket
 
 
@@ -228,9 +228,9 @@ def test_bad_prompts_are_refused_in_a_sentence(prompt, sentence):
 def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(close):
     sampler = build(draw=None)
     prompts = [TOKENIZER.encode("abc 12"), TOKENIZER.encode("dd")]
-    how = settings(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
-    once = sampler(PARAMS, prompts, how, repeats=2)
-    each = sampler(PARAMS, [prompts[0], prompts[0], prompts[1], prompts[1]], how)
+    sampling = sampling_params(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
+    once = sampler(PARAMS, prompts, sampling, repeats=2)
+    each = sampler(PARAMS, [prompts[0], prompts[0], prompts[1], prompts[1]], sampling)
     assert len(once) == 4
     for a, b in zip(once, each, strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)

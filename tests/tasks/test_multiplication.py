@@ -9,7 +9,7 @@ import pytest
 from tw_jax.forkjoin import grammar
 from tw_jax.tasks.multiplication import (
     Multiplication,
-    Problem,
+    Product,
     add,
     gold,
     grade,
@@ -148,12 +148,12 @@ def test_every_text_is_canonical_and_passes_the_strict_checker(cfg):
 
 def test_a_lone_pair_forks_over_the_non_zero_digits_of_the_shorter_factor():
     cfg = Multiplication(parallel=True, lone_pair="fork", min_factors=2, max_factors=2)
-    text = gold(Problem(factors=(305, 1234), seed=0), cfg)
+    text = gold(Product(factors=(305, 1234), seed=0), cfg)
     assert "<Outline>1: 5 times 1234.</Outline>" in text
     assert "<Outline>2: 300 times 1234.</Outline>" in text
     assert text.count("<Thread>") == 2
     for factors in ((300, 1234), (7, 8), (0, 55), (1000, 1000)):
-        assert "<Parallel>" not in gold(Problem(factors=factors, seed=0), cfg)
+        assert "<Parallel>" not in gold(Product(factors=factors, seed=0), cfg)
 
 
 def test_the_probability_of_a_fork_is_drawn_for_each_round():
@@ -201,7 +201,7 @@ def test_the_format_of_each_step_stays_as_it_is():
 
 def test_a_parallel_text_stays_as_it_is():
     cfg = Multiplication(parallel=True, min_factors=5, max_factors=5)
-    assert gold(Problem(factors=(12, 7, 30, 5, 1), seed=0), cfg) == (
+    assert gold(Product(factors=(12, 7, 30, 5, 1), seed=0), cfg) == (
         "<think>\n"
         "Pool: 12, 7, 30, 5, 1.\n"
         "<Parallel>\n"
@@ -239,7 +239,7 @@ def test_a_parallel_text_stays_as_it_is():
 
 def test_a_fork_of_a_lone_pair_stays_as_it_is():
     cfg = Multiplication(parallel=True, min_factors=2, max_factors=2, lone_pair="fork")
-    assert gold(Problem(factors=(84, 150), seed=0), cfg) == (
+    assert gold(Product(factors=(84, 150), seed=0), cfg) == (
         "<think>\n"
         "Pool: 84, 150.\n"
         "<Parallel>\n"

@@ -10,7 +10,7 @@ import pytest
 import rollouts
 
 from tw_jax.forkjoin import cost
-from tw_jax.forkjoin.calls import Call, Hit, Trajectory
+from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.tasks.reward import (
     GroupLength,
     Reward,
@@ -28,7 +28,7 @@ NOTHING = np.zeros(0, np.int32)
 
 def call(path, sampled):
     ids = np.zeros(sampled, np.int32)
-    return Call(path, NOTHING, NOTHING.astype(np.int8), ids, None, Hit.STOP)
+    return Call(path, NOTHING, NOTHING.astype(np.int8), ids, None, StopReason.STOP)
 
 
 def made(*sizes, finish="eos", new=100):
@@ -93,7 +93,7 @@ def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(close)
     with_prompt = reward(written, True, Reward(counted="prompt_and_response", **wide), tags=tags)
     close("rounding", with_prompt.acceleration, 4 / (total + 3))
     assert with_prompt.text.total == by_text.text.total + 3
-    assert with_prompt.cost == by_text.cost == cost.of_calls(written)
+    assert with_prompt.cost == by_text.cost == cost.cost_from_calls(written)
     numbers = summary([[by_text]], np.zeros((1, 1)))
     assert numbers["latency_ratio"] == 1, "one call drew it all"
     assert numbers["text_latency_ratio"] < 1

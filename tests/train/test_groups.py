@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rollouts import PROMPT_TOKENS, rollouts
 
-from tw_jax.forkjoin.calls import Call, Hit, Provenance, Trajectory
-from tw_jax.forkjoin.tries import of_group
+from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
+from tw_jax.forkjoin.tries import group_tries
 from tw_jax.train.groups import (
     Aggregation,
     Scored,
@@ -18,7 +18,7 @@ from tw_jax.train.groups import (
     token_weights,
 )
 from tw_jax.train.loss import split_rows
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 # Advantages.
 
@@ -65,7 +65,9 @@ def sequential(*sizes: int, first: int = 5) -> Trajectory:
         context = np.array(path, np.int32)
         sampled = np.arange(first, first + size, dtype=np.int32)
         logp = -np.ones(size, np.float32)
-        calls.append(Call((), context, np.zeros(len(path), np.int8), sampled, logp, Hit.STOP))
+        calls.append(
+            Call((), context, np.zeros(len(path), np.int8), sampled, logp, StopReason.STOP)
+        )
         path += [*sampled.tolist(), 3]
     ids = np.array(path, np.int32)
     marks = np.full(len(ids), Provenance.SAMPLED, np.int8)
@@ -76,8 +78,8 @@ def sequential(*sizes: int, first: int = 5) -> Trajectory:
 def two_groups():
     """Group 0: rollouts of 3, and of 2 + 1 tokens. Group 1: rollouts of 4, and of none."""
     groups = [
-        of_group([sequential(3), sequential(2, 1)])[0],
-        of_group([sequential(4), sequential()])[0],
+        group_tries([sequential(3), sequential(2, 1)])[0],
+        group_tries([sequential(4), sequential()])[0],
     ]
     return [Scored(group, np.array([1.0, -1.0], np.float32)) for group in groups]
 
@@ -176,8 +178,8 @@ def test_weights_do_not_depend_on_how_groups_are_cut(mean, close):
     """Rollouts of one prompt in one trie, or in several that each repeat the prompt."""
     made = rollouts(seed=3, count=5)
 
-    def weights(most_tokens):
-        parts = of_group(made, most_tokens=most_tokens)
+    def weights(max_tokens):
+        parts = group_tries(made, max_tokens=max_tokens)
         scored = [Scored(part, np.ones(5, np.float32)) for part in parts]
         cfg = Aggregation(mean=mean, micro_batch_tokens=200)
         return len(parts), np.concatenate(
@@ -217,13 +219,13 @@ def test_sizes_below_one_are_refused(name):
 # Rows.
 
 
-def scored_groups(prompts=4, count=3, most_tokens=None):
+def scored_groups(prompts=4, count=3, max_tokens=None):
     made = []
     for p in range(prompts):
         advantage = np.arange(count, dtype=np.float32) + 10 * p - 1
         made += [
             Scored(part, advantage)
-            for part in of_group(rollouts(seed=p, count=count), most_tokens=most_tokens)
+            for part in group_tries(rollouts(seed=p, count=count), max_tokens=max_tokens)
         ]
     return made
 
@@ -248,14 +250,18 @@ def test_rows_hold_the_same_tokens_however_they_are_packed():
     scored = scored_groups()
     longest = max(len(one.group.trie) for one in scored)
     tight = pack_groups(
-        [scored], cfg, packing=Packing(row_tokens=longest), microbatch_rows=1, fill=Fill()
+        [scored], cfg, packing=Packing(row_tokens=longest), microbatch_rows=1, stats=PackingStats()
     )
     loose = pack_groups(
-        [scored[::-1]], cfg, packing=Packing(row_tokens=3 * longest), microbatch_rows=3, fill=Fill()
+        [scored[::-1]],
+        cfg,
+        packing=Packing(row_tokens=3 * longest),
+        microbatch_rows=3,
+        stats=PackingStats(),
     )
     cut = pack_groups(
-        [scored_groups(most_tokens=200)], cfg, packing=Packing(row_tokens=longest),
-        microbatch_rows=1, fill=Fill(),
+        [scored_groups(max_tokens=200)], cfg, packing=Packing(row_tokens=longest),
+        microbatch_rows=1, stats=PackingStats(),
     )  # fmt: skip
     assert len(tight.advantage) != len(loose.advantage)
     assert contents(tight) == contents(loose) == contents(cut)
@@ -264,9 +270,11 @@ def test_rows_hold_the_same_tokens_however_they_are_packed():
 
 
 def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
-    scored = scored_groups(most_tokens=200)
+    scored = scored_groups(max_tokens=200)
     packing = Packing(row_tokens=400)
-    batch = pack_groups([scored], Aggregation(), packing=packing, microbatch_rows=1, fill=Fill())
+    batch = pack_groups(
+        [scored], Aggregation(), packing=packing, microbatch_rows=1, stats=PackingStats()
+    )
     owners = {}
     for b, row in enumerate(batch.rollout):
         trained = batch.trie.weight[b] > 0
@@ -279,16 +287,22 @@ def test_rollouts_of_a_row_are_counted_from_zero_and_none_is_in_two_rows():
 
 
 def test_a_batch_has_a_power_of_two_of_parts_and_fills_the_first_ones():
-    scored, fill = scored_groups(), Fill()
+    scored, stats = scored_groups(), PackingStats()
     packing = Packing(row_tokens=max(len(one.group.trie) for one in scored))
-    batch = pack_groups([scored[:3]], Aggregation(), packing=packing, microbatch_rows=1, fill=fill)
-    assert fill.rows == 3
-    assert fill.used_tokens == sum(len(one.group.trie) for one in scored[:3])
+    batch = pack_groups(
+        [scored[:3]], Aggregation(), packing=packing, microbatch_rows=1, stats=stats
+    )
+    assert stats.rows == 3
+    assert stats.used_tokens == sum(len(one.group.trie) for one in scored[:3])
     assert batch.trie.weight.any(axis=1).tolist() == [True, True, True, False]
-    batch = pack_groups([scored], Aggregation(), packing=packing, microbatch_rows=3, fill=Fill())
+    batch = pack_groups(
+        [scored], Aggregation(), packing=packing, microbatch_rows=3, stats=PackingStats()
+    )
     parts = split_rows(batch, 2).trie.weight.any(axis=2)
     assert parts.tolist() == [[True, True, True], [True, False, False]]
-    empty = pack_groups([[]], Aggregation(), packing=packing, microbatch_rows=3, fill=Fill())
+    empty = pack_groups(
+        [[]], Aggregation(), packing=packing, microbatch_rows=3, stats=PackingStats()
+    )
     assert empty.advantage.shape == (3, packing.row_tokens)
     assert not empty.trie.weight.any()
 
@@ -297,10 +311,10 @@ def test_each_inner_step_is_the_batch_of_its_groups_alone():
     scored, cfg = scored_groups(), Aggregation()
     packing = Packing(row_tokens=max(len(one.group.trie) for one in scored))
     both = pack_groups(
-        [scored[:3], scored[3:]], cfg, packing=packing, microbatch_rows=1, fill=Fill()
+        [scored[:3], scored[3:]], cfg, packing=packing, microbatch_rows=1, stats=PackingStats()
     )
     for number, groups in enumerate([scored[:3], scored[3:]]):
-        alone = pack_groups([groups], cfg, packing=packing, microbatch_rows=1, fill=Fill())
+        alone = pack_groups([groups], cfg, packing=packing, microbatch_rows=1, stats=PackingStats())
         here = jax.tree.map(lambda x, n=number: x[n], split_rows(both, 2))
         assert contents(here) == contents(alone)
 
@@ -312,20 +326,20 @@ def test_a_group_longer_than_a_row_is_refused():
             Aggregation(),
             packing=Packing(row_tokens=20),
             microbatch_rows=1,
-            fill=Fill(),
+            stats=PackingStats(),
         )
 
 
 def test_b2_advantages_stay_centred_over_rollouts_however_many_rows_are_padding(close):
     reward = np.array([[1.1, -1.0, -1.0], [1.0, 1.05, -1.0]])
     want = advantages(reward)
-    groups = [of_group(rollouts(seed=p, count=3))[0] for p in range(2)]
+    groups = [group_tries(rollouts(seed=p, count=3))[0] for p in range(2)]
     scored = [Scored(group, row) for group, row in zip(groups, want, strict=True)]
     longest = max(len(group.trie) for group in groups)
     for rows in (1, 7):
         packing = Packing(row_tokens=longest)
         batch = pack_groups(
-            [scored], Aggregation(), packing=packing, microbatch_rows=rows, fill=Fill()
+            [scored], Aggregation(), packing=packing, microbatch_rows=rows, stats=PackingStats()
         )
         assert len(batch.advantage) == max(2, rows)
         trained = np.argwhere(batch.trie.weight > 0)
@@ -343,7 +357,7 @@ def test_prompts_and_padding_carry_no_advantage():
         Aggregation(),
         packing=Packing(row_tokens=900),
         microbatch_rows=1,
-        fill=Fill(),
+        stats=PackingStats(),
     )
     assert (batch.trie.weight[:, :PROMPT_TOKENS] == 0).all()
     assert (batch.advantage[batch.trie.weight == 0] == 0).all()

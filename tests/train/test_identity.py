@@ -8,11 +8,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from house.sources import ROOT
+from repo.sources import ROOT
 
 from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints
-from tw_jax.config import describe, load, operative
+from tw_jax.config import describe, load_config, operative
 from tw_jax.programs.pgrpo import Pgrpo
 from tw_jax.programs.sft import Sft
 from tw_jax.train.identity import MAY_CHANGE, Origin, establish, origin_params, standing
@@ -41,7 +41,9 @@ def in_the_repository(monkeypatch):
 
 def build(*words, root=Sft, **changes):
     mesh = [f"{root.__name__}.mesh=@Mesh()", "Mesh.data=1"]
-    return load(root, [FILES[root]], [*mesh, *words, *(f"{k}={v!r}" for k, v in changes.items())])
+    return load_config(
+        root, [FILES[root]], [*mesh, *words, *(f"{k}={v!r}" for k, v in changes.items())]
+    )
 
 
 def note(cfg, origin=None, **contents):

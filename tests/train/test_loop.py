@@ -21,7 +21,7 @@ from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.metrics import Metrics, read
 from tw_jax.train.loop import DivergedError, fit, resume
-from tw_jax.train.sft import make_step
+from tw_jax.train.sft import make_sft_step
 from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
 from tw_jax.trie.batch import stack_rows
 
@@ -225,7 +225,7 @@ def test_a_sharded_network_goes_on_exactly_on_its_mesh(tmp_path):
     rules = sharding.Rules()
     mesh = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2))
     abstract = abstract_state(network, optim, mesh=mesh, rules=rules)
-    pure = make_step(network, optim, steps=4, chunk_tokens=64)
+    pure = make_sft_step(network, optim, steps=4, chunk_tokens=64)
     compiled = jit_step(pure, abstract, mesh=mesh, rules=rules)
 
     def make(index):

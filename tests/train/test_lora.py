@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 from rollouts import TOKENIZER, rollouts
 
 from tw_jax import sharding
-from tw_jax.forkjoin.tries import of_group
+from tw_jax.forkjoin.tries import group_tries
 from tw_jax.models.lora import Lora, adapters, overlay, without_adapters
 from tw_jax.models.transformer import Model, Rope, network
 from tw_jax.train import pgrpo, sft
@@ -27,7 +27,7 @@ from tw_jax.train.state import (
     matrices,
     update,
 )
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 BASE = Model(
     vocab_size=-(-TOKENIZER.vocab_size // 8) * 8,
@@ -61,8 +61,8 @@ def objectives(net):
 
 def steps(net, optim=OPTIM, rows=2):
     """The two steps, of a `PolicyBatch` both."""
-    one = sft.make_step(net, optim, steps=9, chunk_tokens=CHUNK)
-    other = pgrpo.make_step(
+    one = sft.make_sft_step(net, optim, steps=9, chunk_tokens=CHUNK)
+    other = pgrpo.make_pgrpo_step(
         net, optim, POLICY, steps=9, chunk_tokens=CHUNK, temperature=0.9, microbatch_rows=rows,
         inner_steps=2,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def batch():
     updates = [
         [
             Scored(
-                of_group(rollouts(seed=seed, count=2, longest=4, blocks=1))[0],
+                group_tries(rollouts(seed=seed, count=2, longest=4, blocks=1))[0],
                 rng.normal(size=2).astype(np.float32),
             )
             for seed in seeds
@@ -85,7 +85,7 @@ def batch():
     ]
     packing = Packing(row_tokens=256)
     made = pack_groups(
-        updates, Aggregation(mean="token"), packing=packing, microbatch_rows=2, fill=Fill()
+        updates, Aggregation(mean="token"), packing=packing, microbatch_rows=2, stats=PackingStats()
     )
     assert made.advantage.shape == (4, 256)
     return made
@@ -225,7 +225,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(batch, close) -> None:
     net = network(dataclasses.replace(MODEL, param_dtype="bfloat16", head_width=8))
     rules = sharding.Rules()
     rows = jax.tree.map(lambda x: np.concatenate([x, x]), batch.trie)
-    step = sft.make_step(net, OPTIM, steps=9, chunk_tokens=CHUNK, accumulation_steps=2)
+    step = sft.make_sft_step(net, OPTIM, steps=9, chunk_tokens=CHUNK, accumulation_steps=2)
     after = []
     for mesh in (
         sharding.make_mesh(sharding.Mesh(), jax.devices()[:1]),

@@ -11,10 +11,10 @@ from fakes import path_network
 from rollouts import rollouts, with_logp
 from train import stub
 
-from tw_jax.forkjoin.tries import of_group
+from tw_jax.forkjoin.tries import group_tries
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
 from tw_jax.train.pgrpo import PolicyLoss, loss_sums, refuse_mismatch
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 
 def sampled_by(params, group):
@@ -27,7 +27,7 @@ def sampled_by(params, group):
             places = range(len(call.context), len(ids))
             logps.append([stub.logp_after(params, ids[:i])[ids[i]] for i in places])
         made.append(with_logp(trajectory, [np.array(logp) for logp in logps]))
-    return Scored(of_group(made)[0], np.ones(len(group), np.float32))
+    return Scored(group_tries(made)[0], np.ones(len(group), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_rows_that_no_token_has_have_no_part_in_log_probs_kl_and_entropy(toleran
         Aggregation(),
         packing=Packing(row_tokens=384),
         microbatch_rows=2,
-        fill=Fill(),
+        stats=PackingStats(),
     )
     reference = jax.tree.map(lambda leaf: leaf * 1.1, columns)
     ref_logp, kls, entropies = np.zeros(batch.advantage.shape, np.float32), [], []

@@ -10,24 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import path_network
-from house.sources import ROOT
+from repo.sources import ROOT
 from rollouts import rollouts, with_logp
 from train import stub
 
 from tw_jax import sharding
-from tw_jax.forkjoin.tries import of_group
+from tw_jax.forkjoin.tries import group_tries
 from tw_jax.train.groups import Aggregation, PolicyBatch, Scored, pack_groups
 from tw_jax.train.pgrpo import (
     PolicyLoss,
     importance,
     loss_sums,
     make_logp,
-    make_step,
+    make_pgrpo_step,
     refuse_mismatch,
     surrogate,
 )
 from tw_jax.train.state import Optim, abstract_state, create, jit_step
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 OPTIM = Optim(peak_lr=2e-2, warmup_steps=0, schedule="constant", weight_decay=0.0)
 NETWORK = path_network(40, stub.WIDTH)  # the tokenizer's ids and some more, which a mesh divides
@@ -42,7 +42,7 @@ def fresh():
 @functools.cache
 def step_of(cfg=NO_CORRECTION, microbatch_rows=2, temperature=1.0, inner_steps=1):
     return jax.jit(
-        make_step(
+        make_pgrpo_step(
             NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=temperature,
             microbatch_rows=microbatch_rows, inner_steps=inner_steps,
         )
@@ -61,7 +61,7 @@ def logp_of(microbatch_rows=2, temperature=1.0):
 def scored(prompts=2, count=3, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        Scored(of_group(rollouts(seed=p, count=count, longest=5))[0], drawn.astype(np.float32))
+        Scored(group_tries(rollouts(seed=p, count=count, longest=5))[0], drawn.astype(np.float32))
         for p, drawn in enumerate(rng.normal(size=(prompts, count)))
     ]
 
@@ -69,7 +69,11 @@ def scored(prompts=2, count=3, seed=0):
 def packed(groups, row_tokens=512, rows=2, mean="token"):
     packing = Packing(row_tokens=row_tokens)
     return pack_groups(
-        [groups], Aggregation(mean=mean), packing=packing, microbatch_rows=rows, fill=Fill()
+        [groups],
+        Aggregation(mean=mean),
+        packing=packing,
+        microbatch_rows=rows,
+        stats=PackingStats(),
     )
 
 
@@ -186,7 +190,7 @@ def uneven():
             for t in rollouts(seed, 1, longest=7, blocks=0)
             if len(t.calls[0].sampled) == count
         )
-        made.append(Scored(of_group([drawn])[0], np.array([advantage], np.float32)))
+        made.append(Scored(group_tries([drawn])[0], np.array([advantage], np.float32)))
     return made
 
 
@@ -273,7 +277,7 @@ def test_p6_an_on_policy_step_runs_each_part_through_the_model_once(batch, inner
         jax.debug.callback(lambda: ran.append(1))
         return NETWORK.apply(*args)
 
-    step = make_step(
+    step = make_pgrpo_step(
         NETWORK._replace(apply=apply), OPTIM, PolicyLoss(), steps=50, chunk_tokens=64,
         temperature=1.0, microbatch_rows=1, inner_steps=inner_steps,
     )  # fmt: skip
@@ -299,7 +303,7 @@ def test_inner_steps_in_one_program_are_updates_one_after_another(close):
     first, second = scored(prompts=2), scored(prompts=4, seed=1)
     packing = Packing(row_tokens=384)
     batch = pack_groups(
-        [first, second], Aggregation(), packing=packing, microbatch_rows=2, fill=Fill()
+        [first, second], Aggregation(), packing=packing, microbatch_rows=2, stats=PackingStats()
     )
     got, metrics = step_of(PolicyLoss(), inner_steps=2)(fresh(), batch)
     want, lines = fresh(), []
@@ -327,7 +331,7 @@ def test_an_update_without_signal_has_no_part_in_the_numbers_of_its_step(close):
     )
     packing = Packing(row_tokens=384)
     batch = pack_groups(
-        [groups, []], Aggregation(), packing=packing, microbatch_rows=2, fill=Fill()
+        [groups, []], Aggregation(), packing=packing, microbatch_rows=2, stats=PackingStats()
     )
     state, metrics = step_of(PolicyLoss(), inner_steps=2)(fresh(), batch)
     told = {name: float(value) for name, value in metrics.items()}
@@ -355,7 +359,7 @@ def test_parts_without_a_trained_token_are_not_run(batch):
     more.trie.tokens[2:] = 39
     order = [0, 2, 1, 3]  # strided: parts are rows 0 and 2, 1 and 3
     more = jax.tree.map(lambda x: x[order], more)
-    step = make_step(
+    step = make_pgrpo_step(
         poison, OPTIM, NO_CORRECTION, steps=50, chunk_tokens=64, temperature=1.0, microbatch_rows=2
     )
     got, want = jax.jit(step)(fresh(), more)[1], step_of()(fresh(), batch)[1]
@@ -411,7 +415,7 @@ def sampled_by(params, groups_of_rollouts, off):
                 gaps += gap.tolist()
                 logps.append(np.array(logp) - gap)
             recorded.append(with_logp(trajectory, logps))
-        made.append(Scored(of_group(recorded)[0], np.ones(len(group), np.float32)))
+        made.append(Scored(group_tries(recorded)[0], np.ones(len(group), np.float32)))
     return made, np.array(gaps)
 
 
@@ -496,7 +500,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(sizes, close):
     sizes = {"fsdp": 2, **sizes}
     mesh, rules = sharding.make_mesh(sharding.Mesh(**sizes)), sharding.Rules()
     abstract = abstract_state(NETWORK, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(
+    step = make_pgrpo_step(
         NETWORK, OPTIM, cfg, steps=50, chunk_tokens=64, temperature=1.0, microbatch_rows=8
     )
     with sharding.use(mesh, rules):
@@ -512,7 +516,7 @@ def test_data_parallel_devices_exchange_sums_and_no_tokens():
     batch = packed(scored(prompts=1), row_tokens=384, rows=8)
     mesh, rules = sharding.make_mesh(sharding.Mesh(data=8, fsdp=1)), sharding.Rules()
     abstract = abstract_state(NETWORK, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(
+    step = make_pgrpo_step(
         NETWORK, OPTIM, PolicyLoss(importance="sequence"), steps=50, chunk_tokens=384,
         temperature=1.0, microbatch_rows=8,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from fakes import path_network
 from train import stub
 
 from tw_jax import sharding
-from tw_jax.train.sft import make_step
+from tw_jax.train.sft import make_sft_step
 from tw_jax.train.state import Optim, abstract_state, create, jit_step
 from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.tree import build
@@ -43,7 +43,7 @@ def fresh(network):
 
 @pytest.fixture(scope="module")
 def step(network):
-    return jax.jit(make_step(network, OPTIM, steps=60, chunk_tokens=16))
+    return jax.jit(make_sft_step(network, OPTIM, steps=60, chunk_tokens=16))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_loss_is_the_mean_over_all_calls_of_the_batch(network, close):
     groups, tries = stub.random_tries(seed=1, num_tries=3)
     batch = rows_of(tries)
     state = fresh(network)
-    step = jax.jit(make_step(network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=2))
+    step = jax.jit(make_sft_step(network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=2))
     _, metrics = step(state, batch)
     calls = [call for calls in groups for call in calls]
     weight = sum(weight.sum() for _, weight in calls)
@@ -151,7 +151,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(
     mesh = sharding.make_mesh(sharding.Mesh(data=data, fsdp=fsdp, tensor=tensor))
     rules = sharding.Rules()
     abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(
+    step = make_sft_step(
         network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=accumulation_steps
     )
     with sharding.use(mesh, rules):
@@ -178,7 +178,7 @@ def program_text(network, batch, sizes, accumulation_steps):
     """The compiled step for a mesh."""
     mesh, rules = sharding.make_mesh(sharding.Mesh(**sizes)), sharding.Rules()
     abstract = abstract_state(network, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(
+    step = make_sft_step(
         network, OPTIM, steps=60, chunk_tokens=16, accumulation_steps=accumulation_steps
     )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
@@ -211,7 +211,7 @@ def test_a_bfloat16_model_trains_on_a_mesh(network, batches):
     )
     mesh, rules = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2)), sharding.Rules()
     abstract = abstract_state(low, OPTIM, mesh=mesh, rules=rules)
-    step = make_step(low, OPTIM, steps=60, chunk_tokens=16)
+    step = make_sft_step(low, OPTIM, steps=60, chunk_tokens=16)
     state = jax.device_put(fresh(low), jax.tree.map(lambda leaf: leaf.sharding, abstract))
     with sharding.use(mesh, rules):
         compiled = jit_step(step, abstract, mesh=mesh, rules=rules)

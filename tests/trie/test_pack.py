@@ -21,20 +21,20 @@ def random_tries(seed: int, count: int = 12):
 @hypothesis.given(st.integers(0, 10_000))
 def test_every_trie_lands_in_exactly_one_row(seed):
     tries = random_tries(seed)
-    fill = pack.Fill()
-    rows = pack.pack(tries, pack.Packing(row_tokens=40), fill)
+    stats = pack.PackingStats()
+    rows = pack.pack(tries, pack.Packing(row_tokens=40), stats)
     assert sorted(id(t) for row in rows for t in row) == sorted(map(id, tries))
     assert all(sum(map(len, row)) <= 40 for row in rows)
-    assert fill.rows == len(rows)
-    assert fill.used_tokens == sum(map(len, tries))
-    assert fill.rows_filled == pytest.approx(fill.used_tokens / (40 * len(rows)))
+    assert stats.rows == len(rows)
+    assert stats.used_tokens == sum(map(len, tries))
+    assert stats.rows_filled == pytest.approx(stats.used_tokens / (40 * len(rows)))
 
 
 def test_packing_many_tries_fills_rows_almost_wholly():
     tries = random_tries(0, count=400)
-    fill = pack.Fill()
-    pack.pack(tries, pack.Packing(row_tokens=64), fill)
-    assert fill.rows_filled > 0.97
+    stats = pack.PackingStats()
+    pack.pack(tries, pack.Packing(row_tokens=64), stats)
+    assert stats.rows_filled > 0.97
 
 
 @hypothesis.given(st.integers(0, 10_000))
@@ -66,14 +66,14 @@ def test_a_trie_longer_than_a_row_is_refused_dropped_or_truncated():
     trie = tree.build(sequences, [None, None])
     refuse = pack.Packing(row_tokens=6)
     with pytest.raises(ValueError, match="line 7 makes a trie of 11 nodes and a row holds 6"):
-        pack.fit(trie, refuse, pack.Fill(), name="line 7")
-    fill = pack.Fill()
-    assert pack.fit(trie, pack.Packing(row_tokens=6, too_long="drop"), fill) is None
-    cut = pack.fit(trie, pack.Packing(row_tokens=6, too_long="truncate"), fill)
+        pack.fit_row(trie, refuse, pack.PackingStats(), name="line 7")
+    stats = pack.PackingStats()
+    assert pack.fit_row(trie, pack.Packing(row_tokens=6, too_long="drop"), stats) is None
+    cut = pack.fit_row(trie, pack.Packing(row_tokens=6, too_long="truncate"), stats)
     assert cut is not None
     assert cut.tokens.tolist() == [0, 1, 2, 3, 4, 5]
     assert cut.end.tolist() == [6] * 6
-    assert (fill.dropped, fill.truncated) == (1, 1)
+    assert (stats.dropped, stats.truncated) == (1, 1)
 
 
 def test_truncation_cuts_branch_copies_before_the_joined_path():

@@ -124,7 +124,7 @@ def test_a_graft_has_the_chain_once_and_every_other_node_as_it_was(seed):
     rng = np.random.default_rng(seed)
     stem = rng.integers(0, 3, rng.integers(1, 5))
     tries = [grown(rng, stem)[0] for _ in range(rng.integers(1, 5))]
-    made = tree.graft(tries, len(stem))
+    made = tree.merge_on_prompt(tries, len(stem))
     want = [*paths(tries[0])[: len(stem)], *(p for t in tries for p in paths(t)[len(stem) :])]
     assert paths(made) == want
     assert made.depth.tolist() == [len(path) - 1 for path in want]
@@ -137,7 +137,7 @@ def test_a_graft_has_the_chain_once_and_every_other_node_as_it_was(seed):
 
 def test_a_graft_never_merges_equal_tokens_below_the_chain():
     tries = [tree.build([np.array([7, 8, 1, 2], np.int32)], [None]) for _ in range(3)]
-    made = tree.graft(tries, 2)
+    made = tree.merge_on_prompt(tries, 2)
     assert made.tokens.tolist() == [7, 8, 1, 2, 1, 2, 1, 2]
     assert made.parent.tolist() == [-1, 0, 1, 2, 1, 4, 1, 6]
     assert made.end.tolist() == [8, 8, 4, 4, 6, 6, 8, 8]
@@ -146,7 +146,7 @@ def test_a_graft_never_merges_equal_tokens_below_the_chain():
 def test_weights_of_the_chain_add_up_in_a_graft():
     weight = np.array([0, 2, 1], np.float32)
     tries = [tree.build([np.array([7, 8, t], np.int32)], [weight]) for t in (1, 2)]
-    assert tree.graft(tries, 2).weight.tolist() == [0, 4, 1, 1]
+    assert tree.merge_on_prompt(tries, 2).weight.tolist() == [0, 4, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_weights_of_the_chain_add_up_in_a_graft():
 def test_a_graft_of_other_chains_is_refused(sequences, stem):
     tries = [tree.build([np.array(s, np.int32)], [None]) for s in sequences]
     with pytest.raises(ValueError, match=rf"does not begin with the chain of {stem} tokens"):
-        tree.graft(tries, stem)
+        tree.merge_on_prompt(tries, stem)
 
 
 def test_a_graft_of_a_trie_that_branches_inside_the_chain_is_refused():
     branches = tree.build([np.array(s, np.int32) for s in ([1, 2, 3], [1, 4])], [None, None])
     with pytest.raises(ValueError, match="Trie 0 does not begin with the chain of 2 tokens"):
-        tree.graft([branches], 2)
+        tree.merge_on_prompt([branches], 2)

@@ -38,7 +38,7 @@ _KEYS = 512
 # A pair is one int32: query block, key block, and these.
 _FIRST, _LAST, _CUT, _IDLE = 1, 2, 4, 8
 _FLAG_BITS, _BLOCK_BITS = 4, 13
-_MOST_PAIRS = 3 * 2**16  # the list lies in scalar memory, 1 MiB
+_MAX_PAIRS = 3 * 2**16  # the list lies in scalar memory, 1 MiB
 
 
 def attend(
@@ -87,10 +87,10 @@ def attend(
     at = pad(at, 1, query_block, mode="edge")
     keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
     counts = at.shape[1] // query_block, keys.enter.shape[1] // key_block
-    if rows * max(counts) >= 2**_BLOCK_BITS or rows * counts[0] * counts[1] > _MOST_PAIRS:
+    if rows * max(counts) >= 2**_BLOCK_BITS or rows * counts[0] * counts[1] > _MAX_PAIRS:
         raise NotImplementedError(
             f"{rows} rows of {counts[0]} x {counts[1]} pairs of blocks are more than a list of "
-            f"{_MOST_PAIRS} in scalar memory: want shorter or fewer rows on a device, or larger "
+            f"{_MAX_PAIRS} in scalar memory: want shorter or fewer rows on a device, or larger "
             "blocks"
         )
 
@@ -295,9 +295,9 @@ def _by_key(count, *block, turned=False):
     return pl.BlockSpec((None, None, *block), place)
 
 
-def _call(kernel, how, plan, inputs, outputs, scratch, arrays):
+def _call(kernel, options, plan, inputs, outputs, scratch, arrays):
     """One kernel over all pairs of the plan, for each key head."""
-    scale, interpret = how
+    scale, interpret = options
     pairs, count = plan
     return pl.pallas_call(
         functools.partial(kernel, scale=scale),
@@ -314,11 +314,11 @@ def _call(kernel, how, plan, inputs, outputs, scratch, arrays):
     )(pairs, *arrays)
 
 
-def _folded(how, q, k, v, at, keys, plan) -> jax.Array:
+def _folded(options, q, k, v, at, keys, plan) -> jax.Array:
     """Attention on folded arrays.
 
     Args:
-      how: (scale, interpret).
+      options: (scale, interpret).
       q: [B, G, M, Q queries, H].
       k: [B, G, K b, H].
       v: [B, G, K b, H].
@@ -329,10 +329,10 @@ def _folded(how, q, k, v, at, keys, plan) -> jax.Array:
     Returns:
       [B, G, M, Q queries, H] in the dtype of `q`.
     """
-    return _forward(how, q, k, v, at, keys, plan)[0]
+    return _forward(options, q, k, v, at, keys, plan)[0]
 
 
-def _forward(how, q, k, v, at, keys, plan):
+def _forward(options, q, k, v, at, keys, plan):
     """Returns the output and what the backward pass keeps."""
     (_, groups, stack, queries, width), (blocks, _, lanes) = q.shape, at.shape
     slots = keys.enter.shape[2]
@@ -355,13 +355,13 @@ def _forward(how, q, k, v, at, keys, plan):
     ]
     scratch = [(width, lanes), (1, lanes), (1, lanes)]
     arrays = (at, keys.enter, keys.exit, q, k, v.swapaxes(2, 3))
-    out, log_sum = _call(_forward_kernel, how, plan[0], inputs, outputs, scratch, arrays)
+    out, log_sum = _call(_forward_kernel, options, plan[0], inputs, outputs, scratch, arrays)
     # A remat policy that keeps these two spares the backward pass this whole kernel.
     out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
     return out, (q, k, v, at, keys, plan, out, log_sum)
 
 
-def _backward(how, kept, d_out):
+def _backward(options, kept, d_out):
     """Two kernels, for dq and for dk with dv, that both make p and ds anew.
 
     With p = exp(scores - log_sum): dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
@@ -389,7 +389,7 @@ def _backward(how, kept, d_out):
     ]
     [dq] = _call(
         _query_kernel,
-        how,
+        options,
         plan[0],
         [*inputs, _by_key(k.shape[2] // slots, width, slots, turned=True)],
         [(by_query, jax.ShapeDtypeStruct(q.shape, q.dtype))],
@@ -398,7 +398,7 @@ def _backward(how, kept, d_out):
     )
     dk, dv = _call(
         _key_kernel,
-        how,
+        options,
         plan[1],
         inputs,
         [(by_key, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)],

@@ -18,7 +18,7 @@ import numpy as np
 from tw_jax.attention import dispatch
 from tw_jax.attention.blockwise import pad
 from tw_jax.attention.dispatch import Impl
-from tw_jax.benchmarks.measure import Report, Times, interleave
+from tw_jax.benchmarks.measure import BenchmarkReport, Times, interleave
 from tw_jax.contracts import Span
 from tw_jax.data import workloads
 from tw_jax.data.workloads import AttentionCase, PackedRow
@@ -26,7 +26,7 @@ from tw_jax.forkjoin import tries
 from tw_jax.models.transformer import Model
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.mask import needed
-from tw_jax.trie.pack import Fill
+from tw_jax.trie.pack import PackingStats
 
 PEAK = {
     "TPU v4": 275.0,
@@ -42,7 +42,7 @@ PEAK = {
 AREA_BLOCK = 256
 
 
-def run(case: AttentionCase) -> Report:
+def run(case: AttentionCase) -> BenchmarkReport:
     """Times each row of tries and a causal row of its length in turn, under the heads of a model.
 
     The dtype is what the device trains in: bfloat16, or float32 on a CPU.
@@ -59,13 +59,13 @@ def run(case: AttentionCase) -> Report:
         bars |= found.bars
     values["active_over_true_pairs_256"] = _active_over_true(case)
     bars["active_over_true_pairs_256"] = ("most", 1.08)
-    return Report(times, values, bars)
+    return BenchmarkReport(times, values, bars)
 
 
-def _race(model: Model, packed: PackedRow, repeats: int) -> Report:
+def _race(model: Model, packed: PackedRow, repeats: int) -> BenchmarkReport:
     """Times one row and its causal twin."""
     tokens = packed.tokens
-    batch, fill = row(packed)
+    batch, stats = row(packed)
     ways = spans(batch)
     impl, _ = backend(model, tokens)
     # One program: the intervals are arguments.
@@ -78,8 +78,8 @@ def _race(model: Model, packed: PackedRow, repeats: int) -> Report:
     pairs = {way: walked_pairs(keys, model) for way, keys in ways.items()}
     ideal, skip = pairs["causal"][0] / pairs["trie"][0], ms["causal"] / ms["trie"]
     values: dict[str, float | None] = {
-        "nodes": fill.used_tokens,
-        "rho": fill.token_sharing,
+        "nodes": stats.used_tokens,
+        "rho": stats.token_sharing,
         **{f"block_occupancy_{way}": share for way, (_, share) in pairs.items()},
         "ideal": ideal,
         "skip": skip,
@@ -90,24 +90,24 @@ def _race(model: Model, packed: PackedRow, repeats: int) -> Report:
         speed = operations(keys, model) / ms[way] / 1e9
         values[f"tflops_{way}"] = speed
         values[f"share_of_peak_{way}"] = None if peak is None else speed / peak
-    return Report(
+    return BenchmarkReport(
         times={f"{impl}_{way}_{tokens}": found for way, found in times.items()},
         values={f"{name}_{tokens}": value for name, value in values.items()},
         bars={f"skip_over_ideal_{tokens}": ("least", 0.85)},
     )
 
 
-def row(packed: PackedRow) -> tuple[TrieBatch, Fill]:
+def row(packed: PackedRow) -> tuple[TrieBatch, PackingStats]:
     """One row of whole tries, padded to its length; and how much of it they fill and share."""
-    made = [tries.of_trajectory(workloads.trajectory(packed.shape, s)) for s in packed.seeds]
-    fill = Fill(
+    made = [tries.trajectory_trie(workloads.trajectory(packed.shape, s)) for s in packed.seeds]
+    stats = PackingStats(
         tries=len(made),
         rows=1,
         used_tokens=sum(map(len, made)),
         row_tokens=packed.tokens,
         source_tokens=sum(trie.source_tokens for trie in made),
     )
-    return stack_rows([made], packed.tokens), fill
+    return stack_rows([made], packed.tokens), stats
 
 
 def spans(batch: TrieBatch) -> dict[str, Span]:
@@ -207,7 +207,7 @@ def _active_over_true(case: AttentionCase) -> float:
     """Pairs in needed blocks of 256 by 256 over pairs that the mask allows, at full size."""
     area = true = 0
     for seed in range(case.full_seeds):
-        trie = tries.of_trajectory(workloads.trajectory(case.full_shape, seed))
+        trie = tries.trajectory_trie(workloads.trajectory(case.full_shape, seed))
         keys = stack_rows([[trie]], len(trie)).span
         area += _needed_pairs(keys, (AREA_BLOCK, AREA_BLOCK))[0]
         true += _true_pairs(keys)

@@ -2,7 +2,7 @@
 
 What is compared runs in one process, in turn: A B A B. The first round compiles and is not counted;
 a time is the median of the others, and the fastest is kept beside it. This file knows nothing of
-what is timed; it hands `programs/bench.py` a `Report`.
+what is timed; it hands `programs/bench.py` a `BenchmarkReport`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Times:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """What a benchmark found.
 
     Attributes:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tw_jax.benchmarks.measure import Report, Times, interleave
+from tw_jax.benchmarks.measure import BenchmarkReport, Times, interleave
 from tw_jax.benchmarks.step import trainer
 from tw_jax.data import workloads
 from tw_jax.data.workloads import CutTrie, ParityCase
@@ -33,7 +33,7 @@ from tw_jax.trie.batch import TrieBatch, stack_rows
 SIDES = ("jax", "torch")
 
 
-def run(case: ParityCase) -> Report:
+def run(case: ParityCase) -> BenchmarkReport:
     """Times both sides on every trie; weighs them on the largest.
 
     Raises:
@@ -67,7 +67,7 @@ def run(case: ParityCase) -> Report:
             values[f"{side}_mib"] = _weighed(side, folder, case.model, case.tries[-1])
     values["memory_ratio"] = values["jax_mib"] / values["torch_mib"]
     bars["memory_ratio"] = ("most", 0.5)
-    return Report(times, values, bars)
+    return BenchmarkReport(times, values, bars)
 
 
 def _step(side: str, folder: str, model: Model, cut: CutTrie) -> Callable[[Any], float]:
@@ -114,7 +114,7 @@ def _oracles() -> Any:
 
 @functools.cache
 def _batch(cut: CutTrie) -> TrieBatch:
-    trie = tries.of_trajectory(workloads.trajectory(cut.shape, cut.seed))
+    trie = tries.trajectory_trie(workloads.trajectory(cut.shape, cut.seed))
     if len(trie) < cut.nodes:
         raise ValueError(f"CutTrie.shape gives {len(trie)} nodes: want at least {cut.nodes}.")
     return stack_rows([[pack.truncate(trie, cut.nodes)]], cut.nodes)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from tw_jax.benchmarks.measure import Report, interleave
+from tw_jax.benchmarks.measure import BenchmarkReport, interleave
 from tw_jax.benchmarks.step import (
     CHUNK_TOKENS,
     OPTIM,
@@ -32,12 +32,12 @@ from tw_jax.train import pgrpo
 from tw_jax.train.groups import Aggregation, PolicyBatch, Scored, advantages, pack_groups
 from tw_jax.train.pgrpo import PolicyLoss
 from tw_jax.trie.batch import stack_rows
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 _TEMPERATURE = 1.0
 
 
-def run(case: RowsCase) -> Report:
+def run(case: RowsCase) -> BenchmarkReport:
     """Trains the rollouts of one prompt as one trie and as one row per call.
 
     Both ways train the same tokens, with the same weights, advantages and recorded log-probs, by
@@ -58,7 +58,7 @@ def run(case: RowsCase) -> Report:
     rows = batches["rows"]
     size = float(np.sum(np.asarray(rows.trie.weight) * np.abs(np.asarray(rows.advantage))))
     loss_diff, gradient_diff = difference(objective, params, batches, size)
-    step = pgrpo.make_step(
+    step = pgrpo.make_pgrpo_step(
         net,
         OPTIM,
         PolicyLoss(),
@@ -87,20 +87,20 @@ def run(case: RowsCase) -> Report:
         "loss_rel_diff": ("most", 1e-5),
         "grad_rel_l2": ("most", 1e-5),
     }
-    return Report(times, values, bars)
+    return BenchmarkReport(times, values, bars)
 
 
 def batches_of(case: RowsCase) -> dict[str, PolicyBatch]:
     """The group as "trie" and as "rows", [1, T] each."""
     made = workloads.rollouts(case.shape, case.seed, count=case.rollouts)
     reward = np.random.default_rng(case.seed).normal(size=(1, case.rollouts))
-    (group,) = tries.of_group(made)
+    (group,) = tries.group_tries(made)
     trie = pack_groups(
         [[Scored(group, advantages(reward)[0])]],
         Aggregation(),
         packing=Packing(row_tokens=len(group.trie)),
         microbatch_rows=1,
-        fill=Fill(),
+        stats=PackingStats(),
     )
     return {"trie": trie, "rows": _of_calls(made, group, trie)}
 

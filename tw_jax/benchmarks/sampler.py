@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax.benchmarks.measure import Report, Times, interleave
+from tw_jax.benchmarks.measure import BenchmarkReport, Times, interleave
 from tw_jax.contracts import Network, Params
 from tw_jax.data import workloads
 from tw_jax.data.workloads import SamplerCase
@@ -20,12 +20,12 @@ from tw_jax.metrics import count_compiles
 from tw_jax.models.transformer import network
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import Draw, draw, settings
-from tw_jax.sample.flight import DONE, State
+from tw_jax.sample.draw import SamplingParams, draw, sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler
+from tw_jax.sample.state import DONE, State
 
 
-def run(case: SamplerCase) -> Report:
+def run(case: SamplerCase) -> BenchmarkReport:
     """Decodes as lanes over one prefix, as rows with a prefix each, and in one lane.
 
     The program is the sampler's own, from the step after the one that encoded the prefix to the
@@ -68,7 +68,7 @@ def run(case: SamplerCase) -> Report:
     bars = {f"{lanes}_over_sequential": ("least", 1.7), "recompiles": ("most", 0.0)}
     for prefix, bar in zip(case.prefixes, (1.0, 1.4), strict=False):
         bars[f"{lanes}_over_rows_{prefix}"] = ("least", bar)
-    return Report(times, values, bars)
+    return BenchmarkReport(times, values, bars)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class _Decode:
 
     sampler: ForkJoinSampler
     prompts: list[np.ndarray]
-    how: tuple[Draw, jax.Array]
+    sampling: tuple[SamplingParams, jax.Array]
     prefix: int
     tokens: int  # of one row, all its lanes together, that are decoded behind the prefix
 
@@ -127,14 +127,14 @@ class _Decode:
         state = sampler._start(self.prompts, sampler.sizes.rows).replace(
             cache=cache.replace(used=taken)
         )
-        state = sampler.grow(sampler.advance(params, state, self.how), slots)
+        state = sampler.grow(sampler.advance(params, state, self.sampling), slots)
         if (np.asarray(state.cache.used) != self.prefix).any():
             raise RuntimeError(f"{state.cache.used} slots hold entries: want {self.prefix}.")
         return state
 
     def finish(self, params: Params, state: State) -> State:
         """Decodes to the end."""
-        state = self.sampler.advance(params, state, self.how)
+        state = self.sampler.advance(params, state, self.sampling)
         if (np.asarray(state.phase) != DONE).any():
             raise RuntimeError("The cache was full before the end: want room for every token.")
         return state
@@ -146,9 +146,12 @@ def _forced(
     """A sampler that draws as always and then takes the token that its script has there."""
 
     def forced(
-        logits: jax.Array, how: tuple[Draw, jax.Array], call: jax.Array, position: jax.Array
+        logits: jax.Array,
+        sampling: tuple[SamplingParams, jax.Array],
+        call: jax.Array,
+        position: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        given, script = how
+        given, script = sampling
         row = jnp.arange(logits.shape[0])[:, None]
         last_call, last_token = script.shape[1] - 1, script.shape[2] - 1
         at = jnp.minimum(call, last_call), jnp.minimum(position, last_token)
@@ -160,8 +163,8 @@ def _forced(
     return samplers.make_sampler(net, protocol, cfg, draw=forced)
 
 
-def _how(script: np.ndarray) -> tuple[Draw, jax.Array]:
-    given = settings(len(script), temperature=1.0, top_p=1.0, top_k=0, seed=0)
+def _how(script: np.ndarray) -> tuple[SamplingParams, jax.Array]:
+    given = sampling_params(len(script), temperature=1.0, top_p=1.0, top_k=0, seed=0)
     return given, jnp.asarray(script)
 
 
@@ -177,7 +180,7 @@ def _recompiles(net: Network, params: Params, case: SamplerCase) -> int:
 
     def rollouts(lengths: Sequence[int], **given: Any) -> None:
         prompts = [workloads.text(rng, length) for length in lengths]
-        sampler(params, prompts, settings(len(prompts), **given))
+        sampler(params, prompts, sampling_params(len(prompts), **given))
 
     rollouts(case.prompts, temperature=1.0, top_p=1.0, top_k=0, seed=0)
     with count_compiles() as compiles:

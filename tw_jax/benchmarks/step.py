@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.benchmarks.attention import walked_pairs
-from tw_jax.benchmarks.measure import Report, interleave
+from tw_jax.benchmarks.measure import BenchmarkReport, interleave
 from tw_jax.contracts import Network, Params
 from tw_jax.data import workloads
 from tw_jax.data.workloads import StepCase
@@ -32,7 +32,7 @@ OPTIM = Optim(peak_lr=1e-4, schedule="constant")
 STEPS = 100
 
 
-def run(case: StepCase) -> Report:
+def run(case: StepCase) -> BenchmarkReport:
     """Trains one trajectory as a trie and as one row per call, and a trie with dense attention.
 
     Both ways train the same tokens by the same step; the calls stand in one row without padding,
@@ -42,7 +42,7 @@ def run(case: StepCase) -> Report:
     memory traffic, which the second leaves out at the price of computing everything twice.
     """
     made = workloads.trajectory(case.shape, case.seed)
-    trie, rows = tries.of_trajectory(made), chains([made])
+    trie, rows = tries.trajectory_trie(made), chains([made])
     batches = {
         "trie": stack_rows([[trie]], len(trie)),
         "rows": stack_rows([rows], trie.source_tokens),
@@ -89,7 +89,7 @@ def run(case: StepCase) -> Report:
         "grad_rel_l2": ("most", 1e-5),
         "blockwise_over_dense": ("least", 4.0),
     }
-    return Report(times, values, bars)
+    return BenchmarkReport(times, values, bars)
 
 
 def sharing(batches: Mapping[str, TrieBatch], model: Model) -> dict[str, float]:
@@ -115,7 +115,7 @@ def sharing(batches: Mapping[str, TrieBatch], model: Model) -> dict[str, float]:
 def _full_token_ratio(case: StepCase) -> tuple[float, float]:
     """Tokens of the calls over nodes of the tries, over all trajectories, and its deviation."""
     made = [workloads.trajectory(case.full_shape, seed) for seed in range(case.full_seeds)]
-    full = [tries.of_trajectory(one) for one in made]
+    full = [tries.trajectory_trie(one) for one in made]
     ratio = sum(trie.source_tokens for trie in full) / sum(map(len, full))
     return ratio, statistics.pstdev(trie.source_tokens / len(trie) for trie in full)
 
@@ -136,7 +136,7 @@ def chains(rollouts: Sequence[Trajectory]) -> list[Trie]:
 
 def trainer(net: Network, params: Params, batch: TrieBatch) -> Callable[[Any], Any]:
     """An SFT run on one batch, see `repeated`."""
-    pure = sft.make_step(net, OPTIM, steps=STEPS, chunk_tokens=CHUNK_TOKENS)
+    pure = sft.make_sft_step(net, OPTIM, steps=STEPS, chunk_tokens=CHUNK_TOKENS)
     return repeated(pure, params, batch)
 
 

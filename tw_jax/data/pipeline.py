@@ -15,21 +15,21 @@ import grain
 import numpy as np
 
 from tw_jax.bounds import require, require_text
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.grammar import Document, GrammarError, normalise, parse, point
 from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
-from tw_jax.forkjoin.tries import of_chain, of_trajectory
+from tw_jax.forkjoin.tries import chain_trie, trajectory_trie
 from tw_jax.tokenizer import Chat, Tokenizer, check_ids
 from tw_jax.trie.batch import TrieBatch, stack_rows
-from tw_jax.trie.pack import Fill, Packing, fit, pack
+from tw_jax.trie.pack import Packing, PackingStats, fit_row, pack
 from tw_jax.trie.tree import Trie, flat_labels
 
 
-@config
+@configurable
 class Data:
     """Which trajectories are trained, and on which of their tokens.
 
@@ -72,8 +72,8 @@ class Builder:
         """
         trajectory = self.trajectory(record, where)
         if self._cfg.labels == "sequential":
-            return of_chain(trajectory)
-        trie = of_trajectory(trajectory)
+            return chain_trie(trajectory)
+        trie = trajectory_trie(trajectory)
         if self._cfg.labels == "flat":
             return flat_labels(trie, trajectory.prompt_tokens)
         return trie
@@ -164,7 +164,7 @@ class Batches(Iterator[TrieBatch]):
 
     Attributes:
       fingerprint: of the file.
-      fill: what was packed so far, for `rows_filled` and `token_sharing`.
+      stats: what was packed so far, for `rows_filled` and `token_sharing`.
       unusable: records left out because no call could have written them.
     """
 
@@ -199,7 +199,7 @@ class Batches(Iterator[TrieBatch]):
             )
         self.fingerprint = fingerprint(cfg.path)
         records.require_unchanged()
-        self.fill, self.unusable = Fill(), 0
+        self.stats, self.unusable = PackingStats(), 0
         self._share = [host, num_hosts]
         self._cfg, self._packing, self._builder, self._rows = cfg, packing, builder, rows
         # Each host shuffles its own share, so no record is read twice in an epoch.
@@ -220,7 +220,7 @@ class Batches(Iterator[TrieBatch]):
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON."""
         state = self._before
-        counts = {"fill": vars(self.fill).copy(), "unusable": self.unusable}
+        counts = {"stats": vars(self.stats).copy(), "unusable": self.unusable}
         of = {"file": self.fingerprint, "share": self._share}
         return {"source": state, "taken": self._taken, **of, **counts}
 
@@ -248,7 +248,7 @@ class Batches(Iterator[TrieBatch]):
             self._fill_window()
             del self._waiting[: state["taken"]]
             self._taken = state["taken"]
-        self.fill.__init__(**state["fill"])
+        self.stats.__init__(**state["stats"])
         self.unusable = state["unusable"]
 
     def _next_row(self) -> list[Trie]:
@@ -269,7 +269,7 @@ class Batches(Iterator[TrieBatch]):
                     raise
                 self.unusable += 1
                 continue
-            kept = fit(trie, self._packing, self.fill, name=where)
+            kept = fit_row(trie, self._packing, self.stats, name=where)
             if kept is not None:
                 tries.append(kept)
         if not tries:
@@ -277,7 +277,7 @@ class Batches(Iterator[TrieBatch]):
                 f"{self._cfg.path}: none of {self._packing.window} records in a row could be used. "
                 "Set Data.unusable to 'refuse' to see why, or raise Packing.row_tokens."
             )
-        self._waiting = pack(tries, self._packing, self.fill)
+        self._waiting = pack(tries, self._packing, self.stats)
 
 
 class _Placed:

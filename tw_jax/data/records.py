@@ -24,7 +24,7 @@ import numpy as np
 
 from tw_jax import files
 from tw_jax.data import formats
-from tw_jax.forkjoin.calls import Hit, Trajectory
+from tw_jax.forkjoin.calls import StopReason, Trajectory
 
 
 class _Record:
@@ -88,13 +88,13 @@ class CallRecord:
       path: () for the parent; (round, label) for a thread.
       sampled: [m] int32 ids.
       logp: [m] float32 in nats, or None where no sampler was involved.
-      hit: why the call ended.
+      stop_reason: why the call ended.
     """
 
     path: tuple[int | str, ...]
     sampled: np.ndarray
     logp: np.ndarray | None
-    hit: Hit
+    stop_reason: StopReason
 
     def __post_init__(self) -> None:
         want = f"{len(self.sampled)} numbers, one for each sampled id"
@@ -137,7 +137,9 @@ class Rollout(_Record):
             question=problem.question,
             answer=problem.answer,
             prompt=trajectory.ids[: trajectory.prompt_tokens],
-            calls=tuple(CallRecord(c.path, c.sampled, c.logp, c.hit) for c in trajectory.calls),
+            calls=tuple(
+                CallRecord(c.path, c.sampled, c.logp, c.stop_reason) for c in trajectory.calls
+            ),
             finish=trajectory.finish,
             counts=trajectory.counts,
             **rest,
@@ -257,7 +259,7 @@ def to_json(record: Record) -> dict[str, Any]:
                 "path": list(call.path),
                 "sampled": call.sampled.tolist(),
                 "logp": None if call.logp is None else call.logp.tolist(),
-                "hit": call.hit.value,
+                "stop_reason": call.stop_reason.value,
             }
             for call in record.calls
         ]
@@ -298,16 +300,20 @@ def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> R
 def _call(row: Any) -> CallRecord:
     _require(isinstance(row, dict), "calls", row, "an object for each call")
     _require_fields(row, [f.name for f in dataclasses.fields(CallRecord)], "call")
-    path, logp, hit = row["path"], row["logp"], row["hit"]
+    path, logp, stop_reason = row["path"], row["logp"], row["stop_reason"]
     _require(_is_list(path, int, str), "calls: path", path, "a list of integers and strings")
     _require(logp is None or _is_list(logp, int, float), "calls: logp", logp, "numbers or null")
-    hits = [member.value for member in Hit]
-    _require(hit in hits, "calls: hit", hit, f"one of {', '.join(hits)}")
+    reasons = [member.value for member in StopReason]
+    _require(
+        stop_reason in reasons, "calls: stop_reason", stop_reason, f"one of {', '.join(reasons)}"
+    )
     with np.errstate(over="ignore"):  # refused on the next line
         logp = None if logp is None else np.array(logp, np.float32)
     finite = logp is None or bool(np.isfinite(logp).all())
     _require(finite, "calls: logp", row["logp"], "finite float32 numbers")
-    return CallRecord(tuple(path), _ids(row["sampled"], "calls: sampled"), logp, Hit(hit))
+    return CallRecord(
+        tuple(path), _ids(row["sampled"], "calls: sampled"), logp, StopReason(stop_reason)
+    )
 
 
 def _ids(value: Any, name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tw_jax import files, hosts
 from tw_jax.data import records
 from tw_jax.data.records import Example, Problem, Record, Rollout
-from tw_jax.forkjoin.calls import Hit, Trajectory
+from tw_jax.forkjoin.calls import StopReason, Trajectory
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
@@ -47,7 +47,10 @@ def trajectory_of(protocol: ThreadWeaver, rollout: Rollout) -> Trajectory:
     Raises:
       RecordError: the protocol could not have made these calls.
     """
-    calls = [Result(call.sampled, call.logp, call.hit is Hit.ERROR) for call in rollout.calls]
+    calls = [
+        Result(call.sampled, call.logp, call.stop_reason is StopReason.ERROR)
+        for call in rollout.calls
+    ]
     return rebuild(protocol, rollout.prompt, calls)
 
 

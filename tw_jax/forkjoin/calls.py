@@ -28,7 +28,7 @@ class Provenance(enum.IntEnum):
     """Drawn by a child call and handed back to the parent at a join."""
 
 
-class Hit(enum.Enum):
+class StopReason(enum.Enum):
     """Why a call ended."""
 
     EOS = "eos"
@@ -51,7 +51,7 @@ class Call:
       sampled: [m] int32 ids that the engine drew, the stop id or end of sequence included.
       logp: [m] float32 log-probabilities under the distribution actually sampled from, in nats;
         None where no sampler was involved (replay of a written text).
-      hit: why the call ended.
+      stop_reason: why the call ended.
     """
 
     path: tuple[int | str, ...]
@@ -59,7 +59,7 @@ class Call:
     provenance: np.ndarray
     sampled: np.ndarray
     logp: np.ndarray | None
-    hit: Hit
+    stop_reason: StopReason
 
     @property
     def is_thread(self) -> bool:

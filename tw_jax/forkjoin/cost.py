@@ -1,8 +1,8 @@
 """Tokens in total, on the longest path, and the ratios between them: one definition for all.
 
-Two readings. `of_ids` reads the structure of a text as ThreadWeaver's reward does, with
-prompt tokens out unless asked for. `of_calls` reads what was really run in parallel, so threads
-that a model wrote one after the other earn nothing.
+Two readings. `cost_from_ids` reads the structure of a text as ThreadWeaver's reward does, with
+prompt tokens out unless asked for. `cost_from_calls` reads what was really run in parallel, so
+threads that a model wrote one after the other earn nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Cost:
         return self.threads / self.blocks if self.blocks else 0.0
 
 
-def of_ids(ids: np.ndarray, tags: Tags) -> Cost:
+def cost_from_ids(ids: np.ndarray, tags: Tags) -> Cost:
     """One pass over ids. Source: ThreadWeaver (arXiv:2512.07843), acceleration reward.
 
     Outside blocks every token is sequential. Inside a block but outside threads tokens, thread
@@ -121,7 +121,7 @@ def of_ids(ids: np.ndarray, tags: Tags) -> Cost:
     )
 
 
-def of_calls(trajectory: Trajectory) -> Cost:
+def cost_from_calls(trajectory: Trajectory) -> Cost:
     """What was really sampled, and the longest chain of it: each round costs its longest thread.
 
     Forced and prompt tokens are out: they take prefill, not decoding steps.

@@ -96,7 +96,7 @@ class Outline:
 
 
 @dataclasses.dataclass(frozen=True)
-class Thread:
+class ThreadText:
     """What one thread wrote. `number` as written; `body` after its header, without outer blanks."""
 
     number: str
@@ -105,11 +105,11 @@ class Thread:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class ParallelBlock:
     """One fork and join. `at` runs from `<Parallel>` to past `</Parallel>`."""
 
     outlines: tuple[Outline, ...]
-    threads: tuple[Thread, ...]
+    threads: tuple[ThreadText, ...]
     at: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
 
 
@@ -117,12 +117,12 @@ class Block:
 class Document:
     """Prose and blocks in reading order; positions (`at`) do not count in comparisons."""
 
-    segments: tuple[Prose | Block, ...]
+    segments: tuple[Prose | ParallelBlock, ...]
 
     @property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[ParallelBlock, ...]:
         """The blocks alone."""
-        return tuple(s for s in self.segments if isinstance(s, Block))
+        return tuple(s for s in self.segments if isinstance(s, ParallelBlock))
 
 
 class GrammarError(ValueError):
@@ -159,7 +159,7 @@ def render(document: Document) -> str:
     )
 
 
-def render_block(block: Block) -> str:
+def render_block(block: ParallelBlock) -> str:
     """Writes one block, without a newline before or after it."""
     outlines = "".join(f"<Outline>{_headed(o.number, o.text)}</Outline>\n" for o in block.outlines)
     threads = "".join(f"<Thread>\n{_headed(t.number, t.body)}\n</Thread>" for t in block.threads)
@@ -211,7 +211,7 @@ class _Reader:
         self.text = text
         self.at = 0
 
-    def segments(self) -> Iterator[Prose | Block]:
+    def segments(self) -> Iterator[Prose | ParallelBlock]:
         while (tag := _TAG.search(self.text, self.at)) is not None:
             if tag[0] != "<Parallel>":
                 self.fail(tag.start(), "tag_outside_block", f"{tag[0]} stands outside a block.")
@@ -222,7 +222,7 @@ class _Reader:
         if self.at < len(self.text):
             yield Prose(self.text[self.at :], (self.at, len(self.text)))
 
-    def block(self, start: int) -> Block:
+    def block(self, start: int) -> ParallelBlock:
         opened = (start, "<Parallel>")
         self.next_of(opened, ("<Outlines>",), "unbalanced_parallel")
         outlines, threads = [], []
@@ -234,8 +234,8 @@ class _Reader:
         wanted = ("<Thread>", "</Parallel>")
         while self.next_of(opened, wanted, "unbalanced_parallel") == "<Thread>":
             number, text, at = self.element("Thread", "unbalanced_thread", "thread_header")
-            threads.append(Thread(number, text, at))
-        return Block(tuple(outlines), tuple(threads), (start, self.at))
+            threads.append(ThreadText(number, text, at))
+        return ParallelBlock(tuple(outlines), tuple(threads), (start, self.at))
 
     def next_of(self, opened: tuple[int, str], wanted: tuple[str, ...], unclosed: Rule) -> str:
         """Reads blanks and one of the wanted tags, inside the element that was opened."""
@@ -296,7 +296,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class FormatReport:
     """What `well_formed` found.
 
     Attributes:
@@ -354,7 +354,7 @@ def check(
     return Verdict(tuple(reasons))
 
 
-def well_formed(text: str) -> Report:
+def well_formed(text: str) -> FormatReport:
     """Judges a whole trajectory more strictly than `check` does, for evaluation.
 
     A block is well-formed if `parse` reads it and `check` finds nothing, text between threads
@@ -382,10 +382,10 @@ def well_formed(text: str) -> Report:
         reasons.append(unreadable)
     if max(text.rfind("</think>"), text.rfind("</Think>")) < max(text.rfind("</Parallel>"), 0):
         reasons.append(Reason("no_think_end", len(text)))
-    return Report(text.count("<Parallel>"), good, tuple(reasons))
+    return FormatReport(text.count("<Parallel>"), good, tuple(reasons))
 
 
-def histogram(reports: Iterable[Report]) -> dict[Rule, int]:
+def histogram(reports: Iterable[FormatReport]) -> dict[Rule, int]:
     """How many trajectories break each rule, most frequent first; one counts once for a rule."""
     counts: Counter[Rule] = Counter()
     for report in reports:

@@ -15,7 +15,7 @@ from typing import Protocol as Interface
 
 import numpy as np
 
-from tw_jax.forkjoin.calls import Call, Hit, Provenance, Trajectory
+from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Request:
     Attributes:
       path: () for the parent; (round, label) for a thread.
       context: [n] int32 ids to continue from.
-      stops: ids that end the call; the one that was hit is the last id of the answer.
+      stops: ids that end the call; the one that was drawn is the last id of the answer.
       max_tokens: at least 1; the engine stops after so many ids.
       shared: length of the context prefix that sibling requests have in common.
     """
@@ -122,7 +122,13 @@ class Protocol(Interface):
         ...
 
     def decide(
-        self, sampled: np.ndarray, hit: Hit, *, context_tokens: int, prompt_tokens: int, rounds: int
+        self,
+        sampled: np.ndarray,
+        stop_reason: StopReason,
+        *,
+        context_tokens: int,
+        prompt_tokens: int,
+        rounds: int,
     ) -> tuple[Decision, tuple[str, ...]]:
         """After a parent call: its new ids and why it ended; also the events to count.
 
@@ -134,7 +140,7 @@ class Protocol(Interface):
         """After the threads of a fork, in outline order."""
         ...
 
-    def hit(self, sampled: np.ndarray, stops: frozenset[int], failed: bool) -> Hit:
+    def stop_reason(self, sampled: np.ndarray, stops: frozenset[int], failed: bool) -> StopReason:
         """Why a call ended, read from its ids alone."""
         ...
 
@@ -183,12 +189,12 @@ def steps(protocol: Protocol, prompt: np.ndarray) -> Steps:
         request = Request((), context, provenance, protocol.parent_stops(), budget, len(context))
         call = _call(protocol, request, (yield [request])[0])
         calls.append(call)
-        if call.hit is Hit.ERROR:
+        if call.stop_reason is StopReason.ERROR:
             counts["engine_error"] += 1
         path.append(call.sampled, Provenance.SAMPLED)
         decision, events = protocol.decide(
             call.sampled,
-            call.hit,
+            call.stop_reason,
             context_tokens=len(path),
             prompt_tokens=len(prompt),
             rounds=rounds,
@@ -265,5 +271,5 @@ def _call(protocol: Protocol, request: Request, result: Result) -> Call:
             f"{request.max_tokens}. It must obey max_tokens."
         )
     logp = None if result.logp is None else np.asarray(result.logp, np.float32)
-    hit = protocol.hit(sampled, request.stops, result.failed)
-    return Call(request.path, request.context, request.provenance, sampled, logp, hit)
+    stop_reason = protocol.stop_reason(sampled, request.stops, result.failed)
+    return Call(request.path, request.context, request.provenance, sampled, logp, stop_reason)

@@ -25,8 +25,8 @@ from typing import Literal
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
-from tw_jax.forkjoin.calls import Call, Hit, Provenance
+from tw_jax.config import configurable
+from tw_jax.forkjoin.calls import Call, Provenance, StopReason
 from tw_jax.forkjoin.protocol import (
     Continue,
     Decision,
@@ -53,7 +53,7 @@ IDLE, WANT_DIGIT, IN_NUMBER, AFTER_DOT, WANT_COLON = range(5)
 _STATES = 5
 
 
-@config
+@configurable
 class ForkJoin:
     """Limits and policies of ThreadWeaver's fork and join.
 
@@ -271,24 +271,30 @@ class ThreadWeaver:
         """`</Thread>` and the ends of sequence."""
         return frozenset({self.table.end_thread, *self.table.eos.tolist()})
 
-    def hit(self, sampled: np.ndarray, stops: frozenset[int], failed: bool) -> Hit:
+    def stop_reason(self, sampled: np.ndarray, stops: frozenset[int], failed: bool) -> StopReason:
         """Read from the last id, so that an engine's own report cannot disagree."""
         if failed:
-            return Hit.ERROR
+            return StopReason.ERROR
         if len(sampled) and int(sampled[-1]) in stops:
-            return Hit.EOS if int(sampled[-1]) in self.table.eos else Hit.STOP
-        return Hit.LENGTH
+            return StopReason.EOS if int(sampled[-1]) in self.table.eos else StopReason.STOP
+        return StopReason.LENGTH
 
     def parent_budget(self, context_tokens: int, prompt_tokens: int) -> int:
         """What the joined context has left."""
         return self._limit(prompt_tokens) - context_tokens
 
     def decide(
-        self, sampled: np.ndarray, hit: Hit, *, context_tokens: int, prompt_tokens: int, rounds: int
+        self,
+        sampled: np.ndarray,
+        stop_reason: StopReason,
+        *,
+        context_tokens: int,
+        prompt_tokens: int,
+        rounds: int,
     ) -> tuple[Decision, tuple[str, ...]]:
         """Forks at `</Outlines>` with numbers, goes on without, finishes otherwise."""
-        if hit is not Hit.STOP:
-            return Finish(hit.value), ()
+        if stop_reason is not StopReason.STOP:
+            return Finish(stop_reason.value), ()
         written, has_outlines = self.table.read_outlines(sampled)
         if not written:
             return Continue(), ("empty_outlines" if has_outlines else "stray_outlines",)
@@ -312,14 +318,14 @@ class ThreadWeaver:
         pieces: list[Piece] = []
         events: list[str] = []
         for thread, call in zip(threads, calls, strict=True):
-            body = call.sampled[:-1] if call.hit is Hit.EOS else call.sampled
+            body = call.sampled[:-1] if call.stop_reason is StopReason.EOS else call.sampled
             pieces += [
                 Piece(thread.join_header, Provenance.FORCED),
                 Piece(body, Provenance.RETURNED),
             ]
-            if call.hit is not Hit.STOP:
+            if call.stop_reason is not StopReason.STOP:
                 pieces.append(Piece(self.table.closer, Provenance.FORCED))
-                events.append(f"thread_{call.hit.value}")
+                events.append(f"thread_{call.stop_reason.value}")
         abort = bool(events) and self.limits.unfinished_thread == "abort"
         after = [self.table.newline, self.table.end_parallel] if abort else [self.table.newline]
         pieces.append(Piece(np.array(after, np.int32), Provenance.FORCED))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tw_jax.forkjoin.calls import Call, Provenance, Trajectory
-from tw_jax.trie.tree import Trie, build, graft
+from tw_jax.trie.tree import Trie, build, merge_on_prompt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Group:
     logp: np.ndarray
 
 
-def of_trajectory(trajectory: Trajectory) -> Trie:
+def trajectory_trie(trajectory: Trajectory) -> Trie:
     """The trie of a rollout: its joined path, then every call; weight 1 on sampled tokens.
 
     Forced, returned and prompt tokens carry no loss: exactly the tokens that the model drew are
@@ -47,19 +47,21 @@ def of_trajectory(trajectory: Trajectory) -> Trie:
     return _merge(trajectory, calls, (np.ones(len(call.sampled), np.float32) for call in calls))
 
 
-def of_chain(trajectory: Trajectory) -> Trie:
+def chain_trie(trajectory: Trajectory) -> Trie:
     """The sequential (AR) baseline: the joined path alone, every token after the prompt trained."""
     weight = (trajectory.provenance != Provenance.PROMPT).astype(np.float32)
     return build([trajectory.ids], [weight])
 
 
-def of_group(trajectories: Sequence[Trajectory], *, most_tokens: int | None = None) -> list[Group]:
+def group_tries(
+    trajectories: Sequence[Trajectory], *, max_tokens: int | None = None
+) -> list[Group]:
     """The rollouts of one prompt as tries that share the prompt and nothing else.
 
     Args:
       trajectories: K rollouts; `Group.rollout` counts them in this order, whatever part they are
         in.
-      most_tokens: nodes of one trie, at most those of a row. Longer groups are cut between
+      max_tokens: nodes of one trie, at most those of a row. Longer groups are cut between
         rollouts into several, and each has the prompt; a rollout that alone is longer is in none.
         Smaller parts fill rows better, larger ones share more; None never cuts.
 
@@ -72,7 +74,7 @@ def of_group(trajectories: Sequence[Trajectory], *, most_tokens: int | None = No
     """
     rollouts = [_rollout(number, trajectory) for number, trajectory in enumerate(trajectories)]
     stem = trajectories[0].prompt_tokens
-    most = math.inf if most_tokens is None else most_tokens
+    most = math.inf if max_tokens is None else max_tokens
     parts: list[list[int]] = []
     size = math.inf
     for number, (trie, _, _) in enumerate(rollouts):
@@ -133,7 +135,7 @@ def _graft(rollouts: Sequence[_Rollout], part: Sequence[int], stem: int) -> Grou
         return np.concatenate([arrays[0][:stem], *(array[stem:] for array in arrays)])
 
     return Group(
-        trie=graft(tries, stem),
+        trie=merge_on_prompt(tries, stem),
         rollout=np.repeat(np.array([-1, *part], np.int32), sizes),
         call=lay([rollouts[number].call for number in part]),
         logp=lay([rollouts[number].logp for number in part]),

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Params
 
 SUFFIX = "_lora"
@@ -30,7 +30,7 @@ Target = Literal[
 ]
 
 
-@config
+@configurable
 class Lora:
     """Low-rank adapters beside weights that are frozen.
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 
-@config
+@configurable
 class Rope:
     """Plain rotary embedding. Source: RoFormer (arXiv:2104.09864).
 
@@ -34,7 +34,7 @@ class Rope:
         _check_base(self)
 
 
-@config
+@configurable
 class Llama3Rope:
     """Llama 3.1's scaling: long wavelengths are stretched, short ones kept, those between blended.
 
@@ -65,7 +65,7 @@ class Llama3Rope:
             )
 
 
-@config
+@configurable
 class YarnRope:
     """YaRN: pairs that turn seldom are interpolated, fast ones kept, and attention sharpened.
 
@@ -176,18 +176,18 @@ def rotation(
     return jnp.cos(angle) * sharpen, jnp.sin(angle) * sharpen
 
 
-def rotate(x: jax.Array, turned: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns each pair (x[i], x[i + H/2]) by its angle.
 
     Args:
       x: [B, N, T, H], queries or keys of any float dtype.
-      turned: cosines and sines, each [B, T, H / 2] float32, from `rotation`.
+      cos_sin: cosines and sines, each [B, T, H / 2] float32, from `rotation`.
 
     Returns:
       [B, N, T, H] in the dtype of `x`; computed in float32.
     """
     chex.assert_rank(x, 4)
-    cos, sin = (part[:, None] for part in turned)
+    cos, sin = (part[:, None] for part in cos_sin)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned_x = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return turned_x.astype(x.dtype)

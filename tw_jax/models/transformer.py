@@ -23,7 +23,7 @@ from tw_jax.attention import sequence
 from tw_jax.attention.blockwise import KEPT
 from tw_jax.attention.dispatch import Impl, attend
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import KV, Network, Params, Span
 from tw_jax.models.lora import SUFFIX, Lora
 from tw_jax.models.rope import Llama3Rope, Rope, YarnRope, rotate, rotation
@@ -37,7 +37,7 @@ _NO_TOKEN = -1e30
 _KV_AXES = ("layer", "rows", "kv_heads", "slots", "head")
 
 
-@config
+@configurable
 class Model:
     """Sizes and numerics of a decoder.
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         x: jax.Array,  # [B, T, D]
         kv: KV | None,
         layer: jax.Array,  # [] int32
-        turned: tuple[jax.Array, jax.Array],  # [B, T, H / 2] each
+        cos_sin: tuple[jax.Array, jax.Array],  # [B, T, H / 2] each
         at: jax.Array,  # [B, T] int32
         keys: Span,  # [B, T], or [B, S] with a cache
         start: jax.Array | None,  # [B] int32
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q = RmsNorm(cfg, name="q_norm")(q)
             k = RmsNorm(cfg, name="k_norm")(k)
-        q, k = rotate(q, turned), rotate(k, turned)
+        q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         if kv is not None and start is not None:
             kv = KV(k=_write(kv.k, k, layer, start), v=_write(kv.v, v, layer, start))
         mixed = attend(
@@ -222,7 +222,7 @@ class Adapter(nn.Module):
         return _product(few, b.astype(x.dtype))
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """One layer: attention, then MLP, each on a normed copy and added back.
 
     Its signature is that of a scan's body; it may be applied alone just so, to one layer's slice of
@@ -236,7 +236,7 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, KV | None],  # [B, T, D], and the cache of all layers
         layer: jax.Array,
-        turned: tuple[jax.Array, jax.Array],
+        cos_sin: tuple[jax.Array, jax.Array],
         at: jax.Array,
         keys: Span,
         start: jax.Array | None,
@@ -245,7 +245,7 @@ class Block(nn.Module):
         x, kv = carry
         normed = RmsNorm(self.cfg, name="attention_norm")(x)
         mixed, kv = Attention(self.cfg, name="attention")(
-            normed, kv, layer, turned, at, keys, start
+            normed, kv, layer, cos_sin, at, keys, start
         )
         x += mixed
         x += Mlp(self.cfg, name="mlp")(RmsNorm(self.cfg, name="mlp_norm")(x))
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
         self.embed = _declare(self, "embed", *table)
         self.head = self.embed if cfg.tie_embeddings else _declare(self, "unembed", *table)
         self.blocks = nn.scan(
-            _remat(Block, cfg),
+            _remat(DecoderBlock, cfg),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
@@ -289,10 +289,10 @@ class Decoder(nn.Module):
         # adds up in the parameter's dtype.
         table = constrain(self.embed, ("vocab", "width"))
         x = constrain(table[tokens].astype(cfg.compute_dtype), ("rows", "tokens", "width"))
-        turned = rotation(cfg.rope, cfg.head_width, depth)
+        cos_sin = rotation(cfg.rope, cfg.head_width, depth)
         layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
         # The cache is carried, not scanned over: scanning would copy it whole at every step.
-        (x, kv), _ = self.blocks((x, kv), layers, turned, at, keys, start)
+        (x, kv), _ = self.blocks((x, kv), layers, cos_sin, at, keys, start)
         return self.norm(x), kv
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -402,12 +402,12 @@ def walk(
     Yields:
       ("embed", "block.0", "block.1", ..., "norm") and [B, T, D] in the compute dtype.
     """
-    turned = rotation(cfg.rope, cfg.head_width, depth)
+    cos_sin = rotation(cfg.rope, cfg.head_width, depth)
 
     @jax.jit
     def one(weights: Params, x: jax.Array, layer: jax.Array) -> jax.Array:
-        made: Any = Block(cfg).apply(
-            {"params": weights}, (x, None), layer, turned, span.enter, span, None
+        made: Any = DecoderBlock(cfg).apply(
+            {"params": weights}, (x, None), layer, cos_sin, span.enter, span, None
         )
         return made[0][0]
 
@@ -503,7 +503,7 @@ def _product_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _remat(block: type[Block], cfg: Model) -> Any:
+def _remat(block: type[DecoderBlock], cfg: Model) -> Any:
     if cfg.remat == "none":
         return block
     attention = jax.checkpoint_policies.save_only_these_names(KEPT)

@@ -2,7 +2,7 @@
 
 A side is a dict of stages in the order in which numbers flow: constants, weights, hidden states,
 logits, losses, gradients, a step, a curve. This file knows arrays only: neither framework, nor how
-they were made. It hands `programs/parity.py` a `Report`.
+they were made. It hands `programs/parity.py` a `ParityReport`.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ParityReport:
     """All stages of one dtype, in order."""
 
     dtype: str
@@ -245,7 +245,7 @@ class Report:
         }
 
 
-def report(ours: Side, theirs: Side, dtype: str) -> Report:
+def report(ours: Side, theirs: Side, dtype: str) -> ParityReport:
     """Compares two sides.
 
     Args:
@@ -257,7 +257,7 @@ def report(ours: Side, theirs: Side, dtype: str) -> Report:
       ValueError: the sides have other stages, or a stage other parameters, than each other.
     """
     _require_same("stages", ours, theirs)
-    return Report(dtype, tuple(_lines(ours, theirs, TOLERANCES[dtype])))
+    return ParityReport(dtype, tuple(_lines(ours, theirs, TOLERANCES[dtype])))
 
 
 def _lines(ours: Side, theirs: Side, tolerances: Mapping[str, Tolerance]) -> Iterator[Line]:

@@ -23,19 +23,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax import sharding
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Network, Span
 from tw_jax.data import workloads
 from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import settings
+from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.train import sft
 from tw_jax.train.groups import PolicyBatch
 from tw_jax.train.pgrpo import PolicyLoss
-from tw_jax.train.pgrpo import make_step as make_policy_step
+from tw_jax.train.pgrpo import make_pgrpo_step as make_policy_step
 from tw_jax.train.state import Optim, abstract_state, jit_step
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.mask import needed
@@ -46,7 +46,7 @@ HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30
 _BLOCK = 512
 
 
-@config
+@configurable
 class SftStep:
     """The supervised step.
 
@@ -74,7 +74,7 @@ class SftStep:
             )
 
 
-@config
+@configurable
 class PgrpoStep:
     """The step of reinforcement, on-policy.
 
@@ -104,7 +104,7 @@ class PgrpoStep:
             )
 
 
-@config
+@configurable
 class Sampling:
     """The sampler's program.
 
@@ -125,7 +125,7 @@ class Sampling:
         require(self, "slots", least=1)
 
 
-@config
+@configurable
 class Aot:
     """A program and the devices it is compiled for.
 
@@ -225,7 +225,7 @@ def _sft(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     how = cfg.program
     assert isinstance(how, SftStep)
     state = abstract_state(net, how.optim, mesh=mesh, rules=rules)
-    step = sft.make_step(
+    step = sft.make_sft_step(
         net,
         how.optim,
         steps=1000,
@@ -282,7 +282,9 @@ def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     }
     if how.part == "prefill":
         return sampler.prefill, (params, 1, state), extra
-    draw = jax.eval_shape(lambda: settings(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0))
+    draw = jax.eval_shape(
+        lambda: sampling_params(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    )
     draw = _placed(draw, jax.tree.map(lambda _: by_row, draw))
     return sampler.advance, (params, state, draw), extra
 
@@ -318,7 +320,7 @@ def _work(model: Model, rows: int, tokens: int) -> dict[str, float]:
     """
     row, used = [], 0
     while used < tokens:
-        trie = tries.of_trajectory(workloads.trajectory(workloads.Shape(), seed=len(row)))
+        trie = tries.trajectory_trie(workloads.trajectory(workloads.Shape(), seed=len(row)))
         trie = truncate(trie, min(len(trie), tokens - used))
         row.append(trie)
         used += len(trie)

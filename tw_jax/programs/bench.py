@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from tw_jax import benchmarks
-from tw_jax.benchmarks.measure import Report
+from tw_jax.benchmarks.measure import BenchmarkReport
 from tw_jax.data import workloads
 
 CASES = {
@@ -33,7 +33,7 @@ CASES = {
     "sampler": workloads.SAMPLER,
     "parity": workloads.PARITY,
 }
-"""By name of a benchmark, which is a module of `benchmarks` with `run(case) -> Report`."""
+"""By name of a benchmark, which is a module of `benchmarks` with `run(case) -> BenchmarkReport`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _table(report: Report) -> str:
+def _table(report: BenchmarkReport) -> str:
     lines = [f"\n{'milliseconds':32}{'fastest':>12}{'median':>12}"]
     for name, times in report.times.items():
         lines.append(f"  {name:30}{times.fastest_ms:12.2f}{times.median_ms:12.2f}")

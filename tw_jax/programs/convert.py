@@ -20,7 +20,7 @@ import jax
 from tw_jax import folders, sharding, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints, newest, restore_params
-from tw_jax.config import config, operative
+from tw_jax.config import configurable, operative
 from tw_jax.models import hf, hf_config
 from tw_jax.models.transformer import Dtype, Model, network
 from tw_jax.sharding import Mesh, Rules
@@ -36,7 +36,7 @@ _COPIED = (
 """The files of a Hugging Face folder that go along; no code, no weights, nothing unknown."""
 
 
-@config
+@configurable
 class Import:
     """From a Hugging Face folder to `checkpoints/`, `model.gin` and `hf/` of the workdir.
 
@@ -68,7 +68,7 @@ class Import:
         require(self, "vocab_multiple", least=1)
 
 
-@config
+@configurable
 class Export:
     """From the newest of our checkpoints to a Hugging Face folder, `hf/` of the workdir.
 
@@ -94,7 +94,7 @@ class Export:
         require_text(self, "checkpoint", "files")
 
 
-@config
+@configurable
 class Convert:
     """One conversion.
 

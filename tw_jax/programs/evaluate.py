@@ -1,10 +1,10 @@
 """`tw evaluate`: sample held-out problems, grade them, and report accuracy and latency together.
 
-Token latency is the longest chain of the calls that were made (`cost.of_calls`), as in the reward.
-What the text looks like (`cost.of_ids`, the release's reading) is reported beside it, under names
-that begin with text_. Wall clock is the decoding time of the same trajectories as threads and as
-one lane, warm, interleaved, one request at a time. Every mean comes with its interval and the
-number of problems.
+Token latency is the longest chain of the calls that were made (`cost_from_calls`), as in the
+reward. What the text looks like (`cost_from_ids`, the release's reading) is reported beside it,
+under names that begin with text_. Wall clock is the decoding time of the same trajectories as
+threads and as one lane, warm, interleaved, one request at a time. Every mean comes with its
+interval and the number of problems.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from tw_jax import files, strict_json, workdir
 from tw_jax.bounds import require, require_text
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.data import records
 from tw_jax.data.problems import content_hash, has_answer
 from tw_jax.data.stored import trajectory_of
@@ -40,7 +40,7 @@ _UNKNOWN = "unknown"
 """The verdict where the right answer is not known."""
 
 
-@config
+@configurable
 class Evaluate:
     """Sampling, grading and a report.
 
@@ -115,7 +115,7 @@ def texts_of(
     """What each trajectory costs by its text, with or without its prompt."""
     tags = cost.tags_of(tokenizer)
     skipped = [0 if cfg.prompt_in_text else t.prompt_tokens for t in trajectories]
-    return [cost.of_ids(t.ids[n:], tags) for t, n in zip(trajectories, skipped, strict=True)]
+    return [cost.cost_from_ids(t.ids[n:], tags) for t, n in zip(trajectories, skipped, strict=True)]
 
 
 def summarise(
@@ -139,7 +139,7 @@ def summarise(
         "has_block": float(np.mean([report.has_block for report in reports])),
         "blocks_well_formed": sum(report.blocks_well_formed for report in reports)
         / max(sum(report.blocks for report in reports), 1),
-        **latency([cost.of_calls(t) for t in trajectories], samples),
+        **latency([cost.cost_from_calls(t) for t in trajectories], samples),
         **{f"text_{name}": value for name, value in latency(texts, samples).items()},
         "finish": dict(Counter(t.finish for t in trajectories)),
         "events": dict(sum((Counter(t.counts) for t in trajectories), Counter())),
@@ -240,11 +240,13 @@ def wall_clock(loaded: Loaded, trajectories: list[Trajectory], repeats: int = 3)
 
 
 def _given(
-    logits: jax.Array, how: jax.Array, call: jax.Array, position: jax.Array
+    logits: jax.Array, sampling: jax.Array, call: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the token that stands at [row, call, position] of the script."""
     row = jnp.arange(logits.shape[0])[:, None]
-    tokens = how[row, jnp.minimum(call, how.shape[1] - 1), jnp.minimum(position, how.shape[2] - 1)]
+    tokens = sampling[
+        row, jnp.minimum(call, sampling.shape[1] - 1), jnp.minimum(position, sampling.shape[2] - 1)
+    ]
     logp = jax.nn.log_softmax(logits, axis=-1)
     return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
 
@@ -298,12 +300,17 @@ def _write(
                 "text_longest": read.longest,
                 "text_total": read.total,
                 "finish": made.finish,
-                "calls": [[list(c.path), len(c.sampled), c.hit.value] for c in made.calls],
+                "calls": [[list(c.path), len(c.sampled), c.stop_reason.value] for c in made.calls],
                 "text": rollout.text,
             }
         )
         for rollout, made, verdict, spent, read in zip(
-            found, trajectories, verdicts, map(cost.of_calls, trajectories), texts, strict=True
+            found,
+            trajectories,
+            verdicts,
+            map(cost.cost_from_calls, trajectories),
+            texts,
+            strict=True,
         )
     ]
     files.write_text(folder / "graded.jsonl", "\n".join(lines) + "\n")

@@ -14,7 +14,7 @@ import numpy as np
 
 from tw_jax import files, workdir
 from tw_jax.bounds import require, require_text
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.data import records
 from tw_jax.metrics import progress
 from tw_jax.tasks import multiplication
@@ -26,7 +26,7 @@ _CORPUS = 5_000
 """Texts that the tokenizer is trained on; more change nothing in so narrow a language."""
 
 
-@config
+@configurable
 class Make:
     """Problems and gold trajectories of a task.
 

@@ -18,31 +18,31 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from tw_jax import figures, files, workdir
+from tw_jax import files, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import restore_params
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Params
 from tw_jax.data import workloads
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.forkjoin.tries import of_trajectory
+from tw_jax.forkjoin.tries import trajectory_trie
 from tw_jax.models import hf
 from tw_jax.models.hf_config import read_model
 from tw_jax.models.transformer import Dtype, Model, network
-from tw_jax.parity import compare, sides
-from tw_jax.parity.compare import Report
-from tw_jax.parity.sides import Material, Training
+from tw_jax.parity import compare, stages
+from tw_jax.parity.stages import Material, Training
 from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, check_ids, load_tokenizer
 from tw_jax.trie.batch import TrieBatch, stack_rows
-from tw_jax.trie.pack import Fill, Packing, pack
+from tw_jax.trie.pack import Packing, PackingStats, pack
 from tw_jax.trie.tree import Trie, build, flat_labels
+from tw_jax.view import plots
 
 # Where the weights are from.
 
 
-@config
+@configurable
 class Folder:
     """A folder as the Hub has it.
 
@@ -57,7 +57,7 @@ class Folder:
         require_text(self, "path")
 
 
-@config
+@configurable
 class Gguf:
     """A GGUF file inside an installed package, dequantised by transformers.
 
@@ -74,7 +74,7 @@ class Gguf:
         require_text(self, "package", "file")
 
 
-@config
+@configurable
 class Random:
     """Random weights of an architecture, made by transformers from fields of a `config.json`.
 
@@ -122,7 +122,7 @@ class Random:
             )
 
 
-@config
+@configurable
 class Trained:
     """A model of ours, exported to Hugging Face's format.
 
@@ -142,7 +142,7 @@ class Trained:
 # What both sides read.
 
 
-@config
+@configurable
 class Trajectories:
     """Random bytes in the shape of ThreadWeaver's trajectories.
 
@@ -163,7 +163,7 @@ class Trajectories:
         require(self, "seed", least=0)
 
 
-@config
+@configurable
 class Texts:
     """Written texts; each forks in its middle into its own second half and that of the next.
 
@@ -182,7 +182,7 @@ class Texts:
         require_text(self, "texts")
 
 
-@config
+@configurable
 class Problems:
     """Written trajectories of a file, and their questions as prompts of fork-join decoding.
 
@@ -206,7 +206,7 @@ class Problems:
         require(self, "count", least=1)
 
 
-@config
+@configurable
 class Parity:
     """A comparison with PyTorch.
 
@@ -256,9 +256,9 @@ def run(cfg: Parity) -> int:
     with jax.default_matmul_precision("highest"):
         for dtype in cfg.dtypes:
             oracle = oracles.Oracle(folder, dtype)
-            theirs = sides.their_side(oracle, material, cfg.training, oracles)
+            theirs = stages.their_side(oracle, material, cfg.training, oracles)
             computing = dataclasses.replace(model, compute_dtype=dtype)
-            ours = sides.our_side(computing, params, material, cfg.training)
+            ours = stages.our_side(computing, params, material, cfg.training)
             report = compare.report(ours, theirs, dtype)
             print(report.table())
             found[dtype] = _numbers(report, ours, theirs, material)
@@ -333,7 +333,7 @@ def read_material(cfg: Parity) -> Material:
             shape = workloads.Shape().scaled(some.scale)
             seeds = range(some.seed, some.seed + some.count)
             made = [workloads.trajectory(shape, seed) for seed in seeds]
-            tries = [(of_trajectory(t), t.prompt_tokens) for t in made]
+            tries = [(trajectory_trie(t), t.prompt_tokens) for t in made]
             prompts = [t.ids[: t.prompt_tokens] for t in made]
         case Texts() as some:
             tokenizer, limits = load_tokenizer(some.tokenizer), ForkJoin()
@@ -346,7 +346,7 @@ def read_material(cfg: Parity) -> Material:
             found = open_records(some.path)
             count = min(some.count, len(found))
             made = [builder.trajectory(found[n], found.where(n)) for n in range(count)]
-            tries = [(of_trajectory(t), t.prompt_tokens) for t in made]
+            tries = [(trajectory_trie(t), t.prompt_tokens) for t in made]
             prompts = [t.ids[: t.prompt_tokens] for t in made]
     return Material(
         calls=_packed([trie for trie, _ in tries], cfg.row_tokens),
@@ -371,7 +371,7 @@ def _forked(own: np.ndarray, other: np.ndarray) -> Trie:
 
 def _packed(tries: Sequence[Trie], row_tokens: int) -> TrieBatch:
     """Rows of tries; which trie goes where depends on lengths alone."""
-    rows = pack(tries, Packing(row_tokens=row_tokens), Fill())
+    rows = pack(tries, Packing(row_tokens=row_tokens), PackingStats())
     return stack_rows(rows, max(sum(map(len, row)) for row in rows))
 
 
@@ -384,15 +384,15 @@ def _matches(
     """What both sides decoded, as far as it is asked for."""
     greedy = forkjoin = None
     if cfg.greedy_tokens:
-        greedy = sides.greedy_match(model, params, oracle, material, tokens=cfg.greedy_tokens)
+        greedy = stages.greedy_match(model, params, oracle, material, tokens=cfg.greedy_tokens)
     if cfg.forkjoin:
         oracles = _torch_oracle()
-        forkjoin = sides.forkjoin_match(model, params, oracle, material, oracles=oracles)
+        forkjoin = stages.forkjoin_match(model, params, oracle, material, oracles=oracles)
     return {"greedy_match": greedy, "forkjoin_match": forkjoin}
 
 
 def _numbers(
-    report: Report, ours: dict[str, Any], theirs: dict[str, Any], material: Material
+    report: compare.ParityReport, ours: dict[str, Any], theirs: dict[str, Any], material: Material
 ) -> dict[str, Any]:
     """The figures of one dtype, and all its stages."""
     trained = material.is_trained[material.is_node]
@@ -422,7 +422,7 @@ def _conclude(cfg: Parity, found: dict[str, dict[str, Any]]) -> int:
     folder = Path(cfg.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "parity.json", json.dumps(found, indent=2) + "\n")
-    figures.save(figures.parity_figure(found), folder / "parity.png", "png")
+    plots.save(plots.parity_figure(found), folder / "parity.png", "png")
     print(f"{folder}/parity.json, {folder}/parity.png")
     short = {
         dtype: {n: v for n, v in numbers.items() if n not in ("stages", "curve")}

@@ -21,7 +21,7 @@ import numpy as np
 from tw_jax import hosts, sharding, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Network, Params
 from tw_jax.data import records
 from tw_jax.data.prompts import Problems
@@ -29,10 +29,10 @@ from tw_jax.data.stored import fingerprint, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.forkjoin.tries import of_group
+from tw_jax.forkjoin.tries import group_tries
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import settings
+from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks.grader import Grader, GraderPool, check_truths
@@ -68,8 +68,8 @@ from tw_jax.train.groups import (
 )
 from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import fit, resume
-from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_step, refuse_mismatch
-from tw_jax.train.reference import of_reference
+from tw_jax.train.pgrpo import PolicyLoss, make_logp, make_pgrpo_step, refuse_mismatch
+from tw_jax.train.reference import reference_logp
 from tw_jax.train.state import (
     Optim,
     TrainState,
@@ -78,12 +78,12 @@ from tw_jax.train.state import (
     jit_step,
     schedule,
 )
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 MANY_HOSTS = True
 
 
-@config
+@configurable
 class Pgrpo:
     """A reinforcement run.
 
@@ -99,7 +99,7 @@ class Pgrpo:
       problems: a file of problems or examples; drawn in an order of the seed, again and again.
       prompts: groups with signal that a step trains on.
       rollouts: K, rollouts of a group.
-      most_prompts: prompts that a step draws at most to find its groups, as many at a time as the
+      max_prompts: prompts that a step draws at most to find its groups, as many at a time as the
         sampler has rows for; groups whose rewards are all equal teach nothing.
       inner_steps: updates of a step, each with its share of the groups; 1 is on-policy.
       long_prompts: what happens to a problem whose prompt is longer than `Sampler.max_prompt` or
@@ -115,7 +115,7 @@ class Pgrpo:
       microbatch_rows: rows that are run at a time, over all devices; an update has as many
         microbatches as its groups fill.
       optim: optimiser and schedule.
-      most_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
+      max_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
         that has more stops the run.
       evaluation: held-out problems; None evaluates nothing.
       mesh: devices.
@@ -136,7 +136,7 @@ class Pgrpo:
     problems: str
     prompts: int
     rollouts: int
-    most_prompts: int
+    max_prompts: int
     sampler: Sampler
     grader: Grader
     reward: Reward
@@ -148,7 +148,7 @@ class Pgrpo:
     inner_steps: int = 1
     long_prompts: Literal["refuse", "drop"] = "refuse"
     normalise: Literal["mean", "std"] = "mean"
-    most_mismatch: float = 0.01
+    max_mismatch: float = 0.01
     evaluation: Evaluation | None = None
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
@@ -160,14 +160,14 @@ class Pgrpo:
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
         require_text(self, "workdir", "init", "problems")
-        counts = ("steps", "prompts", "most_prompts", "microbatch_rows", "chunk_tokens")
+        counts = ("steps", "prompts", "max_prompts", "microbatch_rows", "chunk_tokens")
         require(self, *counts, "save_every", "keep", least=1)
         require(self, "rollouts", least=2)  # an advantage is over the mean of a group
         require(self, "seed", least=0)
-        require(self, "most_mismatch", above=0)  # rounding differs
-        if self.most_prompts < self.prompts:
+        require(self, "max_mismatch", above=0)  # rounding differs
+        if self.max_prompts < self.prompts:
             raise ValueError(
-                f"Pgrpo.most_prompts = {self.most_prompts}: want at least Pgrpo.prompts = "
+                f"Pgrpo.max_prompts = {self.max_prompts}: want at least Pgrpo.prompts = "
                 f"{self.prompts}."
             )
         if not 1 <= self.inner_steps <= self.prompts:
@@ -202,7 +202,7 @@ def run(cfg: Pgrpo) -> None:
     check_rows(tokenizer, cfg.model.vocab_size)
     net = network(cfg.model, num_ids=tokenizer.vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
-    step = make_step(
+    step = make_pgrpo_step(
         net,
         cfg.optim,
         cfg.loss,
@@ -264,7 +264,7 @@ def run(cfg: Pgrpo) -> None:
                 checkpoints=checkpoints,
                 place=place,
                 hooks=(rollouts.after_step,),
-                guard=lambda index, numbers: refuse_mismatch(cfg.most_mismatch, index, numbers),
+                guard=lambda index, numbers: refuse_mismatch(cfg.max_mismatch, index, numbers),
                 note=who.note,
             )
 
@@ -288,7 +288,7 @@ def _placing(cfg: Pgrpo, net: Network, began: Params, rollouts: Rollouts) -> Any
         temperature=cfg.sampler.temperature,
         microbatch_rows=cfg.microbatch_rows * cfg.inner_steps,
     )
-    reference = of_reference(logp, began, rollouts.params)
+    reference = reference_logp(logp, began, rollouts.params)
 
     def place(batch: PolicyBatch) -> PolicyBatch:
         placed = sharding.put_rows(batch)
@@ -422,7 +422,7 @@ class Rollouts:
         kept = found[: cfg.prompts]
         advantage = np.zeros(values.shape, np.float32)
         advantage[finite] = advantages(values[finite], cfg.normalise)
-        fill = Fill()
+        stats = PackingStats()
         batch = pack_groups(
             [
                 [one for n in share for one in self._scored(drawn[n], advantage[n], parts[n])]
@@ -431,7 +431,7 @@ class Rollouts:
             cfg.aggregation,
             packing=cfg.packing,
             microbatch_rows=cfg.microbatch_rows,
-            fill=fill,
+            stats=stats,
         )
         told = {
             (n, k): {
@@ -461,8 +461,8 @@ class Rollouts:
             "untrained": sum(not one.is_trained for group in parts for one in group),
             "problems_dropped": self._problems.dropped,
             "timeouts": verdicts["timeout"],
-            "rows_filled": fill.rows_filled,
-            "token_sharing": fill.token_sharing,
+            "rows_filled": stats.rows_filled,
+            "token_sharing": stats.token_sharing,
             "rollout_seconds": time.monotonic() - began,
         }
         self._step += 1
@@ -478,9 +478,9 @@ class Rollouts:
         with unfinished(file) as (left, add):
             # An attempt before the first checkpoint may have had other settings.
             have = {name: one for name, one in left.items() if self._is_own(one)}
-            while good < cfg.prompts and len(drawn) < cfg.most_prompts:
+            while good < cfg.prompts and len(drawn) < cfg.max_prompts:
                 # Rows that stand empty take as long as others, so all are filled.
-                count = min(cfg.most_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
+                count = min(cfg.max_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
                 some = self._sample(count, have, add)
                 judged = [
                     leave_out_long(parts, group.trajectories, cfg.packing.row_tokens)
@@ -528,7 +528,7 @@ class Rollouts:
         self, problems: Sequence[records.Problem], samples: int, temperature: float, seed: int
     ) -> list[Trajectory]:
         prompts = [self._cfg.chat.prompt(self._tokenizer, p.question) for p in problems]
-        how = settings(
+        sampling = sampling_params(
             len(prompts) * samples,
             temperature=temperature,
             top_p=1.0,
@@ -536,7 +536,7 @@ class Rollouts:
             seed=self._cfg.sampler.seed + seed,
         )
         with sharding.use(self._mesh, sharding.sampling(self._cfg.rules)):
-            return self._sampler(self.params, prompts, how, repeats=samples)
+            return self._sampler(self.params, prompts, sampling, repeats=samples)
 
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
@@ -556,7 +556,7 @@ class Rollouts:
         return judged
 
     def _scored(self, group: Drawn, advantage: np.ndarray, parts: Sequence[Parts]) -> list[Scored]:
-        tries = of_group(group.trajectories, most_tokens=self._cfg.packing.row_tokens)
+        tries = group_tries(group.trajectories, max_tokens=self._cfg.packing.row_tokens)
         is_trained = np.array([one.is_trained for one in parts])
         return [Scored(trie, advantage, is_trained) for trie in tries]
 

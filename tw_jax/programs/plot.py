@@ -1,7 +1,7 @@
 """`tw plot`: pictures of a run: how it learned, what its threads save, and one trajectory's trie.
 
 This file reads what `tw sft`, `tw sample` and `tw evaluate` wrote, and writes PNGs; it draws
-nothing itself (`tw_jax/figures.py`) and trains, samples and grades nothing.
+nothing itself (`tw_jax/plots.py`) and trains, samples and grades nothing.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from tw_jax import figures, metrics, strict_json, workdir
+from tw_jax import metrics, strict_json, workdir
 from tw_jax.bounds import require, require_text, shown
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, load_tokenizer
+from tw_jax.view import plots
 
 
-@config
-class Drawn:
+@configurable
+class StoredRollout:
     """One trajectory of a file, and what reads it.
 
     Attributes:
@@ -46,7 +47,7 @@ class Drawn:
         require(self, "index", least=0)
 
 
-@config
+@configurable
 class Plot:
     """Pictures of a run; what is not given is not drawn.
 
@@ -60,7 +61,7 @@ class Plot:
     workdir: str
     metrics: tuple[tuple[str, str], ...] = ()
     graded: str | None = None
-    trajectory: Drawn | None = None
+    trajectory: StoredRollout | None = None
 
     def check(self) -> None:
         """Refuses nothing to draw, files without a name, and labels that do not tell runs apart."""
@@ -85,15 +86,15 @@ def run(cfg: Plot) -> None:
     pictures = {}
     if cfg.metrics:
         runs = {label: _metrics(path) for label, path in cfg.metrics}
-        pictures["loss.png"] = figures.loss_figure(runs)
+        pictures["loss.png"] = plots.loss_figure(runs)
     if cfg.graded is not None:
-        pictures["latency.png"] = figures.latency_figure(_graded(cfg.graded))
+        pictures["latency.png"] = plots.latency_figure(_graded(cfg.graded))
     if cfg.trajectory is not None:
-        pictures["trie.png"] = figures.trie_figure(*_drawn(cfg.trajectory))
+        pictures["trie.png"] = plots.trie_figure(*_drawn(cfg.trajectory))
     folder = Path(cfg.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
-        figures.save(figure, folder / name, "png")
+        plots.save(figure, folder / name, "png")
         print(folder / name)
     workdir.record(cfg)
 
@@ -132,13 +133,13 @@ def _graded(path: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _drawn(cfg: Drawn) -> tuple[Trajectory, Callable[[np.ndarray], str]]:
+def _drawn(cfg: StoredRollout) -> tuple[Trajectory, Callable[[np.ndarray], str]]:
     _require_file(cfg.path, "`tw make` writes examples, `tw sample` and `tw evaluate` rollouts")
     found = open_records(cfg.path)
     if not 0 <= cfg.index < len(found):
         raise ValueError(
-            f"Drawn.index = {cfg.index}: want at least 0 and less than {len(found)}, the number "
-            f"of records in {cfg.path}."
+            f"StoredRollout.index = {cfg.index}: want at least 0 and less than {len(found)}, the "
+            f"number of records in {cfg.path}."
         )
     tokenizer = load_tokenizer(cfg.tokenizer)
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)

@@ -19,7 +19,7 @@ import numpy as np
 from tw_jax import files, strict_json, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import identity, newest, restore_params
-from tw_jax.config import config, operative
+from tw_jax.config import configurable, operative
 from tw_jax.contracts import Params
 from tw_jax.data import records
 from tw_jax.data.problems import content_hash, require_new
@@ -29,7 +29,7 @@ from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import progress
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import settings
+from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, prompt_limits
 from tw_jax.tokenizer import (
     Bytes,
@@ -42,7 +42,7 @@ from tw_jax.tokenizer import (
 )
 
 
-@config
+@configurable
 class Sample:
     """Rollouts for a set of problems.
 
@@ -165,7 +165,7 @@ def rollouts(
         have = {record.id for record in finished(cfg, asked)}
         missing = [n for n, name in enumerate(wanted) if name not in have]
         # Seeds belong to rollouts, not to the order in which a resumed run makes them.
-        how = settings(
+        sampling = sampling_params(
             max(len(wanted), 1),
             temperature=cfg.sampler.temperature,
             top_p=cfg.sampler.top_p,
@@ -177,7 +177,7 @@ def rollouts(
         ]
         for batch in progress(batches, desc="sample"):
             index = np.array(batch)
-            some = jax.tree.map(operator.itemgetter(index), how)
+            some = jax.tree.map(operator.itemgetter(index), sampling)
             questions = [asked[n // cfg.samples].question for n in batch]
             given = [cfg.chat.prompt(loaded.tokenizer, question) for question in questions]
             for n, made in zip(batch, loaded.sampler(loaded.params, given, some), strict=True):

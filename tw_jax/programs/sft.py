@@ -17,7 +17,7 @@ import jax
 from tw_jax import files, hosts, sharding, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.checkpoint import Checkpoints
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Params
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
@@ -35,15 +35,15 @@ from tw_jax.tokenizer import (
 )
 from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import fit, resume
-from tw_jax.train.sft import make_step
+from tw_jax.train.sft import make_sft_step
 from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step, schedule
-from tw_jax.trie.pack import Fill, Packing
+from tw_jax.trie.pack import Packing, PackingStats
 
 MANY_HOSTS = True
 """`tw sft --hosts` is one process of many."""
 
 
-@config
+@configurable
 class Sft:
     """A supervised run.
 
@@ -112,7 +112,7 @@ def run(cfg: Sft) -> None:
     batches = open_batches(cfg, mesh, tokenizer)
     net = network(cfg.model, num_ids=tokenizer.vocab_size)
     abstract = abstract_state(net, cfg.optim, mesh=mesh, rules=cfg.rules)
-    step = make_step(
+    step = make_sft_step(
         net,
         cfg.optim,
         steps=cfg.steps,
@@ -195,27 +195,31 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> Bat
     return batches
 
 
-def _of_all_shares(batches: Batches, mesh: jax.sharding.Mesh, rules: Rules) -> tuple[Fill, int]:
+def _of_all_shares(
+    batches: Batches, mesh: jax.sharding.Mesh, rules: Rules
+) -> tuple[PackingStats, int]:
     """How all shares were packed, and the number of unusable records in them."""
     share, _ = sharding.row_share(mesh, rules)
-    told = hosts.gather([share, vars(batches.fill), batches.unusable])
+    told = hosts.gather([share, vars(batches.stats), batches.unusable])
     # Processes that hold the same rows have packed the same share.
-    of_share = {share: (Fill(**fill), unusable) for share, fill, unusable in told}
-    fills, unusable = zip(*of_share.values(), strict=True)
-    total = {name: sum(getattr(fill, name) for fill in fills) for name in vars(Fill())}
-    return Fill(**total), sum(unusable)
+    of_share = {share: (PackingStats(**stats), unusable) for share, stats, unusable in told}
+    all_stats, unusable = zip(*of_share.values(), strict=True)
+    total = {
+        name: sum(getattr(stats, name) for stats in all_stats) for name in vars(PackingStats())
+    }
+    return PackingStats(**total), sum(unusable)
 
 
-def write_packing(folder: Path, fill: Fill, unusable: int, *, seconds: float) -> None:
+def write_packing(folder: Path, stats: PackingStats, unusable: int, *, seconds: float) -> None:
     """Writes `packing.json` and prints how full the rows were and what sharing saved."""
     counts: dict[str, Any] = {
-        "rows_filled": fill.rows_filled,
-        "token_sharing": fill.token_sharing,
-        "trajectories": fill.tries,
-        "dropped": fill.dropped,
-        "truncated": fill.truncated,
+        "rows_filled": stats.rows_filled,
+        "token_sharing": stats.token_sharing,
+        "trajectories": stats.tries,
+        "dropped": stats.dropped,
+        "truncated": stats.truncated,
         "unusable": unusable,
         "train_seconds": seconds,
     }
     files.write_text(folder / "packing.json", json.dumps(counts, indent=2) + "\n")
-    print(f"rows filled {fill.rows_filled:.3f}, tokens saved by sharing {fill.token_sharing:.3f}")
+    print(f"rows filled {stats.rows_filled:.3f}, tokens saved by sharing {stats.token_sharing:.3f}")

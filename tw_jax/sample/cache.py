@@ -42,7 +42,7 @@ def empty(network: Network, rows: int, slots: int) -> TrieCache:
     )
 
 
-def announce(cache: TrieCache, span: Span) -> Span:
+def write_spans(cache: TrieCache, span: Span) -> Span:
     """The spans of all slots once T new entries stand at `used .. used + T - 1` of each row.
 
     Args:

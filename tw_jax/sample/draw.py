@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 
-class Draw(struct.PyTreeNode):
+class SamplingParams(struct.PyTreeNode):
     """How each row samples."""
 
     temperature: jax.Array  # [B] float32, >= 0; 0 takes the likeliest token
@@ -21,7 +21,9 @@ class Draw(struct.PyTreeNode):
     seed: jax.Array  # [B] uint32, one for each request
 
 
-def settings(rows: int, *, temperature: float, top_p: float, top_k: int, seed: int) -> Draw:
+def sampling_params(
+    rows: int, *, temperature: float, top_p: float, top_k: int, seed: int
+) -> SamplingParams:
     """The same settings for `rows` requests, with seeds `seed, seed + 1, ...`.
 
     Raises:
@@ -33,7 +35,7 @@ def settings(rows: int, *, temperature: float, top_p: float, top_k: int, seed: i
         raise ValueError(f"top_p = {top_p}: want a share above 0 and at most 1 (1 keeps all).")
     if top_k < 0:
         raise ValueError(f"top_k = {top_k}: want 0 (keeps all) or more.")
-    return Draw(
+    return SamplingParams(
         temperature=jnp.full(rows, temperature, jnp.float32),
         top_p=jnp.full(rows, top_p, jnp.float32),
         top_k=jnp.full(rows, top_k, jnp.int32),
@@ -42,7 +44,7 @@ def settings(rows: int, *, temperature: float, top_p: float, top_k: int, seed: i
 
 
 def draw(
-    logits: jax.Array, how: Draw, call: jax.Array, position: jax.Array
+    logits: jax.Array, sampling: SamplingParams, call: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token for each lane.
 
@@ -52,7 +54,7 @@ def draw(
 
     Args:
       logits: [B, C, V] float32.
-      how: settings, [B].
+      sampling: one of each for each row, [B].
       call: [B, C] int32, number of the call in its rollout.
       position: [B, C] int32, index of the token in its call.
 
@@ -60,11 +62,13 @@ def draw(
       tokens [B, C] int32 and logp [B, C] float32, nats, of the distribution sampled from: 0 where
       temperature is 0.
     """
-    greedy = how.temperature == 0
-    scaled = logits / jnp.where(greedy, 1.0, how.temperature)[:, None, None]
-    truncates = ((how.top_p < 1) | (how.top_k > 0)) & ~greedy
+    greedy = sampling.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None, None]
+    truncates = ((sampling.top_p < 1) | (sampling.top_k > 0)) & ~greedy
     # Sorting a vocabulary costs more than decoding a small model: only where someone asks for it.
-    kept = jax.lax.cond(truncates.any(), _truncate, lambda scaled, how: scaled, scaled, how)
+    kept = jax.lax.cond(
+        truncates.any(), _truncate, lambda scaled, sampling: scaled, scaled, sampling
+    )
     kept = jnp.where(truncates[:, None, None], kept, scaled)
     logp = jax.nn.log_softmax(kept, axis=-1)
 
@@ -73,20 +77,20 @@ def draw(
         return jax.random.categorical(key, row)
 
     lanes = jax.vmap(one, in_axes=(0, None, 0, 0))
-    sampled = jax.vmap(lanes)(logp, how.seed, call, position)
+    sampled = jax.vmap(lanes)(logp, sampling.seed, call, position)
     tokens = jnp.where(greedy[:, None], logits.argmax(-1), sampled).astype(jnp.int32)
     drawn = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
     return tokens, jnp.where(greedy[:, None], 0.0, drawn)
 
 
-def _truncate(scaled: jax.Array, how: Draw) -> jax.Array:
+def _truncate(scaled: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Logits with everything outside top-k and top-p at a floor that no draw reaches."""
     order = _order(scaled)
-    count = jnp.where(how.top_k > 0, how.top_k, scaled.shape[-1])[:, None, None]
+    count = jnp.where(sampling.top_k > 0, sampling.top_k, scaled.shape[-1])[:, None, None]
     border = _lowest(order, jnp.ones_like(scaled), count.astype(scaled.dtype))
     mass = jnp.where(order >= border, jax.nn.softmax(scaled, axis=-1), 0.0)
     # Rounding can carry the sum past 1, and top_p = 1 drops nothing.
-    share = jnp.where(how.top_p < 1, how.top_p, jnp.inf)[:, None, None]
+    share = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)[:, None, None]
     share *= mass.sum(axis=-1, keepdims=True)
     border = jnp.maximum(border, _lowest(order, mass, share))
     return jnp.where(order >= border, scaled, jnp.finfo(scaled.dtype).min)

@@ -1,6 +1,6 @@
 """Fork-join rollouts: siblings are lanes that share one prefix cache stored once.
 
-One jitted program (`sample/program.py`) decodes a batch of rollouts from prompts to their ends.
+One jitted program (`sample/step.py`) decodes a batch of rollouts from prompts to their ends.
 Whatever has to be encoded (a prompt, the headers of a fork, the threads that a join re-encodes, the
 next token of each lane) stands in a row's queue; a row whose queue ran empty draws one token for
 each live lane and lays its next queue.
@@ -24,7 +24,7 @@ import numpy as np
 
 from tw_jax import hosts, sharding
 from tw_jax.bounds import require, require_temperature
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.protocol import Result
@@ -32,12 +32,12 @@ from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ForkJoin, ThreadWeaver
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
-from tw_jax.sample.draw import draw, settings
-from tw_jax.sample.flight import DONE, Lanes, Log, Outlines, Queue, Sizes, State
-from tw_jax.sample.program import Program
+from tw_jax.sample.draw import draw, sampling_params
+from tw_jax.sample.state import DONE, Lanes, Log, Outlines, Queue, Sizes, State
+from tw_jax.sample.step import Program
 
 
-@config
+@configurable
 class Sampler:
     """How rollouts are drawn.
 
@@ -86,14 +86,19 @@ class ForkJoinSampler:
     prefill: Callable[[Params, int, State], State]
 
     def __call__(
-        self, params: Params, prompts: Sequence[np.ndarray], how: Any = None, *, repeats: int = 1
+        self,
+        params: Params,
+        prompts: Sequence[np.ndarray],
+        sampling: Any = None,
+        *,
+        repeats: int = 1,
     ) -> list[Trajectory]:
         """Rollouts for each prompt, those of one prompt side by side.
 
         Args:
           params: of the network.
           prompts: arrays of int32 ids; any number, decoded `Sampler.rows` rollouts at a time.
-          how: what `draw` reads, with a leading axis of len(prompts) * repeats; by default the
+          sampling: what `draw` reads, with a leading axis of len(prompts) * repeats; by default the
             config's temperature, top-p, top-k and seeds.
           repeats: rollouts of each prompt, which is encoded once; a divisor of `Sampler.rows`.
 
@@ -110,8 +115,8 @@ class ForkJoinSampler:
                 "rollouts of a prompt are decoded side by side. Change Sampler.rows."
             )
         count = len(prompts) * repeats
-        if how is None:
-            how = settings(
+        if sampling is None:
+            sampling = sampling_params(
                 max(count, 1),
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
@@ -122,21 +127,21 @@ class ForkJoinSampler:
         for first in range(0, count, cfg.rows):
             some = prompts[first // repeats : (first + cfg.rows) // repeats]
             index = np.minimum(np.arange(first, first + cfg.rows), count - 1)
-            given = sharding.put_rows(jax.tree.map(lambda a, i=index: np.asarray(a)[i], how))
+            given = sharding.put_rows(jax.tree.map(lambda a, i=index: np.asarray(a)[i], sampling))
             state = self.decode(params, some, given, repeats=repeats)
             made += self._collect(state, [prompt for prompt in some for _ in range(repeats)])
         return made
 
     def decode(
-        self, params: Params, prompts: Sequence[np.ndarray], how: Any, *, repeats: int = 1
+        self, params: Params, prompts: Sequence[np.ndarray], sampling: Any, *, repeats: int = 1
     ) -> State:
-        """Runs at most `Sampler.rows` rollouts to their ends; `how` has exactly `rows` rows."""
+        """Runs at most `Sampler.rows` rollouts to their ends; `sampling` has `rows` rows."""
         state = self._start(prompts, self.sizes.rows // repeats)
         if repeats > 1:
             state = self.prefill(params, repeats, state)
         while True:
-            state = self.advance(params, state, how)
-            phase, span = hosts.known((state.phase, state.cache.span))
+            state = self.advance(params, state, sampling)
+            phase, span = hosts.to_host((state.phase, state.cache.span))
             if (phase == DONE).all():
                 return state
             live = (span.exit > span.enter).sum(axis=1)
@@ -241,7 +246,7 @@ class ForkJoinSampler:
 
     def _collect(self, state: State, prompts: Sequence[np.ndarray]) -> list[Trajectory]:
         """The drawn ids, run through the host protocol: calls, joins, provenance, counts."""
-        log = hosts.known(state.log)
+        log = hosts.to_host(state.log)
         made = []
         for b, prompt in enumerate(prompts):
             length = int(log.length[b])
@@ -274,8 +279,8 @@ def make_sampler(
       network: the model.
       protocol: the table and the limits; `ForkJoin.max_threads` is the number of lanes.
       cfg: sizes and the default settings.
-      draw: (logits [B, C, V], how, call [B, C], position [B, C]) -> tokens, logp [B, C]; another
-        one forces given tokens.
+      draw: (logits [B, C, V], sampling, call [B, C], position [B, C]) -> tokens, logp
+        [B, C]; another one forces given tokens.
 
     Raises:
       ValueError: the network gives probability to ids that the tokenizer does not have.

@@ -25,19 +25,19 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.tasks import answers, mathematics
 
 _START_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
-_MOST_FAILED_STARTS = 3
+_MAX_FAILED_STARTS = 3
 _PAUSE_SECONDS = 600.0
 """After this many failed starts in a row a worker is not started again for this long."""
 _GRACE_SECONDS = 1.0
 """A worker ends itself when it is so much later than a deadline at which its parent kills it."""
 
 
-@config
+@configurable
 class Grader:
     """How answers are graded.
 
@@ -190,7 +190,7 @@ class _Worker:
         self.stop()
         self._failed_starts += 1
         then = "The next such answer starts another one."
-        if self._failed_starts >= _MOST_FAILED_STARTS:
+        if self._failed_starts >= _MAX_FAILED_STARTS:
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
             then = (
                 f"There were {self._failed_starts} of them in a row, so for "

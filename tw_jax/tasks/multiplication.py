@@ -24,12 +24,12 @@ from typing import Literal
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.forkjoin import grammar
 from tw_jax.tasks import answers, notation
 
 
-@config
+@configurable
 class Multiplication:
     """What to multiply and how the working is laid out.
 
@@ -67,7 +67,7 @@ class Multiplication:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Product:
     """One question.
 
     Attributes:
@@ -89,8 +89,8 @@ class Problem:
         return str(math.prod(self.factors))
 
 
-def problem(cfg: Multiplication, seed: int, index: int) -> Problem:
-    """Problem `index` of the stream `seed`; the same on every machine.
+def problem(cfg: Multiplication, seed: int, index: int) -> Product:
+    """Product `index` of the stream `seed`; the same on every machine.
 
     A 32-bit base is drawn from `seed`, and problem i is drawn from `base + i` alone, so that any
     part of a stream can be made without the rest. Source: ThreadWeaver's `generate_math.py`.
@@ -99,12 +99,12 @@ def problem(cfg: Multiplication, seed: int, index: int) -> Problem:
     rng = np.random.Generator(np.random.PCG64(base + index))
     count = int(rng.integers(cfg.min_factors, cfg.max_factors, endpoint=True))
     factors = rng.integers(cfg.min_value, cfg.max_value, size=count, endpoint=True)
-    return Problem(factors=tuple(int(f) for f in factors), seed=base + index)
+    return Product(factors=tuple(int(f) for f in factors), seed=base + index)
 
 
 def problems(
     cfg: Multiplication, *, seed: int, count: int, exclude: Collection[str] = frozenset()
-) -> list[Problem]:
+) -> list[Product]:
     """The first `count` problems of a stream whose questions are new.
 
     Args:
@@ -132,7 +132,7 @@ def problems(
     )
 
 
-def gold(problem: Problem, cfg: Multiplication) -> str:
+def gold(problem: Product, cfg: Multiplication) -> str:
     """The response a perfect student gives: thoughts with all working, then the boxed product."""
     rng = np.random.Generator(np.random.PCG64([problem.seed, 1]))
     pool = list(problem.factors)
@@ -154,7 +154,7 @@ def grade(response: str, answer: str) -> bool:
 
     Args:
       response: the model's text, thoughts included.
-      answer: `Problem.answer`.
+      answer: `Product.answer`.
     """
     given = answers.final_answer(response, where="after_thinking")
     return given is not None and notation.as_integer(given) == int(answer)
@@ -241,9 +241,9 @@ def _block(products: list[tuple[int, int, str]]) -> str:
     """One block: an outline and a thread per (factor, factor, working)."""
     numbered = [(str(n), *product) for n, product in enumerate(products, start=1)]
     return grammar.render_block(
-        grammar.Block(
+        grammar.ParallelBlock(
             outlines=tuple(grammar.Outline(n, f"{a} times {b}.") for n, a, b, _ in numbered),
-            threads=tuple(grammar.Thread(n, working) for n, _, _, working in numbered),
+            threads=tuple(grammar.ThreadText(n, working) for n, _, _, working in numbered),
         )
     )
 

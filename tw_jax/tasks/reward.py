@@ -13,16 +13,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.cost import Cost, Tags, of_calls, of_ids
-from tw_jax.forkjoin.tries import of_trajectory
+from tw_jax.forkjoin.cost import Cost, Tags, cost_from_calls, cost_from_ids
+from tw_jax.forkjoin.tries import trajectory_trie
 
 CUT = frozenset({"length", "rounds", "budget"})
 """`Trajectory.finish` of rollouts that a limit ended, not the model."""
 
 
-@config
+@configurable
 class SoftOverlong:
     """A penalty that grows with length before the limit cuts a rollout off.
 
@@ -50,7 +50,7 @@ class SoftOverlong:
             )
 
 
-@config
+@configurable
 class GroupLength:
     """A penalty on length within groups that have mostly right answers; see `length_penalty`.
 
@@ -75,7 +75,7 @@ class GroupLength:
         require(self, "window_tokens", least=1)
 
 
-@config
+@configurable
 class Reward:
     """Correctness plus acceleration.
 
@@ -177,7 +177,7 @@ def reward(
     Raises:
       ValueError: the text is to be read and there are no tags.
     """
-    cost, text = of_calls(trajectory), _text(trajectory, cfg, tags)
+    cost, text = cost_from_calls(trajectory), _text(trajectory, cfg, tags)
     counted = cost if text is None else text
     saved = counted.acceleration if cfg.acceleration == "saved" else _speedup(counted)
     earned = cfg.acceleration_factor * min(saved, cfg.acceleration_clip) if is_correct else 0.0
@@ -199,31 +199,31 @@ def reward(
 
 
 def leave_out_long(
-    parts: Sequence[Parts], made: Sequence[Trajectory], most_tokens: int
+    parts: Sequence[Parts], made: Sequence[Trajectory], max_tokens: int
 ) -> list[Parts]:
     """Keeps the rewards of rollouts whose tries are longer than a row, and does not train them."""
     return [
-        one._replace(is_trained=one.is_trained and len(of_trajectory(trajectory)) <= most_tokens)
+        one._replace(is_trained=one.is_trained and len(trajectory_trie(trajectory)) <= max_tokens)
         for one, trajectory in zip(parts, made, strict=True)
     ]
 
 
-def refuse_short_rows(step: int, made: Sequence[Trajectory], most_tokens: int) -> None:
+def refuse_short_rows(step: int, made: Sequence[Trajectory], max_tokens: int) -> None:
     """Refuses a step whose rollouts are all longer than a row.
 
     Args:
       step: number of the step, for the message.
       made: its rollouts.
-      most_tokens: length of a row.
+      max_tokens: length of a row.
 
     Raises:
       ValueError: every trie has more nodes than a row has tokens.
     """
-    shortest = min(map(len, map(of_trajectory, made)))
-    if shortest > most_tokens:
+    shortest = min(map(len, map(trajectory_trie, made)))
+    if shortest > max_tokens:
         raise ValueError(
             f"Step {step}: every rollout is longer than a row, the shortest has {shortest} nodes; "
-            f"want at most {most_tokens}. Set Packing.row_tokens higher or ForkJoin.max_new lower."
+            f"want at most {max_tokens}. Set Packing.row_tokens higher or ForkJoin.max_new lower."
         )
 
 
@@ -334,7 +334,7 @@ def _text(trajectory: Trajectory, cfg: Reward, tags: Tags | None) -> Cost | None
             "tags_of(tokenizer), or set Reward.counted to 'calls'."
         )
     first = trajectory.prompt_tokens if cfg.counted == "response" else 0
-    return of_ids(trajectory.ids[first:], tags)
+    return cost_from_ids(trajectory.ids[first:], tags)
 
 
 def _speedup(cost: Cost) -> float:

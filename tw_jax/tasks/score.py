@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tw_jax.bounds import require, require_temperature, require_text
-from tw_jax.config import config
+from tw_jax.config import configurable
 
 
-@config
+@configurable
 class Evaluation:
     """Held-out problems that are sampled while training.
 

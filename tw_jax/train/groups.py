@@ -20,14 +20,14 @@ import numpy as np
 from flax import struct
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.forkjoin.tries import Group
 from tw_jax.trie.batch import TrieBatch, stack_rows
-from tw_jax.trie.pack import Fill, Packing, pack
+from tw_jax.trie.pack import Packing, PackingStats, pack
 from tw_jax.trie.tree import Trie
 
 
-@config
+@configurable
 class Aggregation:
     """How the losses of a step's tokens become one number; see `token_weights`.
 
@@ -197,7 +197,7 @@ def pack_groups(
     *,
     packing: Packing,
     microbatch_rows: int,
-    fill: Fill,
+    stats: PackingStats,
 ) -> PolicyBatch:
     """Weighs the tokens of a step's groups and lays the groups into rows.
 
@@ -208,7 +208,7 @@ def pack_groups(
       microbatch_rows: rows that are run at a time, one part of an inner step. All inner steps have
         as many parts, a power of two; those behind the last group hold nothing. So a few programs
         serve batches of every size.
-      fill: totals to add to.
+      stats: totals to add to.
 
     Returns:
       A batch of numpy arrays, [R, row_tokens], without `old_logp` and `ref_logp`. Row
@@ -228,7 +228,7 @@ def pack_groups(
             advantage = np.where(weight > 0, one.advantage[rollout], 0)
             laid[trie] = advantage, one.group.logp, rollout
             tries.append(trie)
-        packed.append(pack(tries, packing, fill))
+        packed.append(pack(tries, packing, stats))
     needed = max(-(-len(rows) // microbatch_rows) for rows in packed)
     parts = 1 << max(needed - 1, 0).bit_length()
     filled = [rows + [[]] * (parts * microbatch_rows - len(rows)) for rows in packed]

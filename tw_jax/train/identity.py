@@ -33,7 +33,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     # What is saved, reported and guarded. No parameter depends on it.
     "report": (
         *("Sft.save_every", "Pgrpo.save_every", "Sft.keep", "Pgrpo.keep"),
-        *("Evaluation.every", "Grader.workers", "Pgrpo.most_mismatch"),
+        *("Evaluation.every", "Grader.workers", "Pgrpo.max_mismatch"),
     ),
     # How the same sums are computed. Numbers are equal up to rounding, no longer bit by bit.
     "rounding": (

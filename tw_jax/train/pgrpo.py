@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Network, Params
 from tw_jax.sharding import constrain
 from tw_jax.train.groups import PolicyBatch
@@ -34,11 +34,11 @@ from tw_jax.trie.batch import TrieBatch
 MAX_LOG_RATIO = 20.0
 """Where log-ratios are cut before `exp`, in nats; so does ThreadWeaver's trainer."""
 
-_MOST_AGREE = 0.9
+_MAX_AGREE = 0.9
 """Share of tokens within 5 % above which a mismatch is due to a few tokens."""
 
 
-@config
+@configurable
 class PolicyLoss:
     """The loss of a sampled token.
 
@@ -98,7 +98,7 @@ def loss_sums(
       temperature: at which the rollouts were sampled; log-probs are those of logits / temperature.
 
     Returns:
-      (total, sums): what `make_step` reports, all but `EXTREMES` summed over trained tokens.
+      (total, sums): what `make_pgrpo_step` reports, all but `EXTREMES` summed over trained tokens.
 
     Raises:
       ValueError: `kl_coef` is not 0 and there is no `ref_logp`, or a bad temperature.
@@ -195,7 +195,7 @@ def importance(gap: jax.Array, rollout: jax.Array, cfg: PolicyLoss) -> tuple[jax
     return jnp.minimum(factor, cfg.importance_cap), factor > cfg.importance_cap
 
 
-def make_step(
+def make_pgrpo_step(
     network: Network,
     optim: Optim,
     cfg: PolicyLoss,
@@ -426,11 +426,11 @@ def refuse_mismatch(most: float, index: int, numbers: Mapping[str, float]) -> No
             "A log-prob is not a number, so the parameters have diverged. Look at grad_norm of the "
             "steps before, and resume from an earlier checkpoint with a lower Optim.peak_lr."
         )
-    elif near >= _MOST_AGREE:
+    elif near >= _MAX_AGREE:
         advice = (
             "Most tokens agree, and a few that the sampler thought improbable make up the "
             "difference. Look at their logp in this step's file in rollouts/. If it is rounding, "
-            'Model.compute_dtype = "float32" removes it, and Pgrpo.most_mismatch allows it.'
+            'Model.compute_dtype = "float32" removes it, and Pgrpo.max_mismatch allows it.'
         )
     else:
         advice = (

@@ -19,7 +19,7 @@ Logp = Callable[[Params, TrieBatch], jax.Array]
 """(parameters, batch [R, T]) -> [R, T] float32 nats, as `make_logp` builds it."""
 
 
-def of_reference(logp: Logp, began: Params, current: Params) -> Logp:
+def reference_logp(logp: Logp, began: Params, current: Params) -> Logp:
     """Scores tokens with the parameters that the run began with.
 
     What training moves is kept of them, and the rest is read from the current parameters, which

@@ -43,7 +43,7 @@ def nll_sums(
     }
 
 
-def make_step(
+def make_sft_step(
     network: Network, optim: Optim, *, steps: int, chunk_tokens: int, accumulation_steps: int = 1
 ) -> Step:
     """Builds the train step.

@@ -19,13 +19,13 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Network, Params
 from tw_jax.models.lora import overlay, trained
 from tw_jax.sharding import Rules, shardings
 
 
-@config
+@configurable
 class Optim:
     """AdamW or Muon with decoupled weight decay, a warm-up and a schedule.
 

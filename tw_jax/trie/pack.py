@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.trie.tree import Trie
 
 
-@config
+@configurable
 class Packing:
     """How tries become rows.
 
@@ -40,7 +40,7 @@ class Packing:
 
 
 @dataclasses.dataclass
-class Fill:
+class PackingStats:
     """Running totals of a packing, for `rows_filled` and `token_sharing`."""
 
     tries: int = 0
@@ -75,7 +75,9 @@ def truncate(trie: Trie, length: int) -> Trie:
     )
 
 
-def fit(trie: Trie, cfg: Packing, fill: Fill, *, name: str = "a trajectory") -> Trie | None:
+def fit_row(
+    trie: Trie, cfg: Packing, stats: PackingStats, *, name: str = "a trajectory"
+) -> Trie | None:
     """Applies the `too_long` policy to one trie; None means that it is left out.
 
     Raises:
@@ -84,10 +86,10 @@ def fit(trie: Trie, cfg: Packing, fill: Fill, *, name: str = "a trajectory") -> 
     if len(trie) <= cfg.row_tokens:
         return trie
     if cfg.too_long == "drop":
-        fill.dropped += 1
+        stats.dropped += 1
         return None
     if cfg.too_long == "truncate":
-        fill.truncated += 1
+        stats.truncated += 1
         return truncate(trie, cfg.row_tokens)
     raise ValueError(
         f"{name} makes a trie of {len(trie)} nodes and a row holds {cfg.row_tokens}: want a trie "
@@ -95,8 +97,8 @@ def fit(trie: Trie, cfg: Packing, fill: Fill, *, name: str = "a trajectory") -> 
     )
 
 
-def pack(tries: Sequence[Trie], cfg: Packing, fill: Fill) -> list[list[Trie]]:
-    """Fits tries into rows, the longest first, and counts into `fill`.
+def pack(tries: Sequence[Trie], cfg: Packing, stats: PackingStats) -> list[list[Trie]]:
+    """Fits tries into rows, the longest first, and counts into `stats`.
 
     A pure function of its tries, so a data position inside a window can be restored by packing the
     window again. Rows come back in the order of their earliest trie, for the longest-first order
@@ -105,7 +107,7 @@ def pack(tries: Sequence[Trie], cfg: Packing, fill: Fill) -> list[list[Trie]]:
     Args:
       tries: none longer than a row, see `fit`.
       cfg: only `row_tokens` is read.
-      fill: totals to add to.
+      stats: totals to add to.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -117,9 +119,9 @@ def pack(tries: Sequence[Trie], cfg: Packing, fill: Fill) -> list[list[Trie]]:
             room.append(cfg.row_tokens)
         rows[row].append(number)
         room[row] -= size
-    fill.tries += len(tries)
-    fill.rows += len(rows)
-    fill.row_tokens += len(rows) * cfg.row_tokens
-    fill.used_tokens += sum(map(len, tries))
-    fill.source_tokens += sum(trie.source_tokens for trie in tries)
+    stats.tries += len(tries)
+    stats.rows += len(rows)
+    stats.row_tokens += len(rows) * cfg.row_tokens
+    stats.used_tokens += sum(map(len, tries))
+    stats.source_tokens += sum(trie.source_tokens for trie in tries)
     return [[tries[n] for n in sorted(row)] for row in sorted(rows, key=min)]

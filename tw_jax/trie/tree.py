@@ -80,7 +80,7 @@ def build(sequences: Iterable[np.ndarray], weights: Iterable[np.ndarray | None])
     return Trie(tokens, parent, depth, end, total, source_tokens)
 
 
-def graft(tries: Sequence[Trie], stem: int) -> Trie:
+def merge_on_prompt(tries: Sequence[Trie], stem: int) -> Trie:
     """Joins tries that begin with the same chain: the chain once, then each trie's other nodes.
 
     Below the chain nothing is merged, not even equal tokens: what two rollouts of a prompt drew

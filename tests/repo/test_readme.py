@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from house.sources import ROOT, VERBS
+from repo.sources import ROOT, VERBS
 
 PAGES = [
     "README.md",

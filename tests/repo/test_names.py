@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from house.sources import (
+from repo.sources import (
     PACKAGE,
     ROOT,
     VERBS,

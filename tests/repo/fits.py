@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from house.sources import ROOT
+from repo.sources import ROOT
 
 from tw_jax import config
 from tw_jax.programs.aot import HBM, Aot, PgrpoStep, Sampling, SftStep
@@ -49,7 +49,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _line(path: pathlib.Path) -> list[str]:
-    cfg = config.load(Aot, [path])
+    cfg = config.load_config(Aot, [path])
     how = cfg.program
     if isinstance(how, Sampling):
         work, rows, tokens = how.part, how.sampler.rows, how.slots

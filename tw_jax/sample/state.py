@@ -1,6 +1,6 @@
 """A batch of rollouts in flight: the arrays that the sampler's program carries.
 
-Everything is preallocated and one row per rollout; `sample/program.py` moves it and
+Everything is preallocated and one row per rollout; `sample/step.py` moves it and
 `sample/sampler.py` makes it and reads it. This file knows no decision.
 """
 

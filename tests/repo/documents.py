@@ -3,9 +3,9 @@
 import importlib
 import pathlib
 
-from house.figure import draw, draw_multiplication
-from house.fits import fits
-from house.sources import ROOT, VERBS, has_config
+from repo.figure import draw, draw_multiplication
+from repo.fits import fits
+from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 from closeness import Close
-from house import tolerances
-from house.sources import ROOT, python_files
+from repo import tolerances
+from repo.sources import ROOT, python_files
 
 
 def table():

@@ -6,10 +6,10 @@ import re
 import fakes
 import numpy as np
 import pytest
-from house import fits
-from house.documents import MADE
-from house.example import PROMPT, WRITTEN, calls, example_trie, example_words
-from house.sources import PACKAGE, ROOT
+from repo import fits
+from repo.documents import MADE
+from repo.example import PROMPT, WRITTEN, calls, example_trie, example_words
+from repo.sources import PACKAGE, ROOT
 
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table

@@ -10,11 +10,11 @@ import types
 import typing
 
 import pytest
-from house.documents import root_of
-from house.sources import ROOT, VERBS, has_config
+from repo.documents import root_of
+from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
-from tw_jax.config import load, operative
+from tw_jax.config import load_config, operative
 
 NEGATIVE = {
     *("Mesh.data", "Mesh.fsdp", "Mesh.sequence", "Mesh.tensor"),  # the rest of the devices
@@ -63,7 +63,7 @@ def instances() -> dict[str, object]:
 
     for verb in filter(has_config, VERBS):
         for path in sorted((ROOT / "configs" / verb).glob("*.gin")):
-            walk(load(root_of(verb), [path]))
+            walk(load_config(root_of(verb), [path]))
     for name, cls in classes().items():
         if name not in found:
             found[name] = cls(**BY_HAND.get(name, {}))
@@ -88,7 +88,7 @@ def judged(instances: dict[str, object], path: str, text: str, tmp_path) -> str 
     file = tmp_path / "run.gin"
     file.write_text("\n".join([*lines, f"{path} = {text}"]), encoding="utf-8")
     try:
-        made = load(type(instances[name]), [file])
+        made = load_config(type(instances[name]), [file])
     except ValueError as error:
         said = str(error)
         assert said.startswith(f"{file}:{len(lines) + 1}: {name}."), said
@@ -151,7 +151,7 @@ def test_several_samples_at_temperature_0_are_refused_at_their_line(
     base = operative(instances[name]).splitlines()
     file.write_text("\n".join([*base, *lines]), encoding="utf-8")
     with pytest.raises(ValueError, match="samples = 2 at ") as caught:
-        load(type(instances[name]), [file])
+        load_config(type(instances[name]), [file])
     assert str(caught.value).startswith(f"{file}:{len(base) + 2}: ")
 
 

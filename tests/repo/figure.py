@@ -3,14 +3,14 @@
 import io
 
 import numpy as np
-from house.example import PROMPT, VOCABULARY, WRITTEN, calls
+from repo.example import PROMPT, VOCABULARY, WRITTEN, calls
 
-from tw_jax import figures
-from tw_jax.forkjoin.calls import Call, Hit, Provenance, Trajectory
+from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.tasks.multiplication import Multiplication, Problem, gold
+from tw_jax.tasks.multiplication import Multiplication, Product, gold
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.view import plots
 
 PATHS = ((), (0, "1"), (0, "2"), ())
 """The example's calls: the parent forks, two threads run, the parent goes on."""
@@ -30,7 +30,14 @@ RUNS = (
 def example_trajectory() -> Trajectory:
     """The worked example of docs/trie.md as the record that a rollout leaves."""
     made = [
-        Call(path, _ids(context), np.zeros(len(context), np.int8), _ids(sampled), None, Hit.STOP)
+        Call(
+            path,
+            _ids(context),
+            np.zeros(len(context), np.int8),
+            _ids(sampled),
+            None,
+            StopReason.STOP,
+        )
         for path, (context, sampled) in zip(PATHS, calls(), strict=True)
     ]
     return Trajectory(
@@ -46,7 +53,7 @@ def example_trajectory() -> Trajectory:
 
 def multiplication_trajectory() -> Trajectory:
     """12 * 34 in bytes: two threads, a row each of the long multiplication."""
-    problem = Problem(factors=(12, 34), seed=0)
+    problem = Product(factors=(12, 34), seed=0)
     response = gold(problem, Multiplication(parallel=True, lone_pair="fork"))
     tokenizer, chat = load_tokenizer(Bytes()), Chat(template="plain")
     ids = chat.document(tokenizer, problem.question, response)
@@ -57,18 +64,18 @@ def multiplication_trajectory() -> Trajectory:
 def draw() -> str:
     """docs/trie.svg."""
     words = np.array(VOCABULARY)
-    return _svg(figures.trie_figure(example_trajectory(), lambda ids: " ".join(words[ids])))
+    return _svg(plots.trie_figure(example_trajectory(), lambda ids: " ".join(words[ids])))
 
 
 def draw_multiplication() -> str:
     """docs/images/trie.svg."""
     decode = load_tokenizer(Bytes()).decode
-    return _svg(figures.trie_figure(multiplication_trajectory(), decode))
+    return _svg(plots.trie_figure(multiplication_trajectory(), decode))
 
 
-def _svg(figure: figures.Figure) -> str:
+def _svg(figure: plots.Figure) -> str:
     file = io.BytesIO()
-    figures.save(figure, file, "svg")
+    plots.save(figure, file, "svg")
     return file.getvalue().decode()
 
 

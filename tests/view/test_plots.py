@@ -8,10 +8,10 @@ import numpy as np
 import oracles
 import pytest
 
-from tw_jax import figures
 from tw_jax.forkjoin import orchestrator, threadweaver, tries
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import replay
+from tw_jax.view import plots
 
 TOKENIZER = fakes.Characters()
 TABLE = threadweaver.make_table(TOKENIZER)
@@ -70,7 +70,7 @@ def graded(count: int, right: int) -> list[dict]:
 
 def test_a_short_run_is_drawn_as_it_was_written() -> None:
     loss, accuracy = np.geomspace(5, 0.1, 20), np.linspace(0, 0.9, 20)
-    figure = figures.loss_figure({"sft": lines(20, loss=loss, accuracy=accuracy)})
+    figure = plots.loss_figure({"sft": lines(20, loss=loss, accuracy=accuracy)})
     top, bottom = figure.axes
     np.testing.assert_allclose(top.lines[0].get_xydata(), np.stack([np.arange(20), loss], 1))
     np.testing.assert_allclose(bottom.lines[0].get_ydata(), accuracy)
@@ -84,7 +84,7 @@ def test_a_short_run_is_drawn_as_it_was_written() -> None:
 
 def test_a_long_run_is_its_running_mean_over_its_raw_values(close) -> None:
     loss = np.random.default_rng(0).uniform(1, 2, 400)
-    (ax,) = figures.loss_figure({"sft": lines(400, loss=loss)}).axes
+    (ax,) = plots.loss_figure({"sft": lines(400, loss=loss)}).axes
     raw, mean = (line.get_ydata() for line in ax.lines)
     np.testing.assert_array_equal(raw, loss)
     want = [np.mean(loss[max(n - 5, 0) : n + 6]) for n in range(400)]
@@ -94,20 +94,20 @@ def test_a_long_run_is_its_running_mean_over_its_raw_values(close) -> None:
 
 def test_runs_are_overlaid_in_colours_of_their_own_and_named() -> None:
     runs = {name: lines(3, loss=np.ones(3) * n) for n, name in enumerate(("tries", "flat"), 1)}
-    (ax,) = figures.loss_figure(runs).axes
+    (ax,) = plots.loss_figure(runs).axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["tries", "flat"]
     assert len({line.get_color() for line in ax.lines}) == 2
 
 
 def test_a_step_whose_loss_is_not_finite_leaves_no_hole_in_the_others() -> None:
     loss = np.array([3.0, np.nan, 2.0, np.inf, 1.0])
-    (ax,) = figures.loss_figure({"sft": lines(5, loss=loss)}).axes
+    (ax,) = plots.loss_figure({"sft": lines(5, loss=loss)}).axes
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[0, 3], [2, 2], [4, 1]])
 
 
 def test_latency_tells_right_from_wrong_and_marks_medians() -> None:
     found = graded(30, right=20)
-    axes = figures.latency_figure(found).axes
+    axes = plots.latency_figure(found).axes
     for ax, some in zip(axes, (found[:20], found[20:]), strict=True):
         assert f"{len(some)} of 30 rollouts" in ax.get_title("left")
         assert "longest path 0.50 of all tokens" in ax.get_title("left")
@@ -122,25 +122,25 @@ def test_latency_tells_right_from_wrong_and_marks_medians() -> None:
 
 @pytest.mark.parametrize("right", [0, 4])
 def test_latency_of_one_kind_has_one_panel(right: int) -> None:
-    assert len(figures.latency_figure(graded(4, right=right)).axes) == 1
+    assert len(plots.latency_figure(graded(4, right=right)).axes) == 1
 
 
 def test_rollouts_without_a_known_answer_are_drawn_apart() -> None:
     found = graded(4, right=2)
     found[3] |= {"verdict": "unknown"}
-    titles = [ax.get_title("left") for ax in figures.latency_figure(found).axes]
+    titles = [ax.get_title("left") for ax in plots.latency_figure(found).axes]
     assert [title.partition(":")[0] for title in titles] == ["Correct", "Wrong", "Answer not known"]
 
 
 def test_latency_of_rollouts_without_tokens_is_drawn() -> None:
-    drawn = figures.latency_figure([{"verdict": "timeout", "total": 0, "longest": 0}])
+    drawn = plots.latency_figure([{"verdict": "timeout", "total": 0, "longest": 0}])
     assert len(drawn.axes) == 1
 
 
 def test_blocks_say_who_wrote_what() -> None:
     made = written()
-    trie = tries.of_trajectory(made)
-    parts = figures.blocks(made, trie)
+    trie = tries.trajectory_trie(made)
+    parts = plots.blocks(made, trie)
     texts = [TOKENIZER.decode(trie.tokens[part.start : part.stop]) for part in parts]
     plan, rest = TEXT.split("1: aa")
     assert list(zip([part.name for part in parts], texts, strict=True)) == [
@@ -158,8 +158,8 @@ def test_blocks_say_who_wrote_what() -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3, 6, 8, 11])
 def test_a_trained_node_belongs_to_the_call_that_drew_it(seed: int) -> None:
     made = drunk(seed)
-    trie = tries.of_trajectory(made)
-    parts = figures.blocks(made, trie)
+    trie = tries.trajectory_trie(made)
+    parts = plots.blocks(made, trie)
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     assert parts[-1].stop == len(trie)
     author = np.repeat([p.author for p in parts], [p.stop - p.start for p in parts])
@@ -176,8 +176,8 @@ def test_a_trained_node_belongs_to_the_call_that_drew_it(seed: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3, 6, 8, 11])
 def test_a_copy_is_untrained_and_ends_with_what_its_thread_handed_back(seed: int) -> None:
     made = drunk(seed)
-    trie = tries.of_trajectory(made)
-    parts = figures.blocks(made, trie)
+    trie = tries.trajectory_trie(made)
+    parts = plots.blocks(made, trie)
     threads = [call for call in made.calls if call.is_thread]
     copies = [part for part in parts if part.is_copy]
     for part in copies:
@@ -192,8 +192,8 @@ def test_a_copy_is_untrained_and_ends_with_what_its_thread_handed_back(seed: int
 
 @pytest.mark.parametrize("trajectory", [written(), drunk(3), drunk(8)], ids=["one", "a", "b"])
 def test_the_mask_shows_what_each_node_sees(trajectory) -> None:
-    trie = tries.of_trajectory(trajectory)
-    _, row, square = figures.trie_figure(trajectory, TOKENIZER.decode).axes
+    trie = tries.trajectory_trie(trajectory)
+    _, row, square = plots.trie_figure(trajectory, TOKENIZER.decode).axes
     image, strip = (np.asarray(ax.images[0].get_array()) for ax in (square, row))
     seen = oracles.visible_by_parents(trie.parent)
     np.testing.assert_array_equal((image < 1).any(-1), seen)
@@ -206,18 +206,18 @@ def test_the_mask_shows_what_each_node_sees(trajectory) -> None:
 
 
 def test_pale_nodes_are_those_without_loss() -> None:
-    trie = tries.of_trajectory(written())
-    _, row, _ = figures.trie_figure(written(), TOKENIZER.decode).axes
+    trie = tries.trajectory_trie(written())
+    _, row, _ = plots.trie_figure(written(), TOKENIZER.decode).axes
     paleness = np.asarray(row.images[0].get_array())[0].min(-1)
     assert paleness[trie.weight == 0].min() > paleness[trie.weight > 0].max()
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_text_stays_in_its_box_and_boxes_do_not_overlap(seed: int) -> None:
-    figure = figures.trie_figure(drunk(seed), lambda ids: "$x_{" + TOKENIZER.decode(ids) * 9)
+    figure = plots.trie_figure(drunk(seed), lambda ids: "$x_{" + TOKENIZER.decode(ids) * 9)
     tree = figure.axes[0]
-    boxes = [patch for patch in tree.patches if patch.get_width() == figures.WIDTH]  # no key
-    with figures.mpl.rc_context(figures.STYLE):
+    boxes = [patch for patch in tree.patches if patch.get_width() == plots.WIDTH]  # no key
+    with plots.mpl.rc_context(plots.STYLE):
         boxes = [box.get_window_extent() for box in boxes]
         texts = [t.get_window_extent() for t in tree.texts if "DejaVu Sans Mono" in t.get_family()]
     for a, b in itertools.combinations(boxes, 2):
@@ -228,7 +228,7 @@ def test_text_stays_in_its_box_and_boxes_do_not_overlap(seed: int) -> None:
 
 
 def test_a_long_text_is_cut_in_its_middle() -> None:
-    figure = figures.trie_figure(written(), lambda ids: "\n".join(f"line {n}" for n in range(99)))
+    figure = plots.trie_figure(written(), lambda ids: "\n".join(f"line {n}" for n in range(99)))
     shown = [text.get_text() for text in figure.axes[0].texts]
     assert {"line 0", "…", "line 98"} <= set(shown)
     assert "line 50" not in shown
@@ -237,5 +237,5 @@ def test_a_long_text_is_cut_in_its_middle() -> None:
 def test_the_same_trajectory_makes_the_same_bytes() -> None:
     files = io.BytesIO(), io.BytesIO()
     for file in files:
-        figures.save(figures.trie_figure(written(), TOKENIZER.decode), file, "svg")
+        plots.save(plots.trie_figure(written(), TOKENIZER.decode), file, "svg")
     assert files[0].getvalue() == files[1].getvalue()

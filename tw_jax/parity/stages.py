@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.bounds import require
-from tw_jax.config import config
+from tw_jax.config import configurable
 from tw_jax.contracts import Params
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.models import hf
@@ -24,7 +24,7 @@ from tw_jax.models.transformer import Model, network, walk
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.tokenizer import Tokenizer
 from tw_jax.train.loss import token_logp
-from tw_jax.train.sft import make_step, nll_sums
+from tw_jax.train.sft import make_sft_step, nll_sums
 from tw_jax.train.state import Optim, create
 from tw_jax.trie.batch import TrieBatch
 
@@ -35,7 +35,7 @@ CHUNK_TOKENS = 256
 """Nodes unembedded at a time; real vocabularies are wide."""
 
 
-@config
+@configurable
 class Training:
     """A training curve.
 
@@ -154,7 +154,7 @@ def _train(
     net: Any, params: Params, batches: list[TrieBatch], optim: Optim, *, steps: int
 ) -> tuple[np.ndarray, Params]:
     """The loss before each step, and the parameters after the last."""
-    step = jax.jit(make_step(net, optim, steps=steps, chunk_tokens=CHUNK_TOKENS))
+    step = jax.jit(make_sft_step(net, optim, steps=steps, chunk_tokens=CHUNK_TOKENS))
     state, losses = create(params, optim, key=jax.random.key(0)), []
     # Placed as what a step returns, or the second step would compile anew.
     state = jax.device_put(state, jax.devices()[0])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from house.sources import ROOT
+from repo.sources import ROOT
 
 SETTINGS = {
     "default": "",

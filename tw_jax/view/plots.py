@@ -24,8 +24,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from tw_jax.contracts import Span
-from tw_jax.forkjoin.calls import Hit, Provenance, Trajectory
-from tw_jax.forkjoin.tries import of_trajectory
+from tw_jax.forkjoin.calls import Provenance, StopReason, Trajectory
+from tw_jax.forkjoin.tries import trajectory_trie
 from tw_jax.trie import mask
 from tw_jax.trie.tree import Trie
 
@@ -201,7 +201,7 @@ PROMPT, PARENT = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class NodeRun:
     """A run of nodes of one author, without a branch inside it.
 
     Attributes:
@@ -223,7 +223,7 @@ class Block:
     is_copy: bool
 
 
-def blocks(trajectory: Trajectory, trie: Trie) -> list[Block]:
+def blocks(trajectory: Trajectory, trie: Trie) -> list[NodeRun]:
     """Who wrote which nodes, in the order of the row.
 
     Args:
@@ -246,7 +246,7 @@ def blocks(trajectory: Trajectory, trie: Trie) -> list[Block]:
         who, again = int(author[start]), bool(is_copy[start])
         name = f"{names[who]}, re-read" if again else names[who]
         is_joined = start < len(trajectory.ids)
-        made.append(Block(start, stop, who, name, colors[who], is_joined, again))
+        made.append(NodeRun(start, stop, who, name, colors[who], is_joined, again))
     return made
 
 
@@ -271,7 +271,7 @@ def _authors(trajectory: Trajectory, trie: Trie) -> tuple[np.ndarray, np.ndarray
         own = path[fork:]
         author[own] = np.where(is_own[own], PARENT, number)  # what headers share is nobody's
         is_own[own] = True
-        if len(call.sampled) > (call.hit is Hit.EOS):  # else nothing is handed back
+        if len(call.sampled) > (call.stop_reason is StopReason.EOS):  # else nothing is handed back
             returned.append(number)
     handed_back, header = iter(returned), []
     kinds = trajectory.provenance.tolist()
@@ -290,12 +290,12 @@ SMALL = 8.0
 """Points of the text in boxes; monospace, so that a box knows its size before it is drawn."""
 CHARACTER, LINE = SMALL * 0.602 / 72, SMALL * 1.4 / 72
 """Inches per character and per line."""
-WIDTH, MOST_LINES = 44, 10
+WIDTH, MAX_LINES = 44, 10
 """Characters across a box, its margins included, and lines of text that it shows."""
 GUTTER, GAP = 4, 0.8
 """Characters between the two columns of boxes, and lines between two boxes."""
 DASHES = (0, (3, 2))
-MOST_CELLS = 1000
+MAX_CELLS = 1000
 """Edge of the mask's image; of a longer row every second, third, ... node is shown."""
 
 
@@ -303,7 +303,7 @@ MOST_CELLS = 1000
 class _Box:
     """A block as it is drawn; x in characters, y in lines, downwards."""
 
-    block: Block
+    block: NodeRun
     lines: list[str]
     x: float
     y: float
@@ -328,7 +328,7 @@ def trie_figure(trajectory: Trajectory, decode: Callable[[np.ndarray], str]) -> 
       The figure. Boxes are runs of one author, with their text; the row and the mask have one
       column for each node, in the colour of its box, paler where it carries no loss.
     """
-    trie = of_trajectory(trajectory)
+    trie = trajectory_trie(trajectory)
     parts = blocks(trajectory, trie)
     boxes = _boxes(parts, trie, decode)
     # All sizes in inches, so that text fits whatever is drawn.
@@ -354,7 +354,7 @@ def trie_figure(trajectory: Trajectory, decode: Callable[[np.ndarray], str]) -> 
     return figure
 
 
-def _boxes(parts: list[Block], trie: Trie, decode: Callable[[np.ndarray], str]) -> list[_Box]:
+def _boxes(parts: list[NodeRun], trie: Trie, decode: Callable[[np.ndarray], str]) -> list[_Box]:
     """The joined path from top to bottom; beside a joined copy, what it is a copy of."""
     texts = {part: _excerpt(decode(trie.tokens[part.start : part.stop])) for part in parts}
     own = [part for part in parts if not part.is_joined]
@@ -376,7 +376,7 @@ def _boxes(parts: list[Block], trie: Trie, decode: Callable[[np.ndarray], str]) 
     return made
 
 
-def _fork_of(part: Block, boxes: list[_Box], trie: Trie) -> _Box:
+def _fork_of(part: NodeRun, boxes: list[_Box], trie: Trie) -> _Box:
     """The box that a branch leaves; it ends there, for no block has a branch inside it."""
     return next(box for box in boxes if box.block.stop == trie.parent[part.start] + 1)
 
@@ -385,7 +385,7 @@ def _excerpt(text: str) -> list[str]:
     """The text in lines that fit a box, the middle left out where they are too many."""
     text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH - 2)]
-    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 2], "…", lines[-1]]
+    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 2], "…", lines[-1]]
 
 
 def _draw_tree(ax: Axes, boxes: list[_Box], trie: Trie) -> None:
@@ -440,7 +440,7 @@ def _draw_box(ax: Axes, box: _Box, trie: Trie) -> None:
         ax.text(*place, text, family="DejaVu Sans Mono", fontsize=SMALL, parse_math=False)
 
 
-def _draw_row(ax: Axes, parts: list[Block], trie: Trie) -> None:
+def _draw_row(ax: Axes, parts: list[NodeRun], trie: Trie) -> None:
     """One cell for each node."""
     image = _colors(parts, trie)[None]
     ax.imshow(image, extent=(0, len(trie), 1, 0), aspect="auto", interpolation="none")
@@ -448,10 +448,10 @@ def _draw_row(ax: Axes, parts: list[Block], trie: Trie) -> None:
     ax.spines[:].set_visible(True)
 
 
-def _draw_mask(ax: Axes, parts: list[Block], trie: Trie, *, inches: float) -> None:
+def _draw_mask(ax: Axes, parts: list[NodeRun], trie: Trie, *, inches: float) -> None:
     """Row i, column j: j's colour where node i sees node j; names stand where nothing is seen."""
     n = len(trie)
-    some = np.arange(0, n, -(-n // MOST_CELLS))
+    some = np.arange(0, n, -(-n // MAX_CELLS))
     at, end = jnp.asarray(some)[None], jnp.asarray(trie.end[some])[None]
     seen = np.asarray(mask.dense(at, Span(enter=at, exit=end)))[0]
     image = np.where(seen[:, :, None], _colors(parts, trie)[some][None], 1.0)
@@ -470,7 +470,7 @@ def _draw_mask(ax: Axes, parts: list[Block], trie: Trie, *, inches: float) -> No
             ax.annotate(name, (x, middle), ha=side, va="center", **text)
 
 
-def _colors(parts: list[Block], trie: Trie) -> np.ndarray:
+def _colors(parts: list[NodeRun], trie: Trie) -> np.ndarray:
     """[n, 3] the colour of each node in the row, paler where it carries no loss."""
     strength = np.where(trie.weight > 0, FULL, PALE)[:, None]
     full = np.concatenate([np.tile(to_rgb(p.color), (p.stop - p.start, 1)) for p in parts])

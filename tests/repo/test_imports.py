@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from house.sources import ROOT, imported_names, name_of, python_files, tree
+from repo.sources import ROOT, imported_names, name_of, python_files, tree
 
 import tw_jax
 

@@ -1,8 +1,8 @@
 """Every .gin file builds, and stands in the folder of the verb that reads it or among fragments."""
 
 import pytest
-from house.documents import CONFIGS, root_of
-from house.sources import ROOT, VERBS, has_config
+from repo.documents import CONFIGS, root_of
+from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
 from tw_jax.cli import FRAGMENTS
@@ -23,13 +23,13 @@ def test_every_config_folder_is_a_verb_or_holds_fragments() -> None:
 def test_a_run_builds_and_its_record_builds_the_same(path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     root = root_of(path.relative_to(CONFIGS).parts[0])
-    built = config.load(root, [path])
+    built = config.load_config(root, [path])
     record = tmp_path / "config.gin"
     record.write_text(config.operative(built), encoding="utf-8")
-    assert config.load(root, [record]) == built
+    assert config.load_config(root, [record]) == built
 
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda p: p.relative_to(CONFIGS).as_posix())
 def test_a_fragment_builds_the_config_that_it_is_for(path) -> None:
     root = {"models": Model, "mesh": Mesh}[path.parent.name]
-    assert isinstance(config.load(root, [path]), root)
+    assert isinstance(config.load_config(root, [path]), root)

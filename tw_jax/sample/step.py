@@ -31,7 +31,7 @@ from tw_jax.forkjoin.threadweaver import (
 )
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
-from tw_jax.sample.flight import DONE, PARENT, THREADS, Log, Outlines, Queue, Sizes, State
+from tw_jax.sample.state import DONE, PARENT, THREADS, Log, Outlines, Queue, Sizes, State
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Program:
     sizes: Sizes
     draw: Callable[..., tuple[jax.Array, jax.Array]]
 
-    def advance(self, params: Params, state: State, how: Any) -> State:
+    def advance(self, params: Params, state: State, sampling: Any) -> State:
         """Decodes until every row is done or some row has no room for another chunk."""
         sizes = self.sizes
 
@@ -61,7 +61,7 @@ class Program:
         def loop(above: int, width: int, state: State) -> State:
             return jax.lax.while_loop(
                 lambda s: goes_on(s) & (waiting(s) > above) & (waiting(s) <= cap[width]),
-                functools.partial(self.step, params, how, width),
+                functools.partial(self.step, params, sampling, width),
                 state,
             )
 
@@ -89,14 +89,14 @@ class Program:
         rest = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), rest)
         return rest.replace(cache=rest.cache.replace(kv=kv))
 
-    def step(self, params: Params, how: Any, width: int, state: State) -> State:
+    def step(self, params: Params, sampling: Any, width: int, state: State) -> State:
         """Encodes `width` entries of every queue; rows whose queue ran empty draw and decide."""
         state = self.encode(params, width, state)
         ready = (state.queue.at >= state.queue.length) & (state.phase != DONE)
         active = state.lanes.live & ready[:, None]
         logits = self.network.unembed(params, state.lanes.hidden)
         lane = jnp.arange(self.sizes.lanes, dtype=jnp.int32)
-        tokens, logp = self.draw(logits, how, state.call[:, None] + lane, state.lanes.length)
+        tokens, logp = self.draw(logits, sampling, state.call[:, None] + lane, state.lanes.length)
         state = self.record(state, active, tokens, logp)
         state, stopped = self.read(state, active)
         state = self.enqueue(state, ready, active & ~stopped)
@@ -120,7 +120,7 @@ class Program:
         valid = position < queue.length[:, None]
         enter = cut(queue.enter, queue.at)
         span = Span(enter=enter, exit=jnp.where(valid, cut(queue.exit, queue.at), enter))
-        keys = caches.announce(cache, span)
+        keys = caches.write_spans(cache, span)
         hidden, kv = self.network.apply(
             params,
             jnp.where(valid, cut(queue.tokens, queue.at), 0),
