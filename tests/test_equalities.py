@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollouts import rollouts, with_logp
+from trajectories import rollouts, with_logp
 
 from tw_jax.contracts import Span
 from tw_jax.forkjoin import replay, threadweaver, tries

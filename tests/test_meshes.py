@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import test_sharding
 from fakes import scripted
-from rollouts import PROTOCOL, TOKENIZER, rollouts
+from trajectories import PROTOCOL, TOKENIZER, rollouts
 
 from tw_jax import sharding
 from tw_jax.attention import sequence

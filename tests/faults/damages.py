@@ -36,17 +36,6 @@ HANG_SECONDS = 60.0
 STRAYS = ("99", "0", "abc", "-1", "024", "24x", "tmp", "7.orbax-checkpoint-tmp-3", ".hidden")
 
 
-class Position:
-    """Stands in for the batches of a run: keeps the position that it is moved to."""
-
-    def __init__(self) -> None:
-        """Nowhere yet."""
-        self.state: Any = None
-
-    def set_state(self, state: Any) -> None:
-        self.state = state
-
-
 class Saved(NamedTuple):
     """What one checkpoint holds: the leaves by path, and the position in the data."""
 
@@ -81,10 +70,9 @@ class Subject:
 
     def resume(self, folder: Path) -> Saved | None:
         """As a run does that goes on."""
-        position = Position()
         with Checkpoints(folder, keep=2) as checkpoints:
-            state = resume(checkpoints, self._abstract, position)
-        return None if state is None else Saved(by_path(state), position.state)
+            state, position = resume(checkpoints, self._abstract)
+        return None if state is None else Saved(by_path(state), position)
 
     def read(self, folder: Path) -> Saved:
         """As evaluation does, or a run that begins with these parameters."""

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import oracles
 import pytest
-from rollouts import PROMPT_TOKENS, rollouts
+from trajectories import PROMPT_TOKENS, rollouts
 
 from tw_jax.forkjoin import tries
 

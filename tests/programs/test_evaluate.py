@@ -7,13 +7,13 @@ import types
 
 import numpy as np
 import pytest
-import rollouts
+import trajectories
 
 from tw_jax.cli import main
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
-from tw_jax.tasks import reward
+from tw_jax.rollouts import reward
 from tw_jax.tasks.grader import Grader
 
 
@@ -59,7 +59,7 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
         return Call(path, nothing, nothing.astype(np.int8), ids, None, StopReason.STOP)
 
     text = "ab<Parallel><Thread>aaaa</Thread><Thread>bbbb</Thread></Parallel>ab"
-    ids = rollouts.TOKENIZER.encode("abc" + text)
+    ids = trajectories.TOKENIZER.encode("abc" + text)
     zeros = np.zeros(len(ids), np.int8)
     written = Trajectory(3, (call((), ids[3:]),), ids, zeros, 0, "eos", {})
     threads = (call((), ids[3:15]), call((0, "1"), ids[:7]), call((0, "2"), ids[:4]))
@@ -74,7 +74,7 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
         [types.SimpleNamespace(text=text, answer="1")] * 2,
         made,
         ["correct", "wrong"],
-        program.texts_of(cfg, made, rollouts.TOKENIZER),
+        program.texts_of(cfg, made, trajectories.TOKENIZER),
     )
     drawn = len(ids) - 3
     longest, total = (drawn + 12 + 7) / 2, (drawn + 12 + 7 + 4) / 2

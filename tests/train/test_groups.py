@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from rollouts import PROMPT_TOKENS, rollouts
+from trajectories import PROMPT_TOKENS, rollouts
 
 from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
 from tw_jax.forkjoin.tries import group_tries

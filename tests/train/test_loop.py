@@ -20,7 +20,7 @@ from train import stub
 from tw_jax import sharding
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.metrics import Metrics, read
-from tw_jax.train.loop import DivergedError, fit, resume
+from tw_jax.train.loop import DivergedError, TrainingLoop, resume
 from tw_jax.train.sft import make_sft_step
 from tw_jax.train.state import Optim, TrainState, abstract_state, initial_state, jit_step
 from tw_jax.trie.batch import stack_rows
@@ -38,11 +38,25 @@ class Draws:
         self.drawn += 1
         return self.make(self.drawn - 1)
 
-    def get_state(self):
-        return {"drawn": self.drawn}
 
-    def set_state(self, state):
-        self.drawn = state["drawn"]
+def fit(state, step, batches, *, steps, place, hooks=(), **rest):
+    """A program in small: a hook returns numbers for the line of its step, or none."""
+    with TrainingLoop(state, step, steps=steps, **rest) as loop:
+        for index in loop:
+            loop.step(loop.draw(batches, place))
+            found = [hook(index + 1, loop.state) for hook in hooks]
+            if any(found):
+                loop.log({name: value for numbers in found for name, value in numbers.items()})
+            loop.save_when_due({"drawn": batches.drawn})
+    return loop.state
+
+
+def resumed(checkpoints, abstract, batches):
+    """The state of the newest checkpoint, or None; moves the batches to where they were."""
+    state, position = resume(checkpoints, abstract)
+    if state is not None:
+        batches.drawn = position["drawn"]
+    return state
 
 
 @jax.jit
@@ -69,12 +83,12 @@ def numbers(index, size=4):
 
 @pytest.fixture
 def run(tmp_path):
-    """fit() in a folder, from its checkpoint where there is one."""
+    """Runs in a folder, from its checkpoint where there is one."""
 
     def go(steps, *, step=pull, batches=None, save_every=3, folder=tmp_path, **kwargs):
         batches = batches or Draws(numbers)
         with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
-            state = resume(checkpoints, at_zero(), batches) or at_zero()
+            state = resumed(checkpoints, at_zero(), batches) or at_zero()
             with Metrics(folder, step=int(state.step)) as metrics:
                 return fit(
                     state,
@@ -235,7 +249,7 @@ def test_a_sharded_network_goes_on_exactly_on_its_mesh(tmp_path):
     def go(folder, hooks=()):
         batches = Draws(make)
         with Checkpoints(folder, keep=1) as checkpoints, sharding.use(mesh, rules):
-            state = resume(checkpoints, abstract, batches) or initial_state(
+            state = resumed(checkpoints, abstract, batches) or initial_state(
                 network, optim, mesh=mesh, rules=rules, key=jax.random.key(0)
             )
             with Metrics(folder, step=int(state.step)) as metrics:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
-from rollouts import TOKENIZER, rollouts
+from trajectories import TOKENIZER, rollouts
 
 from tw_jax import sharding
 from tw_jax.forkjoin.tries import group_tries

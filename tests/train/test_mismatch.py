@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fakes import path_network
-from rollouts import rollouts, with_logp
+from trajectories import rollouts, with_logp
 from train import stub
 
 from tw_jax.forkjoin.tries import group_tries

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes import path_network
 from repo.sources import ROOT
-from rollouts import rollouts, with_logp
+from trajectories import rollouts, with_logp
 from train import stub
 
 from tw_jax import sharding

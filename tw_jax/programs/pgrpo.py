@@ -36,7 +36,7 @@ from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks.grader import Grader, GraderPool, check_truths
-from tw_jax.tasks.reward import (
+from tw_jax.rollouts.reward import (
     CUT,
     Parts,
     Reward,
@@ -48,7 +48,7 @@ from tw_jax.tasks.reward import (
     totals,
     trains,
 )
-from tw_jax.tasks.score import Evaluation, held_out
+from tw_jax.rollouts.score import Evaluation, held_out
 from tw_jax.tokenizer import (
     Bytes,
     Chat,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tw_jax.tokenizer import (
     load_tokenizer,
 )
 from tw_jax.train.identity import establish, origin_params, standing
-from tw_jax.train.loop import fit, resume
+from tw_jax.train.loop import TrainingLoop, resume
 from tw_jax.train.sft import make_sft_step
 from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step, schedule
 from tw_jax.trie.pack import Packing, PackingStats
@@ -128,9 +129,12 @@ def run(cfg: Sft) -> None:
             tokenizer=tokenizer.fingerprint,
             schedule=schedule(cfg.optim, steps=cfg.steps),
         )
-        state = resume(checkpoints, abstract, batches)
-        first = 0 if state is None else int(state.step)
-        if state is None:
+        state, position = resume(checkpoints, abstract)
+        first = 0
+        if state is not None:
+            first = int(state.step)
+            batches.set_state(position)
+        else:
             params = None
             if cfg.init is not None and who.origin is not None:
                 params = origin_params(cfg.init, who.origin, abstract.params)
@@ -146,18 +150,22 @@ def run(cfg: Sft) -> None:
             print(standing(who, first=first, steps=cfg.steps), end="")
         if first < cfg.steps:
             workdir.record(cfg)
-        with Metrics(folder, step=first) as metrics, sharding.use(mesh, cfg.rules):
-            fit(
+        with (
+            Metrics(folder, step=first) as metrics,
+            sharding.use(mesh, cfg.rules),
+            TrainingLoop(
                 state,
                 compiled,
-                batches,
                 steps=cfg.steps,
                 save_every=cfg.save_every,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
                 note=who.note,
-            )
+            ) as loop,
+        ):
+            for _ in loop:
+                loop.step(loop.draw(batches, partial(sharding.to_global, mesh=mesh, rules=cfg.rules)))
+                loop.save_when_due(batches.get_state())
         packed = _of_all_shares(batches, mesh, cfg.rules)
         # A run that was killed behind its last checkpoint has not written it.
         is_due = first < cfg.steps or not (folder / "packing.json").exists()

@@ -1,8 +1,9 @@
-"""The only loop on the host: draws a batch, runs the step, writes a line, saves, and can go on.
+"""The loop of a run: it runs the step, writes lines, saves checkpoints and can be resumed.
 
-Whatever the algorithm, a run is `fit` over a pure step. The device is never waited for without
-need: the numbers of a step are read while the next one runs. This file knows neither model nor loss
-nor optimiser; a batch is what the iterator yields, and the data position is what it says it is.
+A program iterates over a `TrainingLoop`, which yields the numbers of the steps that are left. The
+body makes a batch and calls `step`, `log` where it needs the numbers at once, and `save_when_due`.
+A program that does not call `log` never waits for the device: the numbers of a step are then read
+while the next step runs. This file does not depend on a model, a loss or an optimiser.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,26 +22,6 @@ from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.metrics import Clock, Metrics, count_compiles, progress
 from tw_jax.train.state import Step, TrainState
-
-Hook = Callable[[int, TrainState], Mapping[str, float]]
-"""(steps taken, state) -> numbers for that step's line; it decides itself when it has any."""
-
-
-class Batches(Protocol):
-    """Batches without end, with a position. What is drawn depends on the position alone."""
-
-    def __next__(self) -> Any:
-        """The next batch."""
-        ...
-
-    def get_state(self) -> Mapping[str, Any]:
-        """The position after the batches drawn so far, as JSON holds it."""
-        ...
-
-    def set_state(self, state: Any, /) -> None:
-        """Goes to a position that `get_state` returned."""
-        ...
-
 
 MAX_NONFINITE = 5
 """Steps in a row whose gradients are not finite before a run stops; fewer in a shorter run.
@@ -54,17 +35,17 @@ class DivergedError(ValueError):
     """The loss, or the gradients of many steps in a row, are not finite any more."""
 
 
-def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> TrainState | None:
-    """Takes a run up where its newest sound checkpoint left it; damaged ones are put aside.
+def resume(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState | None, Any]:
+    """Reads the newest sound checkpoint of a run; damaged ones are set aside.
 
     Args:
       checkpoints: of the run.
-      abstract: `abstract_state` of the mesh to go on with, which may be another than before.
-      batches: moved to the position that was saved.
+      abstract: `abstract_state` of the mesh to continue on, which may differ from the earlier one.
 
     Returns:
-      The state, from which `fit` makes the very steps that it would have made without the
-      interruption; None where nothing was saved.
+      The state, and the position in the data that was saved with it. A `TrainingLoop` takes the
+      same steps from there as it would have taken without the interruption. (None, None) if nothing
+      was saved.
 
     Raises:
       ValueError: the processes of this job find different checkpoints; or see `restore`.
@@ -72,145 +53,208 @@ def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> 
     latest = checkpoints.latest()
     hosts.agree(checkpoint=f"step {latest}")
     if latest is None:
-        return None
+        return None, None
     state, extra = checkpoints.restore(None, abstract)
-    batches.set_state(extra["batches"])
-    return state
+    return state, extra["batches"]
 
 
-def fit(
-    state: TrainState,
-    step: Step,
-    batches: Batches,
-    *,
-    steps: int,
-    save_every: int,
-    metrics: Metrics,
-    checkpoints: Checkpoints,
-    place: Callable[[Any], Any],
-    hooks: Sequence[Hook] = (),
-    guard: Callable[[int, Mapping[str, float]], None] | None = None,
-    note: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """Trains until `steps` steps are taken, counting those that `state` has behind it.
+class TrainingLoop:
+    """Iterates over the steps of a run that are left, and owns its state.
+
+    ::
+
+        with TrainingLoop(state, step, ...) as loop:
+            for index in loop:
+                loop.step(loop.draw(batches, place))
+                loop.save_when_due(batches.get_state())
 
     Each step writes one line of metrics, numbered by the steps taken before it: the numbers of the
-    step, those of the hooks, and where time went since the line before: `steps_per_second`,
-    `tokens_per_second`, `data_seconds`, `hook_seconds`, `save_seconds`.
+    step, those given to `log`, and where time went since the line before: `steps_per_second`,
+    `tokens_per_second`, `save_seconds`, and a number of seconds for each name given to `spend`.
 
-    A checkpoint is saved every `save_every` steps, after the last step, and when SIGTERM or SIGINT
-    (Ctrl-C) asks to stop; a second SIGINT stops at once.
-
-    Args:
-      state: given up where `step` donates it.
-      step: compiled; its metrics have `loss` and may have `tokens`.
-      batches: drawn from once per step, after the hooks of the step before.
-      steps: steps of the whole run.
-      save_every: steps from one checkpoint to the next.
-      metrics: opened at the step of `state`.
-      checkpoints: of the run.
-      place: puts a batch on the devices; nothing else is moved there while a step is called.
-      hooks: called in order after each step, with the state that it made.
-      guard: called with a step and its numbers once its line is written; stops the run by raising.
-      note: kept in every checkpoint beside the position, as JSON: the config of the run.
-
-    Returns:
-      The state after the last step; its checkpoint is on disk.
-
-    Raises:
-      DivergedError: the loss is not finite, or the gradients of `MAX_NONFINITE` steps in a row were
-        not; the line that says so is written, and nothing saved.
-      ValueError: the batches ended.
-      KeyboardInterrupt: a signal asked to stop; the checkpoint is on disk.
+    Attributes:
+      state: the state after the last step; before it, the state that the loop was given.
     """
-    first = int(state.step)
-    bar = progress(desc="train", total=steps, start=first, unit="step")
-    log = _Log(metrics, checkpoints, bar, guard, max_nonfinite=min(MAX_NONFINITE, steps))
-    clock, late = log.clock, None
-    with _signals() as caught, count_compiles() as compiles, contextlib.closing(log.bar):
-        for index in range(first, steps):
-            with clock.spend("data"):
-                batch = place(_draw(batches, index, steps))
-            if index == first:
-                step = _ready(step, state, batch)
-            before = compiles.count
-            with jax.transfer_guard("disallow"):
-                state, values = step(state, batch)
-            if index > first and compiles.count > before:
-                _warn_of_recompilation(index, batch)
-            with clock.spend("hook"):
-                extra = {k: v for hook in hooks for k, v in hook(index + 1, state).items()}
-            if late is not None:
-                log.write(late)
-            late = _Line(index, values, extra)
-            stops = _stops(caught, index)
-            if stops or (index + 1) % save_every == 0 or index + 1 == steps:
-                # Read before it is saved: a checkpoint is never one of a run that has diverged.
-                log.write(late)
-                late = None
-                with clock.spend("save"):
-                    checkpoints.save(
-                        index + 1, state, {**(note or {}), "batches": batches.get_state()}
-                    )
-            if stops:
-                checkpoints.wait()
-                raise KeyboardInterrupt(
-                    f"Stopped after step {index + 1} of {steps}, which is saved in "
-                    f"{checkpoints.directory}. The same command goes on from there."
-                )
-    checkpoints.wait()
-    return state
-
-
-class _Line(NamedTuple):
-    """What one step has to say, some of it not computed yet."""
-
-    index: int  # steps taken before it
-    values: Mapping[str, jax.Array]
-    extra: Mapping[str, float]
-
-
-class _Log:
-    """Writes lines, moves the bar, and looks at the loss and the norm of the gradients."""
 
     def __init__(
         self,
+        state: TrainState,
+        step: Step,
+        *,
+        steps: int,
+        save_every: int,
         metrics: Metrics,
         checkpoints: Checkpoints,
-        bar: Any,
-        guard: Any,
-        *,
-        max_nonfinite: int,
+        note: Mapping[str, Any] | None = None,
     ) -> None:
-        self.clock, self.bar = Clock(), bar
-        self._metrics, self._checkpoints, self._guard = metrics, checkpoints, guard
-        self._max_nonfinite, self._nonfinite = max_nonfinite, 0
+        """Prepares the steps from that of `state` on; nothing runs yet.
 
-    def write(self, line: _Line) -> None:
-        """Waits for the numbers of a step; raises DivergedError where training must stop."""
-        numbers = {name: float(value) for name, value in jax.device_get(line.values).items()}
-        self.clock.count(steps=1, tokens=numbers.get("tokens", 0.0))
-        self._metrics.write(line.index, {**numbers, **line.extra, **self.clock.read()})
-        self.bar.set_postfix(loss=numbers["loss"], refresh=False)
-        self.bar.update(1)
+        Args:
+          state: donated where `step` donates it.
+          step: compiled; its metrics have `loss` and may have `tokens`.
+          steps: steps of the whole run, those that `state` has taken included.
+          save_every: steps from one checkpoint to the next.
+          metrics: opened at the step of `state`.
+          checkpoints: of the run.
+          note: kept in every checkpoint beside the position, as JSON: the config of the run.
+        """
+        self.state = state
+        self._step, self._steps, self._save_every = step, steps, save_every
+        self._metrics, self._checkpoints, self._note = metrics, checkpoints, dict(note or {})
+        self._first = self._index = int(state.step)
+        self._programs: dict[tuple[tuple[int, ...], ...], Step] = {}
+        self._line: _Line | None = None
+        self._max_nonfinite, self._nonfinite = min(MAX_NONFINITE, steps), 0
+        self._clock = Clock()
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> TrainingLoop:
+        """Listens to SIGTERM and SIGINT, and shows the progress bar."""
+        with contextlib.ExitStack() as stack:
+            self._caught = stack.enter_context(_signals())
+            self._compiles = stack.enter_context(count_compiles())
+            bar = progress(desc="train", total=self._steps, start=self._first, unit="step")
+            self._bar = stack.enter_context(contextlib.closing(bar))
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the bar and restores the handlers of the signals."""
+        self._opened.close()
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps that are left; the last checkpoint is on disk at the end."""
+        for self._index in range(self._first, self._steps):
+            yield self._index
+        self._checkpoints.wait()
+
+    @contextlib.contextmanager
+    def spend(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to `<name>_seconds` of the next line."""
+        with self._clock.spend(name):
+            yield
+
+    def draw(self, batches: Any, place: Callable[[Any], Any]) -> Any:
+        """The next batch on the devices; its time is `data_seconds`.
+
+        Args:
+          batches: an iterator, from which one batch is taken.
+          place: puts a batch on the devices.
+
+        Raises:
+          ValueError: the batches ended.
+        """
+        with self.spend("data"):
+            try:
+                return place(next(batches))
+            except StopIteration:
+                raise ValueError(
+                    f"The batches ended after {self._index} of {self._steps} steps: want one for "
+                    "each step. Let the data repeat, or ask for fewer steps."
+                ) from None
+
+    def step(self, batch: Any) -> None:
+        """Starts the step on a batch, and writes the line of the step before it.
+
+        Args:
+          batch: on the devices; nothing else is moved there during the call.
+
+        Raises:
+          DivergedError: see `log`, about the step before.
+        """
+        program = self._program(batch)
+        before = self._compiles.count
+        with jax.transfer_guard("disallow"):
+            self.state, values = program(self.state, batch)
+        if self._index > self._first and self._compiles.count > before:
+            _warn_of_recompilation(self._index, batch)
+        if self._line is not None:
+            self.log()
+        self._line = _Line(self._index, values)
+
+    def log(
+        self,
+        extra: Mapping[str, float] | None = None,
+        *,
+        shown: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
+        """Waits for the numbers of the step that was started last, and writes its line.
+
+        Args:
+          extra: more numbers of this step.
+          shown: what the progress bar shows of this step; None for the loss.
+
+        Returns:
+          The numbers of the step, without `extra`.
+
+        Raises:
+          DivergedError: the loss is not finite, or the gradients of `MAX_NONFINITE` steps in a row
+            were not; the line is written, and nothing is saved.
+        """
+        if self._line is None:
+            raise RuntimeError("TrainingLoop.log was called twice for one step, or before `step`.")
+        index, values = self._line
+        self._line = None
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        self._clock.count(steps=1, tokens=numbers.get("tokens", 0.0))
+        self._metrics.write(index, {**numbers, **(extra or {}), **self._clock.read()})
+        self._bar.set_postfix(shown or {"loss": numbers["loss"]}, refresh=False)
+        self._bar.update(1)
+        self._refuse_diverged(index, numbers)
+        return numbers
+
+    def save_when_due(self, position: Mapping[str, Any]) -> None:
+        """Saves a checkpoint every `save_every` steps, after the last step, and before a stop.
+
+        SIGTERM or SIGINT (Ctrl-C) asks to stop; a second SIGINT stops at once.
+
+        Args:
+          position: in the data after this step, as JSON; `resume` returns it.
+
+        Raises:
+          DivergedError: see `log`; a checkpoint is never one of a run that has diverged.
+          KeyboardInterrupt: a signal asked to stop; the checkpoint is on disk.
+        """
+        taken = self._index + 1
+        stops = _stops(self._caught, self._index)
+        if not (stops or taken % self._save_every == 0 or taken == self._steps):
+            return
+        if self._line is not None:
+            self.log()
+        with self.spend("save"):
+            self._checkpoints.save(taken, self.state, {**self._note, "batches": dict(position)})
+        if stops:
+            self._checkpoints.wait()
+            raise KeyboardInterrupt(
+                f"Stopped after step {taken} of {self._steps}, which is saved in "
+                f"{self._checkpoints.directory}. The same command goes on from there."
+            )
+
+    def _program(self, batch: Any) -> Step:
+        """The step, which no process of a job runs before all of them have compiled it."""
+        if not jax.distributed.is_initialized():
+            return self._step
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            step: Any = self._step
+            self._programs[shapes] = step.lower(self.state, batch).compile()
+            # A collective on CPUs waits 30 seconds for the other side, and then the run is lost.
+            hosts.gather("compiled")
+        return self._programs[shapes]
+
+    def _refuse_diverged(self, index: int, numbers: Mapping[str, float]) -> None:
         if not math.isfinite(numbers["loss"]):
             good = self._checkpoints.latest()
             since = "no checkpoint was saved; start again"
             if good is not None:
                 since = (
                     f"the last good checkpoint is {self._checkpoints.directory}/{good}, so look at "
-                    f"steps {good} to {line.index} and go on from there"
+                    f"steps {good} to {index} and go on from there"
                 )
             raise DivergedError(
-                f"loss = {numbers['loss']} at step {line.index}: want a finite number; {since}, "
+                f"loss = {numbers['loss']} at step {index}: want a finite number; {since}, "
                 "with a lower Optim.peak_lr, or without the batch that did it."
             )
-        self._check_gradients(line.index, numbers)
-        if self._guard is not None:
-            self._guard(line.index, numbers)
-
-    def _check_gradients(self, index: int, numbers: Mapping[str, float]) -> None:
-        """Counts steps that changed nothing because their gradients were not finite."""
         norm, is_skipped = numbers.get("grad_norm", 0.0), numbers.get("skipped", 0.0) > 0.999
         if not is_skipped:
             self._nonfinite = 0
@@ -228,24 +272,11 @@ class _Log:
         )
 
 
-def _ready(step: Any, state: TrainState, batch: Any) -> Step:
-    """The step, which no process of a job runs before all of them have compiled it."""
-    if not jax.distributed.is_initialized():
-        return step
-    program = step.lower(state, batch).compile()
-    # A collective on CPUs waits 30 seconds for the other side, and then the run is lost.
-    hosts.gather("compiled")
-    return program
+class _Line(NamedTuple):
+    """The numbers of a step, some of them not computed yet."""
 
-
-def _draw(batches: Batches, index: int, steps: int) -> Any:
-    try:
-        return next(batches)
-    except StopIteration:
-        raise ValueError(
-            f"The batches ended after {index} of {steps} steps: want one for each step. Let the "
-            "data repeat, or ask for fewer steps."
-        ) from None
+    index: int  # steps taken before it
+    values: Mapping[str, jax.Array]
 
 
 def _warn_of_recompilation(index: int, batch: Any) -> None:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tw_jax.tasks.score import bootstrap, mean_at_n, pass_at_k, wilson
+from tw_jax.rollouts.score import bootstrap, mean_at_n, pass_at_k, wilson
 
 
 def test_mean_at_n_is_the_share_of_each_problem():

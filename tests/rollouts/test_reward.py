@@ -7,11 +7,11 @@ import typing
 
 import numpy as np
 import pytest
-import rollouts
+import trajectories
 
 from tw_jax.forkjoin import cost
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
-from tw_jax.tasks.reward import (
+from tw_jax.rollouts.reward import (
     GroupLength,
     Reward,
     SoftOverlong,
@@ -80,7 +80,7 @@ def test_a_rollout_that_drew_nothing_earns_no_acceleration():
 def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(close):
     """One call that wrote both threads by itself, as the reference's sequential baseline may."""
     text = "ab<Parallel><Thread>aaaa</Thread><Thread>bbbb</Thread></Parallel>ab"
-    ids, tags = rollouts.TOKENIZER.encode("abc" + text), cost.tags_of(rollouts.TOKENIZER)
+    ids, tags = trajectories.TOKENIZER.encode("abc" + text), cost.tags_of(trajectories.TOKENIZER)
     written = Trajectory(
         3, (call((), len(ids) - 3),), ids, np.zeros(len(ids), np.int8), 0, "eos", {}
     )
@@ -230,7 +230,7 @@ def test_m7_every_choice_of_the_reward_is_computed():
         "overlong": 3,
         "group_length": 2,
     }
-    tags = cost.tags_of(rollouts.TOKENIZER)
+    tags = cost.tags_of(trajectories.TOKENIZER)
     for chosen in itertools.product(*fields.values()):
         cfg = Reward(**dict(zip(fields, chosen, strict=True)))
         group = [reward(made(20, 20), right, cfg, tags=tags) for right in (True, False)]

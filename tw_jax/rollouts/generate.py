@@ -1,0 +1,155 @@
+"""From problems to rollouts: one function for reinforcement, evaluation and sampling.
+
+Every process of a job takes part in every call and gets all rollouts. A rollout has its own seed,
+so it does not depend on the rollouts that are sampled beside it. This file does not judge a rollout
+and does not write a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tw_jax import sharding
+from tw_jax.contracts import Network, Params
+from tw_jax.data.records import Problem, Rollout
+from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
+from tw_jax.sharding import Rules
+from tw_jax.tokenizer import Chat, Tokenizer
+
+
+class RolloutGroup(NamedTuple):
+    """The K rollouts of one problem."""
+
+    problem: Problem
+    ids: Sequence[str]  # names of the rollouts
+    trajectories: Sequence[Trajectory]
+    texts: Sequence[str]  # decoded after the prompt
+
+    def record(self, k: int, *, fingerprint: str, extra: dict[str, Any]) -> Rollout:
+        """Rollout k as a file keeps it; `fingerprint` is that of the tokenizer."""
+        return Rollout.from_trajectory(
+            self.trajectories[k],
+            self.problem,
+            id=self.ids[k],
+            fingerprint=fingerprint,
+            text=self.texts[k],
+            extra=extra,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """Samples rollouts; built by `make_generator`, which has the arguments."""
+
+    sampler: ForkJoinSampler
+    tokenizer: Tokenizer
+    chat: Chat
+    mesh: jax.sharding.Mesh
+    rules: Rules
+
+    def __call__(
+        self,
+        params: Params,
+        problems: Sequence[Problem],
+        ids: Sequence[Sequence[str]],
+        *,
+        seeds: Sequence[int],
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[RolloutGroup]:
+        """Samples K rollouts of each of P problems, `Sampler.rows` at a time.
+
+        Args:
+          params: of the network, on the mesh.
+          problems: P problems.
+          ids: P lists of K names; K divides `Sampler.rows`.
+          seeds: P * K numbers, those of one problem side by side.
+          temperature: 0 takes the most likely token.
+          top_p: as in `Sampler`.
+          top_k: as in `Sampler`.
+
+        Returns:
+          P groups, in the order of the problems.
+
+        Raises:
+          ValueError: a prompt is too long; see `ForkJoinSampler`.
+        """
+        if not problems:
+            return []
+        samples, index = len(ids[0]), np.asarray(seeds)
+        lowest = int(index.min())
+        sampling = sampling_params(
+            int(index.max()) - lowest + 1,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=lowest,
+        )
+        sampling = jax.tree.map(lambda leaf: np.asarray(leaf)[index - lowest], sampling)
+        prompts = [self.chat.prompt(self.tokenizer, problem.question) for problem in problems]
+        with sharding.use(self.mesh, sharding.sampling(self.rules)):
+            made = self.sampler(params, prompts, sampling, repeats=samples)
+        texts = [response_text(self.tokenizer, trajectory) for trajectory in made]
+        return [
+            RolloutGroup(problem, names, made[n : n + samples], texts[n : n + samples])
+            for n, problem, names in zip(
+                range(0, len(made), samples), problems, ids, strict=True
+            )
+        ]
+
+
+def make_generator(
+    network: Network,
+    tokenizer: Tokenizer,
+    *,
+    chat: Chat,
+    forkjoin: ForkJoin,
+    sampler: Sampler,
+    mesh: jax.sharding.Mesh,
+    rules: Rules,
+) -> Generator:
+    """Builds the sampler's program for a mesh.
+
+    Args:
+      network: the model.
+      tokenizer: that of the model.
+      chat: how a question becomes a prompt.
+      forkjoin: limits of fork and join.
+      sampler: rows and sizes; seeds and temperature are given to each call.
+      mesh: devices.
+      rules: which logical axis is split over which axis of the mesh.
+    """
+    protocol = ThreadWeaver(make_table(tokenizer), forkjoin)
+    return Generator(make_sampler(network, protocol, sampler), tokenizer, chat, mesh, rules)
+
+
+def response_text(tokenizer: Tokenizer, trajectory: Trajectory) -> str:
+    """The text after the prompt."""
+    return tokenizer.decode(trajectory.ids[trajectory.prompt_tokens :])
+
+
+def check_sampler_rows(rows: int, samples: int, field: str) -> None:
+    """Refuses a number of rows that groups do not fill.
+
+    Args:
+      rows: `Sampler.rows`.
+      samples: rollouts of a problem, which are decoded side by side.
+      field: the config field that holds `samples`, for the message.
+
+    Raises:
+      ValueError: `samples` does not divide `rows`.
+    """
+    if rows % samples:
+        raise ValueError(
+            f"Sampler.rows = {rows} is not a multiple of {field} = {samples}, and the rollouts of "
+            "a problem are decoded side by side. Change one of them."
+        )
