@@ -95,6 +95,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in English: "1 step", "2 steps", "3 processes"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
+
+
 def _holds(value: float, words: str, limit: float) -> bool:
     match words:
         case "at least":

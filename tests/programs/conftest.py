@@ -69,7 +69,7 @@ Sample.forkjoin = @ForkJoin()
 Sample.sampler = @Sampler()
 Sample.problems = '{folder}/data/held_out.jsonl'
 Sample.samples = 2
-Sampler.rows = 4
+Sampler.rows = 8
 Sampler.max_prompt = 40
 """
 EVALUATE = """

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import types
 
 import numpy as np
 import pytest
@@ -11,10 +10,13 @@ import trajectories
 
 from tw_jax.cli import main
 from tw_jax.data import records
+from tw_jax.forkjoin import cost
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
 from tw_jax.rollouts import reward
-from tw_jax.tasks.grader import Grader
+from tw_jax.rollouts.evaluate import accuracy, summarise
+from tw_jax.rollouts.judge import judge
+from tw_jax.tasks.grader import Grader, GraderPool
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +67,20 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
     threads = (call((), ids[3:15]), call((0, "1"), ids[:7]), call((0, "2"), ids[:4]))
     forked = Trajectory(3, threads, ids, zeros, 1, "eos", {})
     made = [written, forked]
-    cfg = types.SimpleNamespace(
-        prompt_in_text=False,
-        sample=types.SimpleNamespace(samples=1, sampler=types.SimpleNamespace(temperature=0.0)),
-    )
-    told = program.summarise(
-        cfg,
-        [types.SimpleNamespace(text=text, answer="1")] * 2,
-        made,
-        ["correct", "wrong"],
-        program.texts_of(cfg, made, trajectories.TOKENIZER),
-    )
+    tags = cost.tags_of(trajectories.TOKENIZER)
+    texts = [program.cost_of_text(one, tags, with_prompt=False) for one in made]
+    summary = summarise([text] * 2, made, ["correct", "wrong"], texts, samples=1)
     drawn = len(ids) - 3
     longest, total = (drawn + 12 + 7) / 2, (drawn + 12 + 7 + 4) / 2
-    assert told["longest_tokens"] == pytest.approx(longest, rel=tolerance["rounding"])
-    assert told["total_tokens"] == pytest.approx(total, rel=tolerance["rounding"])
-    assert told["latency_ratio"] == pytest.approx(longest / total, rel=tolerance["rounding"])
-    assert told["text_total_tokens"] == pytest.approx(drawn, rel=tolerance["rounding"])
-    assert told["text_longest_tokens"] == pytest.approx(drawn - 4, rel=tolerance["rounding"])
+    assert summary["longest_tokens"] == pytest.approx(longest, rel=tolerance["rounding"])
+    assert summary["total_tokens"] == pytest.approx(total, rel=tolerance["rounding"])
+    assert summary["latency_ratio"] == pytest.approx(longest / total, rel=tolerance["rounding"])
+    assert summary["text_total_tokens"] == pytest.approx(drawn, rel=tolerance["rounding"])
+    assert summary["text_longest_tokens"] == pytest.approx(drawn - 4, rel=tolerance["rounding"])
     parts = [[reward.reward(t, True, reward.Reward()) for t in made]]
     of_reward = reward.summary(parts, np.zeros((1, 2)))
     for name in ("longest_tokens", "total_tokens", "latency_ratio"):
-        assert told[name] == pytest.approx(of_reward[name], rel=tolerance["rounding"])
+        assert summary[name] == pytest.approx(of_reward[name], rel=tolerance["rounding"])
 
 
 def test_graded_lines_show_the_calls_of_each_rollout(runs, graded):
@@ -141,22 +135,21 @@ def test_nothing_to_evaluate_ends_in_a_sentence(runs, tmp_path, capsys, word, se
     assert sentence in capsys.readouterr().err
 
 
-def rollout(text, answer):
-    ids = np.zeros(1, np.int32)
-    return records.Rollout("a/0", "q", answer, "f", ids, (), "eos", {}, text)
-
-
 def test_a_problem_without_a_known_answer_is_neither_right_nor_wrong():
-    found = [rollout(r"</think> \boxed{5}", answer) for answer in ("5", "6", "", " ")]
-    assert program.grade(Grader(mode="number"), found) == ["correct", "wrong", "unknown", "unknown"]
+    items = [
+        (records.Problem("a", "q", answer, ""), r"</think> \boxed{5}")
+        for answer in ("5", "6", "", " ")
+    ]
+    with GraderPool(Grader(mode="number")) as pool:
+        assert judge(pool, items) == ["correct", "wrong", "unknown", "unknown"]
 
 
 def test_accuracy_is_over_the_problems_whose_answer_is_known():
-    numbers = program.accuracy(["correct", "wrong", "unknown", "unknown", "wrong", "wrong"], 2)
+    numbers = accuracy(["correct", "wrong", "unknown", "unknown", "wrong", "wrong"], 2)
     assert numbers["exact_match"] == 0.25
     assert numbers["pass_at_2"] == 0.5
     assert numbers["without_answer"] == 1
-    none = program.accuracy(["unknown"] * 2, 1)
+    none = accuracy(["unknown"] * 2, 1)
     assert (none["exact_match"], none["without_answer"]) == (None, 2)
 
 
@@ -164,10 +157,10 @@ def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    program._write(tmp_path, {"problems": 1}, [], [], [], [])
+    program._write(tmp_path, {"problems": 1}, [])
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        program._write(tmp_path, {"problems": 2}, [], [], [], [])
+        program._write(tmp_path, {"problems": 2}, [])
     assert json.loads((tmp_path / "summary.json").read_text()) == {"problems": 1}
 
 

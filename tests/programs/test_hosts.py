@@ -88,7 +88,7 @@ def whole(made, tmp_path_factory):
     """A run of two processes in one piece."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     job = run(made / "sft.gin", folder)
-    assert "8 device(s) of 2 process(es), step 0" in job.told(0)
+    assert "8 devices of 2 processes, step 0" in job.told(0)
     assert f"{folder}:" not in job.told(1), "one process prints"
     return folder
 

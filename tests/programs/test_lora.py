@@ -11,7 +11,7 @@ from tw_jax import metrics
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
 from tw_jax.models.lora import adapters, without_adapters
-from tw_jax.programs import pgrpo
+from tw_jax.rollouts import step
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 LORA = ["Model.lora=@Lora()", "Lora.rank=2", "Lora.alpha=6"]
@@ -82,13 +82,13 @@ def test_a_model_without_adapters_is_not_sampled_as_one_with_them(runs, tmp_path
 def test_reinforcement_moves_only_adapters_and_its_reference_is_the_model_beneath(
     runs, tmp_path, monkeypatch
 ):
-    reward, turns = pgrpo.reward, itertools.count()
+    reward, turns = step.reward, itertools.count()
 
     def by_turns(*args, **named):
         """One of two rollouts is called right, so that every group has signal."""
         return reward(*args, **named)._replace(correctness=float(next(turns) % 2))
 
-    monkeypatch.setattr(pgrpo, "reward", by_turns)
+    monkeypatch.setattr(step, "reward", by_turns)
     words = [f"Pgrpo.workdir='{tmp_path}'", "Pgrpo.steps=2", "PolicyLoss.kl_coef=0.1"]
     assert run("pgrpo", runs / "pgrpo.gin", *LORA, *words, *FAST) == 0
     first, second = metrics.read(tmp_path / "metrics.jsonl")

@@ -7,7 +7,6 @@ import math
 import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,7 +19,10 @@ from tw_jax.config import load_config
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.programs import pgrpo as program
+from tw_jax.programs.pgrpo import Pgrpo
+from tw_jax.rollouts import step
+from tw_jax.rollouts.generate import Generator
+from tw_jax.rollouts.store import StepFiles
 from tw_jax.tasks import grader
 from tw_jax.tokenizer import SentencePiece, load_tokenizer
 
@@ -30,9 +32,9 @@ HANGS = r"3^{13!}"
 ROOT = Path(__file__).parents[2]
 OF_THE_LOOP = {
     *("step", "wall_seconds", "steps_per_second", "tokens_per_second"),
-    *("data_seconds", "hook_seconds", "save_seconds"),
+    *("data_seconds", "save_seconds"),
 }
-"""What `fit` writes whatever the algorithm."""
+"""What `TrainingLoop` writes whatever the algorithm."""
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,11 @@ def test_every_step_has_its_line(trained):
     assert lines[1]["eval_without_answer"] == 0
     assert "eval_pass_at_2" in lines[2]
     assert "eval_correct" not in lines[0]
+    assert ["initial_eval_correct" in line for line in lines] == [True, False, False]
 
 
 def test_more_rows_than_ids_do_not_part_sampler_and_trainer(trained, tolerance):
-    cfg = load_config(program.Pgrpo, [str(trained / "pgrpo.gin")])
+    cfg = load_config(Pgrpo, [str(trained / "pgrpo.gin")])
     assert load_tokenizer(cfg.tokenizer).vocab_size < cfg.model.vocab_size
     for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
         assert line["mismatch_mean"] < tolerance["sampler_logp"]
@@ -77,7 +80,7 @@ def test_more_rows_than_ids_do_not_part_sampler_and_trainer(trained, tolerance):
 def test_every_number_of_a_line_is_explained(trained):
     page = (ROOT / "docs" / "pgrpo.md").read_text(encoding="utf-8")
     for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
-        own = {name for name in line if not name.startswith("eval_")} - OF_THE_LOOP
+        own = {name for name in line if "eval_" not in name} - OF_THE_LOOP
         assert {name for name in own if f"`{name}`" not in page} == set()
 
 
@@ -116,8 +119,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, tmp_path, monke
 def crash(trained, tmp_path, monkeypatch):
     """Crashes a run once the rollouts of a step are drawn; gives the file that keeps them."""
 
-    def run(step, *words):
-        pack, steps = program.pack_groups, iter(range(step))
+    def run(at, *words):
+        pack, steps = step.pack_groups, iter(range(at))
 
         def fail(*args, **named):
             if next(steps, None) is None:
@@ -125,10 +128,10 @@ def crash(trained, tmp_path, monkeypatch):
             return pack(*args, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(program, "pack_groups", fail)
+            patch.setattr(step, "pack_groups", fail)
             with pytest.raises(RuntimeError, match="power"):
                 pgrpo(trained, tmp_path, *words)
-        return tmp_path / "rollouts" / f".{step:06}.jsonl"
+        return tmp_path / "rollouts" / f".{at:06}.jsonl"
 
     return run
 
@@ -136,13 +139,13 @@ def crash(trained, tmp_path, monkeypatch):
 @pytest.fixture
 def drawn(monkeypatch):
     """For how many problems rollouts were drawn, call by call."""
-    counts, draw = [], program.Rollouts._rollouts
+    counts, generate = [], Generator.__call__
 
-    def count(self, problems, *rest):
+    def count(self, params, problems, *rest, **named):
         counts.append(len(problems))
-        return draw(self, problems, *rest)
+        return generate(self, params, problems, *rest, **named)
 
-    monkeypatch.setattr(program.Rollouts, "_rollouts", count)
+    monkeypatch.setattr(Generator, "__call__", count)
     return counts
 
 
@@ -152,7 +155,7 @@ def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, cra
     assert len(left) >= 4
     drawn.clear()
     assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
-    assert drawn == [3]  # the held-out problems of the evaluation, and no others
+    assert drawn == [3, 3]  # the held-out problems before and after, and no others
     first = records.open_records(tmp_path / "rollouts" / "000000.jsonl")
     assert [json.loads(line)["id"] for line in left] == [one.id for one in first]
     assert not unfinished.exists()
@@ -164,7 +167,7 @@ def test_rollouts_of_a_step_that_is_not_next_are_drawn_again(trained, tmp_path, 
     crash(1, *words)  # nothing is saved yet, so step 0 makes the parameters of step 1 anew
     drawn.clear()
     assert pgrpo(trained, tmp_path, *words) == 0
-    assert drawn == [4, 4, 3]
+    assert drawn == [3, 4, 4, 3]
 
 
 def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, crash, drawn):
@@ -173,7 +176,7 @@ def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, cras
     drawn.clear()
     with pytest.warns(UserWarning, match="the last line was cut short"):
         assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
-    assert len(drawn) == 2  # the problems of the cut record, and those of the evaluation
+    assert drawn == [3, 4, 3]  # the problems of the cut record, between two evaluations
     assert same_first_batch(trained, tmp_path)
 
 
@@ -186,7 +189,7 @@ def test_rollouts_that_an_attempt_with_other_settings_left_are_drawn_again(
     left = first.replace('"extra": {', '"extra": {"run": "0123456789abcdef", ')
     (tmp_path / "rollouts" / ".000000.jsonl").write_text(left)
     assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
-    assert drawn == [4, 3]
+    assert drawn == [3, 4, 3]
     assert same_first_batch(trained, tmp_path)
 
 
@@ -195,9 +198,7 @@ def test_rollouts_of_later_steps_than_the_newest_checkpoint_are_deleted(tmp_path
     names = ("000000", "000001", "000002", "000003", ".000001", ".000002", ".000003", "notes")
     for name in names:
         (tmp_path / "rollouts" / f"{name}.jsonl").touch()
-    drawer = object.__new__(program.Rollouts)
-    drawer._cfg, drawer._step = SimpleNamespace(workdir=str(tmp_path)), 2
-    drawer.begin("0123456789abcdef")
+    StepFiles(tmp_path, run="0123456789abcdef", fingerprint="", protocol=None).delete_from(2)
     left = {path.stem for path in (tmp_path / "rollouts").iterdir()}
     assert left == {"000000", "000001", ".000002", "notes"}
 
@@ -241,13 +242,17 @@ def bad_days(runs, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("bad_days")
     bad, killed, rewarded = [], [], []
-    text, start, reward = program.Rollouts._text, grader._Worker._start, program.reward
+    generate, start, reward = Generator.__call__, grader._Worker._start, step.reward
 
-    def text_of(self, trajectory):
-        if len(bad) == self.get_state()["step"]:
-            bad.append(trajectory)
-        is_strange = any(trajectory is one for one in bad[:2])
-        return rf"</think>\boxed{{{HANGS}}}" if is_strange else text(self, trajectory)
+    def generated(self, params, problems, ids, **named):
+        groups = generate(self, params, problems, ids, **named)
+        at, *rest = ids[0][0].split("/")
+        if len(rest) == 3 and len(bad) == int(at):  # an id of an evaluation has two parts
+            bad.append(groups[0].trajectories[0])
+            if len(bad) <= 2:
+                texts = [rf"</think>\boxed{{{HANGS}}}", *groups[0].texts[1:]]
+                groups[0] = groups[0]._replace(texts=texts)
+        return groups
 
     def start_worker(self):
         pipe, process = start(self), self._process
@@ -267,9 +272,9 @@ def bad_days(runs, tmp_path_factory):
         return reward(trajectory, *rest, **named)._replace(correctness=correctness)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program.Rollouts, "_text", text_of)
+        patch.setattr(Generator, "__call__", generated)
         patch.setattr(grader._Worker, "_start", start_worker)
-        patch.setattr(program, "reward", reward_of)
+        patch.setattr(step, "reward", reward_of)
         words = ["Pgrpo.steps=4", "Evaluation.every=4", "Grader.workers=1", "Grader.item_seconds=3"]
         words += ["Grader.mode='mathematics'"]
         assert pgrpo(runs, folder, *words) == 0
@@ -349,10 +354,10 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("Sampler.top_p=0.9", "want a temperature above 0, top_p 1.0 and top_k 0"),
+        ("Sampler.top_p=0.9", "Set a temperature above 0, top_p 1.0 and top_k 0"),
         ("Pgrpo.rollouts=1", "Pgrpo.rollouts = 1 must be at least 2"),
-        ("Pgrpo.rollouts=3", "want a multiple of Pgrpo.rollouts = 3"),
-        ("Pgrpo.max_prompts=1", "want at least Pgrpo.prompts = 2"),
+        ("Pgrpo.rollouts=3", "is not a multiple of Pgrpo.rollouts = 3"),
+        ("Pgrpo.max_prompts=1", "Pgrpo.max_prompts = 1 must be at least 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
         ("Packing.row_tokens=32", "want at most 32"),
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
@@ -360,7 +365,7 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),
         ("Pgrpo.max_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
-        ("Pgrpo.inner_steps=3", "want 1 to Pgrpo.prompts = 2"),
+        ("Pgrpo.inner_steps=3", "Pgrpo.inner_steps = 3 must be at least 1 and at most 2"),
         ("Pgrpo.microbatch_rows=4", "want a multiple of 8, the devices that rows are split over"),
     ],
 )

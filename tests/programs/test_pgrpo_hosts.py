@@ -22,7 +22,7 @@ def whole(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     with Job(runs / "pgrpo.gin", folder) as job:
         job.finish()
-    assert "8 device(s) of 2 process(es)" in job.told(0)
+    assert "8 devices of 2 processes" in job.told(0)
     assert f"{folder}:" not in job.told(1), "one process prints"
     return folder
 

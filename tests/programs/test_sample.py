@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,8 +15,8 @@ from tw_jax.config import load_config
 from tw_jax.data import records
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.programs import sample
-from tw_jax.programs.sample import Sample
+from tw_jax.rollouts import samples, store
+from tw_jax.rollouts.samples import Sample
 from tw_jax.tokenizer import SentencePiece, load_tokenizer
 
 
@@ -35,13 +36,13 @@ def test_every_problem_has_its_rollouts_with_ids_and_log_probs(runs):
 
 def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
     cfg = load_config(Sample, [str(runs / "sample.gin")])
-    loaded = sample.load(cfg, load_tokenizer(cfg.tokenizer))
+    source = samples.load(cfg, load_tokenizer(cfg.tokenizer))
     for rollout in rollouts(runs / "samples"):
-        prompt = cfg.chat.prompt(loaded.tokenizer, rollout.question)
+        prompt = cfg.chat.prompt(source.generate.tokenizer, rollout.question)
         assert rollout.prompt.tolist() == prompt.tolist()
         calls = [Result(call.sampled, call.logp) for call in rollout.calls]
-        made = rebuild(loaded.sampler.protocol, rollout.prompt, calls)
-        assert rollout.text == loaded.tokenizer.decode(made.ids[len(prompt) :])
+        made = rebuild(source.generate.sampler.protocol, rollout.prompt, calls)
+        assert rollout.text == source.generate.tokenizer.decode(made.ids[len(prompt) :])
 
 
 def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
@@ -86,6 +87,13 @@ def copy(runs, tmp_path):
     return tmp_path / "samples", tmp_path / "held_out.jsonl"
 
 
+def finished(cfg):
+    """The rollouts of a config that its folder holds."""
+    problems = samples.by_rollout(cfg, samples.read_problems(cfg, load_tokenizer(cfg.tokenizer)))
+    path = Path(cfg.workdir) / "rollouts.jsonl"
+    return list(store.finished_samples(path, problems, source=cfg.problems))
+
+
 @pytest.mark.parametrize("field", ["question", "answer", "task"])
 def test_rollouts_of_a_changed_problems_file_are_not_reused(runs, copy, capsys, field):
     folder, path = copy
@@ -103,10 +111,10 @@ def test_a_problems_file_that_grew_keeps_its_rollouts(runs, copy):
     records.write(path, [*old, dataclasses.replace(old[0], id="new")])
     words = [f"Sample.workdir='{folder}'", f"Sample.problems='{path}'"]
     cfg = load_config(Sample, [str(runs / "sample.gin")], words)
-    asked = sample.problems(cfg, load_tokenizer(cfg.tokenizer))
-    kept = {one.id for one in sample.finished(cfg, asked)}
+    kept = {one.id for one in finished(cfg)}
     assert len(kept) == 6
-    assert [name for name in sample.names(cfg, asked) if name not in kept] == ["new/0", "new/1"]
+    wanted = samples.by_rollout(cfg, samples.read_problems(cfg, load_tokenizer(cfg.tokenizer)))
+    assert [name for name in wanted if name not in kept] == ["new/0", "new/1"]
 
 
 def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, copy, capsys):
@@ -139,7 +147,7 @@ def test_two_rollouts_of_one_id_are_refused_with_both_lines(runs, copy):
     path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
     cfg = load_config(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
     with pytest.raises(ValueError, match=rf"{path}:7 has the id '.*', and so has {path}:2\."):
-        list(sample.finished(cfg, sample.problems(cfg, load_tokenizer(cfg.tokenizer))))
+        finished(cfg)
 
 
 def test_two_problems_of_one_id_are_not_sampled(runs, copy, tmp_path, capsys):
@@ -167,6 +175,6 @@ def test_settings_without_a_rollout_are_replaced(runs, copy):
     (folder / "rollouts.jsonl").unlink()
     cfg = load_config(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
     tokenizer = load_tokenizer(cfg.tokenizer)
-    asked = sample.problems(cfg, tokenizer)
-    next(sample.rollouts(cfg, sample.load(cfg, tokenizer), asked))
+    source, problems = samples.load(cfg, tokenizer), samples.read_problems(cfg, tokenizer)
+    samples.sample(cfg, source, problems)
     assert json.loads((folder / "made_by.json").read_text()) == made

@@ -28,11 +28,13 @@ def tree(path: pathlib.Path) -> ast.Module:
 
 
 def has_config(verb: str) -> bool:
-    """Whether a verb reads a .gin file: its program then has a root config of its name."""
+    """Whether a verb reads a .gin file: its program then has, or imports, a root of its name."""
     program = tree(PACKAGE / "programs" / f"{verb}.py")
-    return any(
-        isinstance(node, ast.ClassDef) and node.name == verb.capitalize() for node in program.body
-    )
+    names = {node.name for node in program.body if isinstance(node, ast.ClassDef)}
+    for node in program.body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    return verb.capitalize() in names
 
 
 def imported_names(module: ast.Module) -> Iterator[tuple[int, str]]:

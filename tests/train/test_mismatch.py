@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from fakes import path_network
-from trajectories import rollouts, with_logp
 from train import stub
+from trajectories import rollouts, with_logp
 
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.train.groups import Aggregation, Scored, pack_groups

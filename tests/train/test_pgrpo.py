@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from fakes import path_network
 from repo.sources import ROOT
-from trajectories import rollouts, with_logp
 from train import stub
+from trajectories import rollouts, with_logp
 
 from tw_jax import sharding
 from tw_jax.forkjoin.tries import group_tries

@@ -1,9 +1,4 @@
-"""What a stored record stands for, and which file it stands in.
-
-`data/records.py` reads and writes files; this file gives their rows a meaning for the programs that
-sample, grade and train. One process of a job reads and writes rollouts for all, and a hash of all
-its bytes tells a file from another.
-"""
+"""The problem and the trajectory of a record, and a hash that distinguishes the file it is in."""
 
 from __future__ import annotations
 
@@ -13,11 +8,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tw_jax import files, hosts
-from tw_jax.data import records
+from tw_jax import files
 from tw_jax.data.records import Example, Problem, Record, Rollout
 from tw_jax.forkjoin.calls import StopReason, Trajectory
 from tw_jax.forkjoin.protocol import Result
@@ -52,30 +45,6 @@ def trajectory_of(protocol: ThreadWeaver, rollout: Rollout) -> Trajectory:
         for call in rollout.calls
     ]
     return rebuild(protocol, rollout.prompt, calls)
-
-
-@contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[tuple[dict[str, Record], Callable[[Record], None]]]:
-    """What an interrupted program had finished, and what adds to it; see `records.append`.
-
-    Process 0 of a job reads and writes the file and tells the others, for a disk that hosts share
-    may show them what it held a while ago.
-
-    Yields:
-      (the records by their ids, add), `add` being told of the same records in every process.
-    """
-    if not hosts.is_first():
-        rows = hosts.gather(None)[0]
-        had = [
-            records.from_json(row, where=f"{path}:{n + 1}", task="", index=n)
-            for n, row in enumerate(rows)
-        ]
-        yield {record.id: record for record in had}, lambda record: None
-        return
-    with records.append(path) as add:
-        had = list(records.read(path))
-        hosts.gather([records.to_json(record) for record in had])
-        yield {record.id: record for record in had}, add
 
 
 def fingerprint(path: str | Path) -> str:

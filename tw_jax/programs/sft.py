@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from tw_jax import files, hosts, sharding, workdir
-from tw_jax.bounds import require, require_text
+from tw_jax.bounds import counted, require, require_text
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import configurable
 from tw_jax.contracts import Params
@@ -145,7 +145,8 @@ def run(cfg: Sft) -> None:
         if hosts.is_first():
             count, moving = map(_count, (state.params, trained(state.params)))
             told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
-            where = f"{mesh.size} device(s) of {jax.process_count()} process(es)"
+            devices = counted(mesh.size, "device")
+            where = f"{devices} of {counted(jax.process_count(), 'process')}"
             print(f"{folder}: {told} on {where}, step {first} of {cfg.steps}")
             print(standing(who, first=first, steps=cfg.steps), end="")
         if first < cfg.steps:
@@ -164,7 +165,9 @@ def run(cfg: Sft) -> None:
             ) as loop,
         ):
             for _ in loop:
-                loop.step(loop.draw(batches, partial(sharding.to_global, mesh=mesh, rules=cfg.rules)))
+                loop.step(
+                    loop.draw(batches, partial(sharding.to_global, mesh=mesh, rules=cfg.rules))
+                )
                 loop.save_when_due(batches.get_state())
         packed = _of_all_shares(batches, mesh, cfg.rules)
         # A run that was killed behind its last checkpoint has not written it.

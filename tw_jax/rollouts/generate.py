@@ -101,9 +101,7 @@ class Generator:
         texts = [response_text(self.tokenizer, trajectory) for trajectory in made]
         return [
             RolloutGroup(problem, names, made[n : n + samples], texts[n : n + samples])
-            for n, problem, names in zip(
-                range(0, len(made), samples), problems, ids, strict=True
-            )
+            for n, problem, names in zip(range(0, len(made), samples), problems, ids, strict=True)
         ]
 
 
@@ -152,4 +150,18 @@ def check_sampler_rows(rows: int, samples: int, field: str) -> None:
         raise ValueError(
             f"Sampler.rows = {rows} is not a multiple of {field} = {samples}, and the rollouts of "
             "a problem are decoded side by side. Change one of them."
+        )
+
+
+def check_trainable(sampler: Sampler) -> None:
+    """Refuses a sampler whose rollouts cannot be trained on.
+
+    Raises:
+      ValueError: it samples from another distribution than that of temperature alone.
+    """
+    if sampler.top_p != 1 or sampler.top_k != 0 or sampler.temperature <= 0:
+        raise ValueError(
+            f"Sampler.temperature = {sampler.temperature}, top_p = {sampler.top_p}, top_k = "
+            f"{sampler.top_k}: the loss assumes the distribution of temperature alone. Set a "
+            "temperature above 0, top_p 1.0 and top_k 0."
         )

@@ -1,7 +1,7 @@
 """Verdicts on the answers of rollouts, shared over the processes of a job.
 
 Each text is judged by one process, because a deadline that is missed on one host may be met on
-another. All processes then have all verdicts.
+another. All processes then have all verdicts. This file knows no reward.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from tw_jax import hosts
+from tw_jax.data.problems import has_answer
+from tw_jax.data.records import Problem
+from tw_jax.rollouts.generate import RolloutGroup
 from tw_jax.tasks import answers
 from tw_jax.tasks.grader import GraderPool
 
@@ -17,26 +20,31 @@ Verdict = answers.Verdict | Literal["unknown"]
 """What the grader says of an answer; "unknown" where the right answer is not known."""
 
 
-def judge(pool: GraderPool, texts: Iterable[str], truths: Iterable[str]) -> list[Verdict]:
-    """Grades texts against right answers.
+def judge(pool: GraderPool, items: Iterable[tuple[Problem, str]]) -> list[Verdict]:
+    """Grades responses to problems.
 
     Args:
       pool: grades the share of this process.
-      texts: what the model wrote after the prompt; the same in every process.
-      truths: the right answer of each; blank where none is known.
+      items: a problem and the text after its prompt, for each rollout; the same in every process.
 
     Returns:
-      A verdict for each text, in their order. "timeout" is an answer that was not judged in time.
+      A verdict for each item, in their order. "timeout" is an answer that was not judged in time.
     """
-    items = list(zip(texts, truths, strict=True))
-    graded = iter(hosts.divide(pool.grade_all, [item for item in items if item[1].strip()]))
-    return [next(graded) if truth.strip() else "unknown" for _, truth in items]
+    items = list(items)
+    can_grade = [has_answer(problem) for problem, _ in items]
+    gradable = [item for item, can in zip(items, can_grade, strict=True) if can]
+    graded = iter(
+        hosts.divide(pool.grade_all, [(text, problem.answer) for problem, text in gradable])
+    )
+    return [next(graded) if can else "unknown" for can in can_grade]
 
 
-def truths_of(answers_of_groups: Sequence[tuple[str, int]]) -> list[str]:
-    """Repeats the answer of each problem for each of its rollouts.
+def judge_groups(pool: GraderPool, groups: Sequence[RolloutGroup]) -> list[list[Verdict]]:
+    """Grades the rollouts of each group; see `judge`.
 
-    Args:
-      answers_of_groups: (answer, number of rollouts) of each problem.
+    Returns:
+      For each group a verdict for each of its rollouts.
     """
-    return [answer for answer, count in answers_of_groups for _ in range(count)]
+    items = [(group.problem, text) for group in groups for text in group.texts]
+    verdicts = iter(judge(pool, items))
+    return [[next(verdicts) for _ in group.texts] for group in groups]

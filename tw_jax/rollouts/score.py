@@ -12,39 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tw_jax.bounds import require, require_temperature, require_text
-from tw_jax.config import configurable
-
-
-@configurable
-class Evaluation:
-    """Held-out problems that are sampled while training.
-
-    Attributes:
-      problems: a file of problems or examples.
-      count: how many of them, from the start of the file.
-      samples: rollouts of each; with more than one, pass@k is reported for powers of two.
-      every: steps between evaluations; the last step is followed by one too.
-      temperature: of these rollouts.
-    """
-
-    problems: str
-    count: int = 200
-    samples: int = 1
-    every: int = 10
-    temperature: float = 0.0
-
-    def check(self) -> None:
-        """Refuses evaluations of nothing."""
-        require_text(self, "problems")
-        require(self, "count", "samples", "every", least=1)
-        require_temperature(self)
-        if self.samples > 1 and self.temperature <= 0:
-            raise ValueError(
-                f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
-                f"{self.temperature}: want a temperature above 0, or all samples are the same."
-            )
-
 
 class Estimate(NamedTuple):
     """A mean and its confidence interval, all in the unit of the values."""
@@ -91,24 +58,6 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     return table[counts]
 
 
-def held_out(correct: np.ndarray) -> dict[str, float]:
-    """What a line of metrics says of the answers of an evaluation while training.
-
-    Args:
-      correct: [P, K] bool, P problems with K samples each.
-
-    Returns:
-      Accuracy with its 95 % interval, and pass@k for powers of two up to K.
-    """
-    share = wilson(float(correct.mean()), len(correct))
-    return {
-        "eval_correct": share.value,
-        "eval_correct_low": share.low,
-        "eval_correct_high": share.high,
-        **{f"eval_{name}": value for name, value in passes(correct).items()},
-    }
-
-
 def passes(correct: np.ndarray) -> dict[str, float]:
     """pass@k, averaged over problems, as `pass_at_k` for powers of two from 2 up to K.
 
@@ -139,7 +88,10 @@ def wilson(share: float, trials: int, *, confidence: float = 0.95) -> Estimate:
     scale = 1 + z**2 / trials
     center = (share + z**2 / (2 * trials)) / scale
     half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2) / scale
-    return Estimate(float(share), max(0.0, center - half), min(1.0, center + half))
+    # At 0 and 1 one end is exactly the share, which the difference misses by a rounding.
+    low = 0.0 if share == 0 else max(0.0, center - half)
+    high = 1.0 if share == 1 else min(1.0, center + half)
+    return Estimate(float(share), low, high)
 
 
 def bootstrap(

@@ -124,8 +124,9 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of the steps that are left; the last checkpoint is on disk at the end."""
-        for self._index in range(self._first, self._steps):
-            yield self._index
+        for index in range(self._first, self._steps):
+            self._index = index
+            yield index
         self._checkpoints.wait()
 
     @contextlib.contextmanager
@@ -176,13 +177,13 @@ class TrainingLoop:
         self,
         extra: Mapping[str, float] | None = None,
         *,
-        shown: Mapping[str, Any] | None = None,
+        shown: Callable[[Mapping[str, float]], Mapping[str, Any]] | None = None,
     ) -> dict[str, float]:
         """Waits for the numbers of the step that was started last, and writes its line.
 
         Args:
           extra: more numbers of this step.
-          shown: what the progress bar shows of this step; None for the loss.
+          shown: which of all these numbers the progress bar shows; None for the loss.
 
         Returns:
           The numbers of the step, without `extra`.
@@ -197,8 +198,9 @@ class TrainingLoop:
         self._line = None
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         self._clock.count(steps=1, tokens=numbers.get("tokens", 0.0))
-        self._metrics.write(index, {**numbers, **(extra or {}), **self._clock.read()})
-        self._bar.set_postfix(shown or {"loss": numbers["loss"]}, refresh=False)
+        line = {**numbers, **(extra or {})}
+        self._metrics.write(index, {**line, **self._clock.read()})
+        self._bar.set_postfix(shown(line) if shown else {"loss": line["loss"]}, refresh=False)
         self._bar.update(1)
         self._refuse_diverged(index, numbers)
         return numbers

@@ -1,0 +1,226 @@
+"""The config of `tw pgrpo`, and what the steps of its runs share: problems, sampler, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+
+from tw_jax import hosts, sharding
+from tw_jax.bounds import require, require_text
+from tw_jax.config import configurable
+from tw_jax.contracts import Network, Params
+from tw_jax.data.prompts import Problems
+from tw_jax.data.stored import fingerprint
+from tw_jax.forkjoin.threadweaver import ForkJoin
+from tw_jax.models.transformer import Model, network
+from tw_jax.rollouts.evaluate import Evaluation
+from tw_jax.rollouts.generate import (
+    Generator,
+    check_sampler_rows,
+    check_trainable,
+    make_generator,
+)
+from tw_jax.rollouts.reward import Reward
+from tw_jax.sample.sampler import Sampler, prompt_limits
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.tasks.grader import Grader, check_truths
+from tw_jax.tokenizer import (
+    Bytes,
+    Chat,
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    check_rows,
+    load_tokenizer,
+)
+from tw_jax.train.groups import Aggregation
+from tw_jax.train.pgrpo import PolicyLoss, make_logp
+from tw_jax.train.reference import Logp, reference_logp
+from tw_jax.train.state import Optim
+from tw_jax.trie.pack import Packing
+
+
+@configurable
+class Pgrpo:
+    """A reinforcement run.
+
+    Attributes:
+      workdir: checkpoints, metrics, config and `rollouts/` go here.
+      steps: draws of the whole run, each followed by `inner_steps` updates.
+      init: folder of checkpoints whose newest parameters the run begins with; adapters that it
+        lacks are fresh.
+      model: the model; its vocabulary holds the tokenizer's.
+      tokenizer: text to ids.
+      chat: how a question becomes a prompt.
+      forkjoin: limits of fork and join.
+      problems: a file of problems or examples; drawn in an order of the seed, again and again.
+      prompts: groups with signal that a step trains on.
+      rollouts: K, rollouts of a group.
+      max_prompts: prompts that a step draws at most to find its groups, as many at a time as the
+        sampler has rows for; groups whose rewards are all equal teach nothing.
+      inner_steps: updates of a step, each with its share of the groups; 1 is on-policy.
+      long_prompts: what happens to a problem whose prompt is longer than `Sampler.max_prompt` or
+        fills `ForkJoin.max_context`: "refuse" stops at the start with its line, "drop" leaves it
+        out and counts it. Held-out problems are always refused.
+      sampler: rows, temperature and seed; `rollouts` divides its rows.
+      grader: how answers are judged.
+      reward: what a rollout earns.
+      normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
+      loss: clipping and importance weights.
+      aggregation: how tokens are averaged.
+      packing: tokens of a row.
+      microbatch_rows: rows that are run at a time, over all devices; an update has as many
+        microbatches as its groups fill.
+      optim: optimiser and schedule.
+      max_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
+        that has more stops the run.
+      evaluation: held-out problems; None evaluates nothing.
+      mesh: devices.
+      rules: which logical axis is split over which axis of the mesh.
+      chunk_tokens: nodes per row that are unembedded at a time.
+      save_every: steps between checkpoints.
+      keep: checkpoints kept.
+      seed: of the order of the problems.
+    """
+
+    workdir: str
+    steps: int
+    init: str
+    model: Model
+    tokenizer: Bytes | SentencePiece | HuggingFace
+    chat: Chat
+    forkjoin: ForkJoin
+    problems: str
+    prompts: int
+    rollouts: int
+    max_prompts: int
+    sampler: Sampler
+    grader: Grader
+    reward: Reward
+    loss: PolicyLoss
+    aggregation: Aggregation
+    packing: Packing
+    microbatch_rows: int
+    optim: Optim
+    inner_steps: int = 1
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    normalise: Literal["mean", "std"] = "mean"
+    max_mismatch: float = 0.01
+    evaluation: Evaluation | None = None
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+    chunk_tokens: int = 1024
+    save_every: int = 10
+    keep: int = 2
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
+        require_text(self, "workdir", "init", "problems")
+        counts = ("steps", "prompts", "max_prompts", "microbatch_rows", "chunk_tokens")
+        require(self, *counts, "save_every", "keep", least=1)
+        require(self, "rollouts", least=2)  # an advantage is over the mean of a group
+        require(self, "seed", least=0)
+        require(self, "max_mismatch", above=0)  # rounding differs
+        require(self, "max_prompts", least=self.prompts)
+        require(self, "inner_steps", least=1, most=self.prompts)  # each update needs a group
+        check_trainable(self.sampler)
+        check_sampler_rows(self.sampler.rows, self.rollouts, "Pgrpo.rollouts")
+        if self.evaluation is not None:
+            check_sampler_rows(self.sampler.rows, self.evaluation.samples, "Evaluation.samples")
+
+
+class Setup(NamedTuple):
+    """What the steps of a run share."""
+
+    network: Network
+    tokenizer: Tokenizer
+    problems: Problems
+    held_out: Problems | None  # those of `Pgrpo.evaluation`
+    generate: Generator
+
+    def contents(self, cfg: Pgrpo) -> dict[str, str]:
+        """What distinguishes the content of the files that the config names from another."""
+        found = {"problems": fingerprint(cfg.problems), "tokenizer": self.tokenizer.fingerprint}
+        if cfg.evaluation is not None:
+            found["held-out problems"] = fingerprint(cfg.evaluation.problems)
+        return found
+
+
+def prepare(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> Setup:
+    """Reads tokenizer and problems and builds the network and the sampler; nothing runs yet.
+
+    Raises:
+      ValueError: there is no problem, two have one id, the answer of one is not known, a prompt is
+        too long, or the devices do not divide the rows.
+    """
+    _check_mesh(cfg, mesh)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    check_rows(tokenizer, cfg.model.vocab_size)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
+    read = partial(
+        Problems,
+        prompt=partial(cfg.chat.prompt, tokenizer),
+        limits=prompt_limits(cfg.sampler, cfg.forkjoin),
+    )
+    problems = read(
+        cfg.problems,
+        unanswered="refuse",
+        too_long=cfg.long_prompts,
+        option="Pgrpo.long_prompts",
+    )
+    aside = cfg.evaluation
+    held_out = aside and read(aside.problems, count=aside.count, unanswered="drop")
+    # All processes of a job read the problems, and each of them samples all rollouts.
+    for asked in (problems, held_out or ()):
+        check_truths(cfg.grader, ((problem.id, problem.answer) for problem in asked))
+    generate = make_generator(
+        net,
+        tokenizer,
+        chat=cfg.chat,
+        forkjoin=cfg.forkjoin,
+        sampler=cfg.sampler,
+        mesh=mesh,
+        rules=cfg.rules,
+    )
+    setup = Setup(net, tokenizer, problems, held_out, generate)
+    hosts.agree(**setup.contents(cfg))
+    for asked in filter(None, (problems, held_out)):
+        asked.require_unchanged()
+    return setup
+
+
+def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
+    samples = 1 if cfg.evaluation is None else cfg.evaluation.samples
+    sampling = sharding.sampling(cfg.rules)
+    for name, rows, rules in (
+        ("Pgrpo.microbatch_rows", cfg.microbatch_rows, cfg.rules),
+        ("Sampler.rows / Pgrpo.rollouts", cfg.sampler.rows // cfg.rollouts, sampling),
+        ("Sampler.rows / Evaluation.samples", cfg.sampler.rows // samples, sampling),
+    ):
+        sharding.check_split(name, rows, mesh, rules)
+
+
+def make_reference(
+    cfg: Pgrpo, net: Network, began: Callable[[], Params], current: Params
+) -> Logp | None:
+    """Scores tokens by the model that the run began with; None without a KL term.
+
+    Args:
+      cfg: the run.
+      net: the model.
+      began: reads the parameters that the run began with.
+      current: the present parameters, for the shapes and places of adapters.
+    """
+    if not cfg.loss.kl_coef:
+        return None
+    logp = make_logp(
+        net,
+        chunk_tokens=cfg.chunk_tokens,
+        temperature=cfg.sampler.temperature,
+        microbatch_rows=cfg.microbatch_rows * cfg.inner_steps,
+    )
+    return reference_logp(logp, began(), current)

@@ -1,0 +1,197 @@
+"""Rollouts of a trained model for a file of problems, kept and completed: the work of `tw sample`.
+
+`tw evaluate` samples by the same config before it grades. Finished rollouts are appended as they
+come, so an interrupted program samples only what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from tw_jax import hosts, sharding
+from tw_jax.bounds import require, require_text
+from tw_jax.checkpoint import identity, newest, restore_params
+from tw_jax.config import configurable, operative
+from tw_jax.contracts import Network, Params
+from tw_jax.data.problems import content_hash
+from tw_jax.data.prompts import Problems
+from tw_jax.data.records import Problem, Rollout
+from tw_jax.data.stored import fingerprint
+from tw_jax.forkjoin.threadweaver import ForkJoin
+from tw_jax.metrics import progress
+from tw_jax.models.transformer import Model, network
+from tw_jax.rollouts.generate import Generator, make_generator
+from tw_jax.rollouts.store import kept_samples
+from tw_jax.sample.sampler import Sampler, prompt_limits
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, check_rows
+
+
+@configurable
+class Sample:
+    """Rollouts for a set of problems.
+
+    Attributes:
+      workdir: where `rollouts.jsonl` goes.
+      checkpoint: folder of a training run's checkpoints; the newest is read.
+      model: the model that was trained.
+      tokenizer: the tokenizer that it was trained with.
+      chat: how a question becomes a prompt.
+      forkjoin: limits and policies of fork and join.
+      sampler: rows, temperature, seeds.
+      problems: a file of problems or examples.
+      count: how many of them, from the start of the file; None for all.
+      samples: rollouts per problem.
+      mesh: devices that the parameters and the rows are split over.
+      rules: which logical axis is split over which axis of the mesh.
+    """
+
+    workdir: str
+    checkpoint: str
+    model: Model
+    tokenizer: Bytes | SentencePiece | HuggingFace
+    chat: Chat
+    forkjoin: ForkJoin
+    sampler: Sampler
+    problems: str
+    count: int | None = None
+    samples: int = 1
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+
+    def check(self) -> None:
+        """Refuses empty runs, and samples that would all be the same."""
+        require_text(self, "workdir", "checkpoint", "problems")
+        require(self, "samples", "count", least=1)
+        if self.samples > 1 and self.sampler.temperature == 0:
+            raise ValueError(
+                f"Sample.samples = {self.samples} at Sampler.temperature = 0.0 would draw the same "
+                "text each time. Set a temperature above 0, or Sample.samples = 1."
+            )
+
+
+class Source(NamedTuple):
+    """What rollouts are sampled from."""
+
+    params: Params
+    generate: Generator
+    step: int  # of the checkpoint
+
+
+def load(cfg: Sample, tokenizer: Tokenizer) -> Source:
+    """Reads the newest checkpoint onto the mesh and builds the sampler.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the parameters do not fit the model, the model has fewer rows than the tokenizer
+        has ids, or the devices do not divide `Sampler.rows`.
+    """
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_split("Sampler.rows", cfg.sampler.rows, mesh, sharding.sampling(cfg.rules))
+    check_rows(tokenizer, cfg.model.vocab_size)
+    net = network(cfg.model, num_ids=tokenizer.vocab_size)
+    step = newest(cfg.checkpoint)
+    hosts.agree(checkpoint=f"step {step}")
+    abstract = _abstract_params(net, mesh, cfg.rules)
+    generate = make_generator(
+        net,
+        tokenizer,
+        chat=cfg.chat,
+        forkjoin=cfg.forkjoin,
+        sampler=cfg.sampler,
+        mesh=mesh,
+        rules=cfg.rules,
+    )
+    return Source(restore_params(cfg.checkpoint, step=step, abstract=abstract), generate, step)
+
+
+def _abstract_params(net: Network, mesh: jax.sharding.Mesh, rules: Rules) -> Params:
+    """Shapes, dtypes and shardings of the parameters, without an array."""
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.shardings(net.axes(), shapes, mesh, rules),
+    )
+
+
+def read_problems(cfg: Sample, tokenizer: Tokenizer) -> list[Problem]:
+    """The problems to sample, from a file of problems, examples or rollouts.
+
+    Raises:
+      ValueError: the file has no problem, or two of one id; a prompt is empty or too long; or the
+        processes of this job read different files.
+    """
+    prompt = functools.partial(cfg.chat.prompt, tokenizer)
+    limits = prompt_limits(cfg.sampler, cfg.forkjoin)
+    found = Problems(cfg.problems, prompt, limits=limits, unanswered="keep", count=cfg.count)
+    problems = list(found)
+    hosts.agree(problems=fingerprint(cfg.problems), tokenizer=tokenizer.fingerprint)
+    found.require_unchanged()
+    return problems
+
+
+def by_rollout(cfg: Sample, problems: list[Problem]) -> dict[str, Problem]:
+    """The ids of all rollouts in order, and the problem of each."""
+    return {f"{problem.id}/{k}": problem for problem in problems for k in range(cfg.samples)}
+
+
+def sample(
+    cfg: Sample, source: Source, problems: list[Problem]
+) -> tuple[list[Rollout], list[Rollout]]:
+    """Samples the rollouts that `rollouts.jsonl` does not hold yet.
+
+    Returns:
+      All rollouts of the problems, in their order, and those of them that are new.
+
+    Raises:
+      ValueError: the workdir holds rollouts of another model, of other settings or of other
+        problems.
+    """
+    wanted = by_rollout(cfg, problems)
+    names, rows = list(wanted), cfg.sampler.rows
+    new: list[Rollout] = []
+    with kept_samples(cfg.workdir, wanted, source=cfg.problems, maker=_maker(cfg, source)) as (
+        kept,
+        add,
+    ):
+        missing = [n for n, name in enumerate(names) if name not in kept]
+        batches = [missing[first : first + rows] for first in range(0, len(missing), rows)]
+        for batch in progress(batches, desc="sample"):
+            groups = source.generate(
+                source.params,
+                [wanted[names[n]] for n in batch],
+                [[names[n]] for n in batch],
+                # Seeds belong to rollouts, not to the order in which a resumed run samples them.
+                seeds=[cfg.sampler.seed + n for n in batch],
+                temperature=cfg.sampler.temperature,
+                top_p=cfg.sampler.top_p,
+                top_k=cfg.sampler.top_k,
+            )
+            for group in groups:
+                extra = {"problem": content_hash(group.problem)}
+                fingerprint = source.generate.tokenizer.fingerprint
+                new.append(group.record(0, fingerprint=fingerprint, extra=extra))
+                add(new[-1])
+    found = {**kept, **{rollout.id: rollout for rollout in new}}
+    return [rollout for name in names if isinstance(rollout := found[name], Rollout)], new
+
+
+def _maker(cfg: Sample, source: Source) -> dict[str, Any]:
+    """Everything that rollouts depend on: those of two makers must not be graded as one."""
+    return {
+        "checkpoint": cfg.checkpoint,
+        "step": source.step,
+        "model_identity": identity(cfg.checkpoint, step=source.step),
+        "tokenizer": source.generate.tokenizer.fingerprint,
+        "model": operative(cfg.model),
+        "chat": operative(cfg.chat),
+        "forkjoin": operative(cfg.forkjoin),
+        "temperature": cfg.sampler.temperature,
+        "top_p": cfg.sampler.top_p,
+        "top_k": cfg.sampler.top_k,
+        "seed": cfg.sampler.seed,
+    }

@@ -1,0 +1,186 @@
+"""The groups of a step of reinforcement: their rewards, and the batch that is made of them.
+
+Rewards are computed as the groups are sampled, because a step samples until enough groups have
+signal. Then the first of these groups become the batch, and every rollout becomes a record with its
+reward and advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from tw_jax.data.records import Rollout
+from tw_jax.forkjoin.cost import Tags
+from tw_jax.forkjoin.tries import group_tries
+from tw_jax.rollouts.generate import RolloutGroup
+from tw_jax.rollouts.judge import Verdict
+from tw_jax.rollouts.reward import (
+    CUT,
+    Parts,
+    Reward,
+    are_finite,
+    leave_out_long,
+    refuse_short_rows,
+    reward,
+    summary,
+    totals,
+    trains,
+)
+from tw_jax.train.groups import (
+    Aggregation,
+    PolicyBatch,
+    Scored,
+    advantages,
+    has_signal,
+    pack_groups,
+)
+from tw_jax.trie.pack import Packing, PackingStats
+
+
+class RewardedGroup(NamedTuple):
+    """A group of K rollouts with verdicts and rewards."""
+
+    group: RolloutGroup
+    verdicts: Sequence[Verdict]
+    parts: Sequence[Parts]
+    rewards: np.ndarray  # [K] float64
+    has_signal: bool  # all rewards are finite, they differ, and a rollout is trained
+
+
+class StepBatch(NamedTuple):
+    """What a step trains on, keeps and reports."""
+
+    batch: PolicyBatch
+    records: list[Rollout]
+    numbers: dict[str, float]
+
+
+def reward_groups(
+    groups: Sequence[RolloutGroup],
+    verdicts: Sequence[Sequence[Verdict]],
+    cfg: Reward,
+    *,
+    tags: Tags,
+    row_tokens: int,
+) -> list[RewardedGroup]:
+    """Rewards rollouts.
+
+    Args:
+      groups: P groups of K rollouts.
+      verdicts: on their answers; every verdict but "correct" counts as not correct.
+      cfg: the reward.
+      tags: ids of the tags, which some rewards read.
+      row_tokens: rollouts whose tries are longer keep their reward and are not trained.
+    """
+    parts = [
+        leave_out_long(
+            [
+                reward(made, verdict == "correct", cfg, tags=tags)
+                for made, verdict in zip(group.trajectories, found, strict=True)
+            ],
+            group.trajectories,
+            row_tokens,
+        )
+        for group, found in zip(groups, verdicts, strict=True)
+    ]
+    rewards = totals(parts, cfg)
+    signal = are_finite(rewards) & has_signal(rewards) & trains(parts)
+    return [
+        RewardedGroup(*one)
+        for one in zip(groups, verdicts, parts, rewards, map(bool, signal), strict=True)
+    ]
+
+
+def pack_step(
+    index: int,
+    groups: Sequence[RewardedGroup],
+    *,
+    prompts: int,
+    inner_steps: int,
+    normalise: Literal["mean", "std"],
+    aggregation: Aggregation,
+    packing: Packing,
+    microbatch_rows: int,
+    fingerprint: str,
+) -> StepBatch:
+    """Packs the first groups with signal into rows; the others are kept and not trained.
+
+    Args:
+      index: number of the step, for messages.
+      groups: all groups of the step.
+      prompts: groups to train on at most.
+      inner_steps: updates among which the groups are divided.
+      normalise: see `advantages`.
+      aggregation: how tokens are averaged.
+      packing: tokens of a row.
+      microbatch_rows: see `pack_groups`.
+      fingerprint: of the tokenizer, for the records.
+
+    Raises:
+      ValueError: every rollout is longer than a row.
+    """
+    parts = [one.parts for one in groups]
+    rewards = np.stack([one.rewards for one in groups])
+    if not trains(parts).any():
+        made = [trajectory for one in groups for trajectory in one.group.trajectories]
+        refuse_short_rows(index, made, packing.row_tokens)
+    finite = are_finite(rewards)
+    advantage = np.zeros(rewards.shape, np.float32)
+    advantage[finite] = advantages(rewards[finite], normalise)
+    with_signal = np.flatnonzero([one.has_signal for one in groups])
+    trained = with_signal[:prompts]
+    stats = PackingStats()
+    batch = pack_groups(
+        [
+            [scored for n in share for scored in _scored(groups[n], advantage[n], packing)]
+            for share in np.array_split(trained, inner_steps)
+        ],
+        aggregation,
+        packing=packing,
+        microbatch_rows=microbatch_rows,
+        stats=stats,
+    )
+    records = [
+        rewarded.group.record(k, fingerprint=fingerprint, extra=extra)
+        for n, rewarded in enumerate(groups)
+        for k, extra in enumerate(_extras(n, rewarded, advantage[n], n in trained))
+    ]
+    verdicts = [verdict for one in groups for verdict in one.verdicts]
+    finishes = [made.finish for one in groups for made in one.group.trajectories]
+    numbers = {
+        **summary(parts, rewards),
+        "cut": float(np.mean([finish in CUT for finish in finishes])),
+        "groups": len(trained),
+        "groups_drawn": len(groups),
+        "groups_with_signal": len(with_signal),
+        "groups_not_finite": float((~finite).sum()),
+        "untrained": sum(not one.is_trained for group in parts for one in group),
+        "timeouts": verdicts.count("timeout"),
+        "rows_filled": stats.rows_filled,
+        "token_sharing": stats.token_sharing,
+    }
+    return StepBatch(batch, records, numbers)
+
+
+def _scored(rewarded: RewardedGroup, advantage: np.ndarray, packing: Packing) -> list[Scored]:
+    tries = group_tries(rewarded.group.trajectories, max_tokens=packing.row_tokens)
+    is_trained = np.array([one.is_trained for one in rewarded.parts])
+    return [Scored(trie, advantage, is_trained) for trie in tries]
+
+
+def _extras(
+    number: int, rewarded: RewardedGroup, advantage: np.ndarray, in_batch: bool
+) -> list[dict[str, object]]:
+    """What the record of each rollout of a group says of its reward."""
+    return [
+        {
+            **parts.told(total),
+            "advantage": float(share),
+            "group": number,
+            "is_trained": in_batch and bool(parts.is_trained),
+        }
+        for parts, total, share in zip(rewarded.parts, rewarded.rewards, advantage, strict=True)
+    ]

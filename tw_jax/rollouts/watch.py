@@ -1,0 +1,70 @@
+"""What a reader of the console learns of a reinforcement run while it goes on.
+
+A group whose rewards are all equal has no advantage, so a step without any group that has signal
+changes nothing, and its loss is 0. `SignalWatch` reports runs of such steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tw_jax.bounds import counted
+
+PATIENCE = 5
+"""Steps in a row without signal after which a sentence says so."""
+
+
+def shown(numbers: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers of a step that the progress bar shows."""
+    return {
+        "reward": f"{numbers['reward']:.3g}",
+        "correct": f"{numbers['correct']:.3g}",
+        "signal": f"{numbers['groups_with_signal']:.0f}/{numbers['groups_drawn']:.0f}",
+        "skipped": f"{numbers['skipped']:.3g}",
+    }
+
+
+class SignalWatch:
+    """Counts the steps in a row in which no group had signal."""
+
+    def __init__(self) -> None:
+        """No step was seen."""
+        self._steps: list[int] = []
+
+    def sentence(self, index: int, numbers: Mapping[str, float]) -> str | None:
+        """What to tell about a step, once in each run of `PATIENCE` steps without signal.
+
+        Args:
+          index: number of the step.
+          numbers: of its rollouts.
+        """
+        if numbers["groups_with_signal"]:
+            self._steps = []
+            return None
+        self._steps.append(index)
+        if len(self._steps) != PATIENCE:
+            return None
+        share = numbers["correct"]
+        problems = "harder problems" if share > 0.5 else "easier problems or a better Pgrpo.init"
+        return (
+            f"Steps {self._steps[0]} to {index} had no group whose rewards differ, so they did not "
+            f"change the model; {share:.0%} of the rollouts of step {index} were correct. Use "
+            f"{problems}, raise Sampler.temperature, Pgrpo.rollouts or Pgrpo.max_prompts, or "
+            "choose a Reward that distinguishes the rollouts of a group."
+        )
+
+
+def steps_without_signal(lines: list[dict[str, Any]]) -> str | None:
+    """How many steps of a run had no signal; None if all had some.
+
+    Args:
+      lines: the metrics of the run.
+    """
+    count = sum(line["groups_with_signal"] == 0 for line in lines)
+    if not count:
+        return None
+    return (
+        f"Without a group whose rewards differ, {count} of {counted(len(lines), 'step')} did not "
+        "change the model."
+    )
