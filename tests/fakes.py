@@ -51,7 +51,7 @@ def path_network(
         empty_kv=lambda rows, slots: KV(
             k=jnp.zeros((1, rows, 1, slots, width)), v=jnp.zeros((1, rows, 1, slots, 1))
         ),
-        table="out",
+        head=("out",),
         num_ids=ids,
     )
 

@@ -19,7 +19,7 @@ from trajectories import rollouts, with_logp
 from tw_jax.contracts import Span
 from tw_jax.forkjoin import replay, threadweaver, tries
 from tw_jax.forkjoin.protocol import Result, steps
-from tw_jax.models.lora import Lora, adapters, overlay
+from tw_jax.models.lora import Lora, overlay, trained
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
@@ -61,11 +61,14 @@ def model(vocab_size, qk_norm=True, attention="blockwise", lora=None, spare_rows
     net = network(cfg, num_ids=vocab_size)
     params, rng = net.init(jax.random.key(0)), np.random.default_rng(0)
     # Fresh adapters add nothing.
-    some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 4), adapters(params))
+    some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 4), trained(params))
     return net, overlay(params, some)
 
 
 LORA = Lora(rank=3, alpha=3.0)
+ROWS = Lora(
+    rank=3, alpha=3.0, token_rows=tuple(TOKENIZER.id_of(t) for t in ("a", "<Thread>", "</Thread>"))
+)
 
 
 def random_trajectory(seed, protocol):
@@ -173,7 +176,8 @@ def assert_packed_equals_calls(vocab_size, trajectories, row_tokens, close, **ki
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"qk_norm": False}, {"attention": "reference"}, {"lora": LORA}]
+    "kind",
+    [{}, {"qk_norm": False}, {"attention": "reference"}, {"lora": LORA}, {"lora": ROWS}],
 )
 def test_a_packed_random_trajectories_equal_their_calls_one_by_one(kind, close):
     trajectories = [random_trajectory(seed, protocol_of(TOKENIZER)) for seed in range(6)]
@@ -407,7 +411,13 @@ def sampled_log_probs(trajectory, logp, trie):
 
 @pytest.mark.parametrize(
     ("qk_norm", "temperature", "lora", "spare_rows"),
-    [(True, 1.0, None, 0), (False, 0.6, None, 30), (True, 1.0, LORA, 0)],
+    [
+        (True, 1.0, None, 0),
+        (False, 0.6, None, 30),
+        (True, 1.0, LORA, 0),
+        (True, 1.0, ROWS, 0),
+        (False, 0.6, ROWS, 30),
+    ],
 )
 def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora, spare_rows, close):
     net, params = model(TOKENIZER.vocab_size, qk_norm, lora=lora, spare_rows=spare_rows)

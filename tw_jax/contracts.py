@@ -73,5 +73,5 @@ class Network(NamedTuple):
     init: Callable[[jax.Array], Params]
     axes: Callable[[], Params]
     empty_kv: Callable[[int, int], KV]
-    table: str
+    head: tuple[str, ...]
     num_ids: int

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tw_jax import metrics
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
-from tw_jax.models.lora import adapters, without_adapters
+from tw_jax.models.lora import trained, without_adapters
 from tw_jax.rollouts import step
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -42,8 +42,8 @@ def params(folder):
 def assert_only_adapters_moved(folder, base):
     found = params(folder)
     jax.tree.map(np.testing.assert_array_equal, without_adapters(found), params(base))
-    assert len(jax.tree.leaves(adapters(found))) == 14
-    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(adapters(found)))
+    assert len(jax.tree.leaves(trained(found))) == 14
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(trained(found)))
 
 
 @pytest.fixture(scope="module")

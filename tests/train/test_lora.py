@@ -13,7 +13,8 @@ from trajectories import TOKENIZER, rollouts
 
 from tw_jax import sharding
 from tw_jax.forkjoin.tries import group_tries
-from tw_jax.models.lora import Lora, adapters, overlay, without_adapters
+from tw_jax.models.hf import add_rows
+from tw_jax.models.lora import Lora, overlay, trained, without_adapters
 from tw_jax.models.transformer import Model, Rope, network
 from tw_jax.train import pgrpo, sft
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
@@ -27,7 +28,9 @@ from tw_jax.train.state import (
     matrices,
     update,
 )
+from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.pack import Packing, PackingStats
+from tw_jax.trie.tree import build
 
 BASE = Model(
     vocab_size=-(-TOKENIZER.vocab_size // 8) * 8,
@@ -43,7 +46,8 @@ BASE = Model(
     attention="reference",
 )
 RANK = 4
-MODEL = dataclasses.replace(BASE, lora=Lora(rank=RANK, alpha=2.0))
+IDS = (TOKENIZER.id_of("<Thread>"), TOKENIZER.id_of("a"), TOKENIZER.id_of("</Thread>"))
+MODEL = dataclasses.replace(BASE, lora=Lora(rank=RANK, alpha=2.0, token_rows=IDS))
 OPTIM = Optim(peak_lr=1e-2, warmup_steps=0, schedule="constant")
 POLICY = pgrpo.PolicyLoss(entropy_coef=0.1)
 CHUNK = 64
@@ -96,7 +100,7 @@ def params():
     """Parameters whose adapters have moved: neither side is zero."""
     fresh = network(MODEL).init(jax.random.key(0))
     rng = np.random.default_rng(1)
-    some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 3), adapters(fresh))
+    some = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape) / 3), trained(fresh))
     return overlay(fresh, some)
 
 
@@ -114,25 +118,34 @@ def sides(adapter):
     return (np.asarray(adapter[side], np.float64) for side in "ab")
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("which", ["sft", "pgrpo"])
 def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(
-    which, batch, params, close
+    which, tied, batch, params, close
 ) -> None:
-    """With dW of the model without adapters, dA = s dW B^T and dB = s A^T dW."""
+    """With dW of the model without adapters, dA = s dW B^T, dB = s A^T dW, and rows have their dW."""
+    base, model = (dataclasses.replace(m, tie_embeddings=tied) for m in (BASE, MODEL))
+    if tied:
+        params = {k: v for k, v in params.items() if not k.startswith("unembed")}
     scale, plain = MODEL.lora.scale, without_adapters(params)
+    tables = [name for name in ("embed", "unembed") if name in params]
+    for name in tables:
+        rows = np.asarray(params[f"{name}_lora"])
+        plain[name] = np.array(params[name])
+        plain[name][list(IDS)] += rows
     for module, name, weight, adapter in weights_with_adapters(params):
         a, b = sides(adapter)
         full = np.asarray(weight, np.float64) + scale * a @ b
         plain = overlay(plain, {"blocks": {module: {name: np.float32(full)}}})
-    of_weights = jax.jit(jax.grad(objectives(network(BASE))[which], has_aux=True))(plain, batch)[0]
-    net = network(MODEL)
+    of_weights = jax.jit(jax.grad(objectives(network(base))[which], has_aux=True))(plain, batch)[0]
+    net = network(model)
     got = jax.jit(
         lambda p, batch: accumulate(
             objectives(net)[which], p, batch, accumulation_steps=2, axes=net.axes(),
             extremes=pgrpo.EXTREMES if which == "pgrpo" else None,
         )[0]
     )(params, batch)  # fmt: skip
-    want = adapters(params)
+    want = trained(params)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for module, name, _, adapter in weights_with_adapters(params):
         a, b = sides(adapter)
@@ -141,6 +154,8 @@ def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(
         for side, oracle in right.items():
             mine = got["blocks"][module][f"{name}_lora"][side]
             close.norm("gradient", mine, oracle, what=f"{module}.{name}.{side}")
+    for name in tables:
+        close.norm("gradient", got[f"{name}_lora"], of_weights[name][np.array(IDS)], what=name)
 
 
 def test_only_adapters_move_and_the_rest_stays_bit_by_bit(batch) -> None:
@@ -153,12 +168,12 @@ def test_only_adapters_move_and_the_rest_stays_bit_by_bit(batch) -> None:
         before, after = (without_adapters(s.params) for s in (first, state))
         jax.tree.map(np.testing.assert_array_equal, before, after)
         for old, new in zip(
-            *(jax.tree.leaves(adapters(s.params)) for s in (first, state)), strict=True
+            *(jax.tree.leaves(trained(s.params)) for s in (first, state)), strict=True
         ):
             assert (np.asarray(old) != np.asarray(new)).any(), which
         assert float(metrics["grad_norm"]) > 0
         assert float(metrics["skipped"]) == 0
-        size = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(adapters(state.params))))
+        size = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(trained(state.params))))
         assert float(metrics["param_norm"]) == pytest.approx(size, rel=0.5)
 
 
@@ -170,9 +185,10 @@ def test_there_are_moments_of_adapters_alone() -> None:
             jax.random.key(0),
         )
         moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
-        own = [leaf.shape for leaf in jax.tree.leaves(adapters(state.params))]
-        copies = 2 if algorithm == "adamw" else 1
-        assert sorted(leaf.shape for leaf in moments) == sorted(own * copies)
+        own = [leaf.shape for leaf in jax.tree.leaves(trained(state.params))]
+        # Muon keeps one moment of a matrix of a layer; AdamW, which moves rows of tokens, keeps two.
+        once = [shape for shape in own if algorithm == "muon" and len(shape) == 3]
+        assert sorted([leaf.shape for leaf in moments] + once) == sorted(own * 2)
         assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
 
 
@@ -237,10 +253,12 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(batch, close) -> None:
             compiled = jit_step(step, abstract, mesh=mesh, rules=rules)
             for _ in range(2):
                 state, metrics = compiled(state, sharding.to_global(rows, mesh, rules))
-        after.append(jax.device_get((adapters(state.params), metrics)))
+        after.append(jax.device_get((trained(state.params), metrics)))
         q = abstract.params["blocks"]["attention"]
         assert q["q_lora"]["a"].sharding.spec[1] == q["q"].sharding.spec[1]
         assert q["q_lora"]["b"].sharding.spec[2] == q["q"].sharding.spec[2]
+        head = abstract.params["unembed_lora"]
+        assert head.sharding.spec[1] == abstract.params["unembed"].sharding.spec[1]
     (one, said), (many, told) = after
     close.norm("sharded", many, one)
     close("sharded", told["loss"], said["loss"])
@@ -273,13 +291,43 @@ def test_parameters_without_adapters_get_fresh_ones_and_those_with_keep_theirs(
     for _, _, _, adapter in weights_with_adapters(one):
         assert np.asarray(adapter["a"]).any()
         assert not np.asarray(adapter["b"]).any()
+    assert not np.asarray(one["embed_lora"]).any()
 
 
 def test_muon_reads_both_sides_of_an_adapter_as_matrices(params) -> None:
-    read = matrices(adapters(params))
+    read = matrices(trained(params))
     for module, name, _, _ in weights_with_adapters(params):
         for side in read["blocks"][module][f"{name}_lora"].values():
             assert side == MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+
+# What rows are for.
+
+
+def learnt(token_rows: tuple[int, ...]) -> np.ndarray:
+    """The probabilities of two new tokens after 60 steps on one sentence that needs both, [2]."""
+    opened, closed = 30, 31
+    sentence = np.array([1, opened, 2, closed, 3], np.int32)
+    small = dataclasses.replace(BASE, vocab_size=30, num_layers=1)
+    base, grown = add_rows(
+        network(small).init(jax.random.key(0)), small, {opened: [4], closed: [4]}, multiple=8
+    )
+    model = dataclasses.replace(grown, lora=Lora(rank=8, alpha=16.0, token_rows=token_rows))
+    net, optim = network(model), dataclasses.replace(OPTIM, peak_lr=3e-2)
+    batch = stack_rows([[build([sentence], [np.array([0, 1, 1, 1, 1], np.float32)])]], 5)
+    step = jax.jit(sft.make_sft_step(net, optim, steps=60, chunk_tokens=5))
+    state = create(overlay(net.init(jax.random.key(1)), base), optim, key=jax.random.key(2))
+    for _ in range(60):
+        state, _ = step(state, batch)
+    hidden, _ = net.apply(state.params, batch.tokens, batch.depth, batch.span)
+    said = jax.nn.softmax(net.unembed(state.params, hidden[0]), axis=-1)
+    return np.asarray([said[0, opened], said[2, closed]])
+
+
+def test_new_tokens_with_equal_rows_are_told_apart_only_if_their_rows_are_trained() -> None:
+    """An import gives <Thread> and </Thread> the same row, the mean of the pieces of "Thread"."""
+    assert (learnt(()) <= 0.5).all()
+    assert (learnt((30, 31)) > 0.95).all()
 
 
 def test_a_side_without_gradient_stays_under_muon() -> None:

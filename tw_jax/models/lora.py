@@ -1,23 +1,27 @@
-"""Low-rank adapters (LoRA): which weights have one, which leaves are theirs, and how they merge.
+"""Low-rank adapters (LoRA): their config, and which parameters are trained because of them.
 
-An adapter stands beside its weight in the tree of parameters, as `q_lora` beside `q`, and holds the
-arrays `a` and `b`; `models/transformer.py` declares it. Where a tree has adapters, training moves
-these and nothing else. This file knows trees and paths; it hands their parts to `train/`,
-`programs/` and `models/hf.py`.
+An adapter is a node of the parameter tree next to its weight: `q_lora` next to `q`, with the arrays
+`a` and `b`; `embed_lora` next to `embed`, an array of rows. `models/transformer.py` declares
+them. This is the only place that decides what training changes: the adapters if the tree has any,
+and otherwise all parameters. The functions here work on any nested dict with the names of the
+parameters, so they split gradients, logical axes and shardings as well.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.bounds import require
 from tw_jax.config import configurable
 from tw_jax.contracts import Params
+from tw_jax.sharding import constrain
 
 SUFFIX = "_lora"
-"""How the name of an adapter ends, behind the name of its weight."""
+"""An adapter has the name of its weight with this suffix."""
 
 Target = Literal[
     "attention.q",
@@ -32,22 +36,30 @@ Target = Literal[
 
 @configurable
 class Lora:
-    """Low-rank adapters beside weights that are frozen.
+    """Low-rank adapters next to frozen weights.
 
-    y = x W + alpha / rank * (x A) B, with A [in, rank] random at first, of variance 1 / in, and B
-    [rank, out] zero, so that training begins with the very function of W. All other parameters are
-    frozen: they have no gradient and no moments. Source: LoRA (arXiv:2106.09685), section 4.1.
+    y = x W + alpha / rank * (x A) B, with A [in, rank] initialised at random with variance 1 / in
+    and B [rank, out] initialised to zero, so that training starts from the function of W. All other
+    parameters are frozen: they have no gradients and no optimiser moments. Source: LoRA
+    (arXiv:2106.09685), section 4.1.
+
+    New tokens are an exception, because a low-rank update of the blocks cannot teach the model an
+    embedding that it never had. The rows of `token_rows` are trained in full, in the embedding and,
+    unless the embeddings are tied, in the output head.
 
     Attributes:
-      rank: columns of A and rows of B.
-      alpha: times 1 / rank what an adapter adds; with it fixed, the learning rate need not follow
-        the rank.
-      targets: paths of the weights within a block that have an adapter.
+      rank: Number of columns of A and of rows of B.
+      alpha: Scale of the adapter's output; the product is multiplied by alpha / rank.
+      targets: Weights of a block that have an adapter, as module.name.
+      token_rows: Ids of the tokens whose rows are trained. () trains no rows. None takes the
+        control tokens that `tw convert` added to the base model; a network that is built without a
+        program trains no rows.
     """
 
     rank: int
     alpha: float
     targets: tuple[Target, ...] = get_args(Target)
+    token_rows: tuple[int, ...] | None = None
 
     @property
     def scale(self) -> float:
@@ -55,33 +67,33 @@ class Lora:
         return self.alpha / self.rank
 
     def check(self) -> None:
-        """Refuses adapters that add nothing."""
+        """Raises ValueError for adapters that would have no effect, and for repeated names or ids."""
         require(self, "rank", least=1)
         require(self, "alpha", above=0)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(
-                f"Lora.targets = {self.targets}: want at least one weight, and each once. To train "
-                "all parameters, set Model.lora = None."
+                f"Lora.targets = {self.targets} must name at least one weight, and each weight "
+                "only once. To train all parameters, set Model.lora = None."
+            )
+        ids = self.token_rows or ()
+        if len(set(ids)) < len(ids) or min(ids, default=0) < 0:
+            raise ValueError(
+                f"Lora.token_rows = {ids} must contain ids of at least 0, and each id only once. "
+                "Set it to () to train no rows."
             )
 
 
-def adapters(tree: Params) -> Params:
-    """The part of a tree that belongs to adapters; {} where there are none.
+def trained(tree: Params) -> Params:
+    """The part of a tree that training changes: its adapters, or all of it if it has none.
 
     Args:
-      tree: parameters, or a nested dict of the same names, of axes or shardings for instance.
+      tree: Parameters, or a nested dict with the same names, for example of logical axes.
     """
-    found: Params = {}
-    for name, node in tree.items():
-        if name.endswith(SUFFIX):
-            found[name] = node
-        elif isinstance(node, dict) and (inner := adapters(node)):
-            found[name] = inner
-    return found
+    return _adapters(tree) or tree
 
 
 def without_adapters(tree: Params) -> Params:
-    """The part of a tree that belongs to no adapter: the parameters of the model beneath."""
+    """The part of a tree that belongs to the base model."""
     return {
         name: without_adapters(node) if isinstance(node, dict) else node
         for name, node in tree.items()
@@ -89,30 +101,102 @@ def without_adapters(tree: Params) -> Params:
     }
 
 
-def trained(tree: Params) -> Params:
-    """The part of a tree that training moves: the adapters where there are any, else all of it."""
-    return adapters(tree) or tree
-
-
 def overlay(under: Any, over: Any) -> Any:
-    """A tree with the leaves of two; where both have one, it is that of `over`."""
+    """Merges two trees; where both have a leaf, the result has the leaf of `over`."""
     if not isinstance(over, dict):
         return over
     both = {name: overlay(under[name], node) for name, node in over.items() if name in under}
     return {**under, **over, **both}
 
 
-def merged(weight: np.ndarray, adapter: Params, lora: Lora) -> np.ndarray:
-    """One layer's weight with its adapter in it: W + alpha / rank * A B.
+def trained_before(began: Params, current: Params) -> Params:
+    """The trained part of a run's first parameters, from which `overlay` restores the model.
 
     Args:
-      weight: [K, M], any dtype.
-      adapter: `a` [K, rank] and `b` [rank, M], float32.
-      lora: its scale is read.
+      began: Parameters before the first step. They may lack the adapters if these were fresh.
+      current: Parameters of the run, with adapters if it trains any. Only shapes, dtypes and
+        shardings of adapters are read.
 
     Returns:
-      [K, M] float32, whatever the dtype of the weight: in bfloat16 most of what was learnt
-      would be rounded away.
+      A tree with the structure of `trained(current)`. Missing adapters are zeros, because a fresh
+      adapter and an adapter of zeros both add nothing.
     """
-    added = np.asarray(adapter["a"]) @ np.asarray(adapter["b"])
-    return weight.astype(np.float32) + np.float32(lora.scale) * added
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), _adapters(current)
+    )
+    return trained(overlay(zeros, began))
+
+
+# The rows of `token_rows` are kept as float32 differences to the rows of the frozen table. They are
+# selected by products with one-hot matrices instead of being written into the table, so the table
+# is neither copied nor differentiated, and a vocabulary that is split over devices stays split. For
+# N rows such a product costs N / D of the head's own product; N is about twelve.
+
+
+def added_embeddings(rows: jax.Array, tokens: jax.Array, ids: np.ndarray) -> jax.Array:
+    """What the trained rows add to the embeddings of tokens.
+
+    Args:
+      rows: [N, D] float32.
+      tokens: [B, T] int32.
+      ids: [N] int32, the tokens that the rows belong to.
+
+    Returns:
+      [B, T, D] float32, exactly 0 for all other tokens.
+    """
+    is_row = (tokens[..., None] == ids).astype(jnp.float32)
+    rows = constrain(rows, ("rank", "width"))
+    return jnp.einsum("btn,nd->btd", is_row, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+def added_logits(
+    rows: jax.Array, hidden: jax.Array, ids: np.ndarray, vocab_size: int
+) -> jax.Array:
+    """What the trained rows add to the logits.
+
+    Args:
+      rows: [N, D] float32.
+      hidden: [..., D], in the compute dtype.
+      ids: [N] int32, the tokens that the rows belong to.
+      vocab_size: V.
+
+    Returns:
+      [..., V] float32, exactly 0 for all other tokens.
+    """
+    few = jnp.einsum(
+        "...d,nd->...n", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    is_row = (ids[:, None] == jnp.arange(vocab_size)).astype(jnp.float32)
+    return jnp.einsum("...n,nv->...v", few, is_row, precision=jax.lax.Precision.HIGHEST)
+
+
+def merged(weight: np.ndarray, adapter: Params | np.ndarray, lora: Lora) -> np.ndarray:
+    """One weight with its adapter merged into it.
+
+    Args:
+      weight: [K, M], any dtype: a weight of one layer, or an embedding table [V, D].
+      adapter: Either {a: [K, rank], b: [rank, M]}, or the trained rows [number of token_rows, D];
+        float32.
+      lora: `scale` and `token_rows` are read.
+
+    Returns:
+      [K, M] float32 for any dtype of the weight, because rounding the sum to bfloat16 would lose
+      most of a small update: W + alpha / rank * A B, or the table with the trained rows added to
+      its rows `token_rows`.
+    """
+    weight = weight.astype(np.float32)
+    if not isinstance(adapter, dict):
+        weight[list(lora.token_rows or ())] += np.asarray(adapter)
+        return weight
+    return weight + np.float32(lora.scale) * (np.asarray(adapter["a"]) @ np.asarray(adapter["b"]))
+
+
+def _adapters(tree: Params) -> Params:
+    """The part of a tree that belongs to adapters; {} if it has none."""
+    found: Params = {}
+    for name, node in tree.items():
+        if name.endswith(SUFFIX):
+            found[name] = node
+        elif isinstance(node, dict) and (inner := _adapters(node)):
+            found[name] = inner
+    return found

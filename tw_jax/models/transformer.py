@@ -8,16 +8,16 @@ arrives as depth and span, and the key/value cache is an argument and a result.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from tw_jax.attention import sequence
 from tw_jax.attention.blockwise import KEPT
@@ -25,9 +25,10 @@ from tw_jax.attention.dispatch import Impl, attend
 from tw_jax.bounds import require
 from tw_jax.config import configurable
 from tw_jax.contracts import KV, Network, Params, Span
-from tw_jax.models.lora import SUFFIX, Lora
+from tw_jax.models.layout import pinned, write_cache
+from tw_jax.models.lora import SUFFIX, Lora, added_embeddings, added_logits
 from tw_jax.models.rope import Llama3Rope, Rope, YarnRope, rotate, rotation
-from tw_jax.sharding import LogicalAxes, constrain, current, mesh_axes, spec
+from tw_jax.sharding import LogicalAxes, constrain
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -96,6 +97,12 @@ class Model:
                 f"Model.head_width = {self.head_width}: want an even number, for rotation pairs "
                 "entries."
             )
+        ids = () if self.lora is None else self.lora.token_rows or ()
+        if max(ids, default=0) >= self.vocab_size:
+            raise ValueError(
+                f"Lora.token_rows = {ids} must be below Model.vocab_size = {self.vocab_size}. Give "
+                "ids of the tokenizer of this model."
+            )
 
 
 class RmsNorm(nn.Module):
@@ -139,7 +146,7 @@ class Attention(nn.Module):
             if kv is not None:
                 # Else heads come first in memory here too, by a copy of all layers' weights that a
                 # loop of decoding begins with, transposed.
-                y = _pinned(y, ("rows", "tokens", axis))
+                y = pinned(y, ("rows", "tokens", axis))
             y = constrain(y.reshape(*x.shape[:2], count, head), ("rows", "tokens", axis, None))
             return y.swapaxes(1, 2)
 
@@ -151,7 +158,7 @@ class Attention(nn.Module):
             k = RmsNorm(cfg, name="k_norm")(k)
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         if kv is not None and start is not None:
-            kv = KV(k=_write(kv.k, k, layer, start), v=_write(kv.v, v, layer, start))
+            kv = KV(k=write_cache(kv.k, k, layer, start), v=write_cache(kv.v, v, layer, start))
         mixed = attend(
             q,
             k if kv is None else kv.k,
@@ -263,6 +270,15 @@ class Decoder(nn.Module):
         table = ((cfg.vocab_size, cfg.width), ("vocab", "embed"), _normal(cfg.width))
         self.embed = _declare(self, "embed", *table)
         self.head = self.embed if cfg.tie_embeddings else _declare(self, "unembed", *table)
+        self.ids = np.asarray(() if cfg.lora is None else cfg.lora.token_rows or (), np.int32)
+        self.embed_rows = self.head_rows = None
+        if self.ids.size:
+            shape, axes = (self.ids.size, cfg.width), ("rank", "embed")
+            rows = (shape, axes, nn.initializers.zeros)
+            self.embed_rows = _declare(self, "embed" + SUFFIX, *rows, dtype="float32")
+            self.head_rows = self.embed_rows
+            if not cfg.tie_embeddings:
+                self.head_rows = _declare(self, "unembed" + SUFFIX, *rows, dtype="float32")
         self.blocks = nn.scan(
             _remat(DecoderBlock, cfg),
             variable_axes={"params": 0},
@@ -284,16 +300,23 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, KV | None]:
         """Hidden states [B, T, D] after the final norm, and the cache; see `Network.apply`."""
         cfg = self.cfg
-        # Whole in its width, as every weight where it is used: a lookup of split vectors would
-        # bring all rows to every device. Looked up, then cast: the gradient of a repeated token
-        # adds up in the parameter's dtype.
-        table = constrain(self.embed, ("vocab", "width"))
-        x = constrain(table[tokens].astype(cfg.compute_dtype), ("rows", "tokens", "width"))
+        x = self.lookup(tokens)
         cos_sin = rotation(cfg.rope, cfg.head_width, depth)
         layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
         # The cache is carried, not scanned over: scanning would copy it whole at every step.
         (x, kv), _ = self.blocks((x, kv), layers, cos_sin, at, keys, start)
         return self.norm(x), kv
+
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings of [B, T] ids, [B, T, D] in the compute dtype."""
+        # The table is not split along its width here. If it were, the lookup would bring all rows
+        # to every device. The cast comes after the lookup, so that the gradients of a token that
+        # occurs several times are added in the dtype of the parameter.
+        table = constrain(self.embed, ("vocab", "width"))
+        x = table[tokens]
+        if self.embed_rows is not None:
+            x = x.astype(jnp.float32) + added_embeddings(self.embed_rows, tokens, self.ids)
+        return constrain(x.astype(self.cfg.compute_dtype), ("rows", "tokens", "width"))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] to logits [..., V] float32."""
@@ -303,8 +326,27 @@ class Decoder(nn.Module):
             self.head.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        if self.head_rows is not None:
+            logits += added_logits(self.head_rows, hidden, self.ids, self.cfg.vocab_size)
         leading = ("rows", "tokens") if hidden.ndim == 3 else (None,) * (hidden.ndim - 1)
         return constrain(logits, (*leading, "vocab"))
+
+
+def with_token_rows(cfg: Model, added: Sequence[int]) -> Model:
+    """Fills in `Lora.token_rows` where the config leaves them open.
+
+    Args:
+      cfg: A model, with or without adapters.
+      added: Ids of the control tokens that the import added to the base model; may be empty.
+
+    Returns:
+      The model with `Lora.token_rows = added` if it has adapters and their `token_rows` are None,
+      and otherwise the model as it is.
+    """
+    if cfg.lora is None or cfg.lora.token_rows is not None:
+        return cfg
+    lora = dataclasses.replace(cfg.lora, token_rows=tuple(added))
+    return dataclasses.replace(cfg, lora=lora)
 
 
 def network(cfg: Model, *, num_ids: int | None = None) -> Network:
@@ -382,9 +424,16 @@ def network(cfg: Model, *, num_ids: int | None = None) -> Network:
         init=jax.jit(lambda key: nn.unbox(boxed(key))),
         axes=axes,
         empty_kv=empty_kv,
-        table="embed" if cfg.tie_embeddings else "unembed",
+        head=_head(cfg),
         num_ids=num_ids,
     )
+
+
+def _head(cfg: Model) -> tuple[str, ...]:
+    """Names of the outermost parameters that `unembed` reads."""
+    table = "embed" if cfg.tie_embeddings else "unembed"
+    has_rows = cfg.lora is not None and cfg.lora.token_rows
+    return (table, table + SUFFIX) if has_rows else (table,)
 
 
 def walk(
@@ -411,7 +460,7 @@ def walk(
         )
         return made[0][0]
 
-    x = params["embed"][tokens].astype(cfg.compute_dtype)
+    x: Any = Decoder(cfg).apply({"params": params}, tokens, method="lookup")
     yield "embed", x
     for number in range(cfg.num_layers):
         weights = jax.tree.map(lambda stacked, i=number: stacked[i], params["blocks"])
@@ -516,51 +565,3 @@ def _remat(block: type[DecoderBlock], cfg: Model) -> Any:
     }
     # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
     return nn.remat(block, prevent_cse=False, policy=policies[cfg.remat])
-
-
-def _pinned(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """`_row_major` of each device's part of an activation."""
-    found = current()
-    if found is None:
-        return _row_major(x)
-    where = spec(axes, x.shape, *found, name="An activation")
-    # Outside of it, the constraint would gather the whole array on every device.
-    return jax.shard_map(
-        _row_major,
-        in_specs=where,
-        out_specs=where,
-        axis_names=set(mesh_axes(where)),
-        check_vma=False,
-    )(x)
-
-
-def _row_major(x: jax.Array) -> jax.Array:
-    """Keeps an array in the layout with the last dimension innermost."""
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
-def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
-    """Puts [B, G, T, H] into one layer of [L, B, G, S, H], row b from slot start[b] on."""
-    found = current()
-    if found is None:
-        return _write_rows(cache, new, layer, start)
-    where = spec(("rows", "kv_heads"), cache.shape[1:3], *found, name="The cache")
-    return jax.shard_map(
-        _write_rows,
-        in_specs=(P(None, *where), where, P(), P(where[0])),
-        out_specs=P(None, *where),
-        axis_names=set(mesh_axes(where)),
-        check_vma=False,
-    )(cache, new, layer, start)
-
-
-def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
-    # The layout is pinned: else the compiler for TPUs lays the cache out in one way for loops that
-    # write one entry and in another for those that write many, and copies all of it in between.
-    def write_row(row: jax.Array, cache: jax.Array) -> jax.Array:
-        entries = jax.lax.dynamic_index_in_dim(new, row)[None].astype(cache.dtype)
-        zero = jnp.zeros((), start.dtype)
-        put = jax.lax.dynamic_update_slice(cache, entries, (layer, row, zero, start[row], zero))
-        return _row_major(put)
-
-    return jax.lax.fori_loop(0, len(start), write_row, cache)

@@ -19,11 +19,9 @@ from tw_jax import files, hosts, sharding, workdir
 from tw_jax.bounds import counted, require, require_text
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import configurable
-from tw_jax.contracts import Params
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import Metrics
-from tw_jax.models.lora import trained
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer import (
@@ -37,7 +35,7 @@ from tw_jax.tokenizer import (
 from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import TrainingLoop, resume
 from tw_jax.train.sft import make_sft_step
-from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step, schedule
+from tw_jax.train.state import Optim, abstract_state, initial_state, jit_step, schedule, sizes
 from tw_jax.trie.pack import Packing, PackingStats
 
 MANY_HOSTS = True
@@ -143,7 +141,7 @@ def run(cfg: Sft) -> None:
                 net, cfg.optim, mesh=mesh, rules=cfg.rules, key=key, params=params
             )
         if hosts.is_first():
-            count, moving = map(_count, (state.params, trained(state.params)))
+            count, moving = sizes(state.params)
             told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
             devices = counted(mesh.size, "device")
             where = f"{devices} of {counted(jax.process_count(), 'process')}"
@@ -174,10 +172,6 @@ def run(cfg: Sft) -> None:
         is_due = first < cfg.steps or not (folder / "packing.json").exists()
         if hosts.is_first() and is_due:
             write_packing(folder, *packed, seconds=time.monotonic() - began)
-
-
-def _count(params: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def open_batches(cfg: Sft, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> Batches:

@@ -81,12 +81,9 @@ def token_logp(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: want at least 1, for example 1024.")
 
-    def score(table: jax.Array, piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
+    def score(head: Params, piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
         source, tokens = piece  # [n, D], [n]
-        logits = (
-            network.unembed(params | {network.table: table}, source).astype(jnp.float32)
-            / temperature
-        )
+        logits = network.unembed(params | head, source).astype(jnp.float32) / temperature
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum, not a gather: it stays elementwise over a sharded vocabulary, and its
         # transpose is a select where a gather's would be a scatter into [n, V].
@@ -98,42 +95,52 @@ def token_logp(
             entropy = -(jnp.exp(logs) * logs).sum(-1)
         return TokenLogp(logp=logp, is_argmax=logits.argmax(-1) == tokens, entropy=entropy)
 
-    def score_rows(table: jax.Array, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
-        for dimension, part in enumerate(place):
-            by_part = sharding.mesh_axes(PartitionSpec(part))
-            table = sequence.gather(table, by_part, dimension)
+    def score_rows(head: Params, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
+        head = jax.tree.map(_gathered, head, places)
         hidden = sequence.gather(hidden, by_token, 1)  # a parent may stand anywhere in its row
         source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
         # The scan already keeps forward and backward apart: remat needs no barrier against CSE.
-        chunk = jax.checkpoint(partial(score, table), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
+        chunk = jax.checkpoint(partial(score, head), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
         return _by_chunks(chunk, (source, batch.tokens), chunk_tokens)
 
-    table, is_trained = params[network.table], network.table in trained(params)
-    if is_trained:
-        # A float32 copy has a float32 cotangent: a scan adds up in the dtype of what it closes
-        # over. (And XLA for CPU aborts on bfloat16 collectives under shard_map.)
-        table = table.astype(jnp.float32)
-    found, split, place = sharding.current(), PartitionSpec(), PartitionSpec()
+    head = {name: params[name] for name in network.head}
+    places = jax.tree.map(lambda _: PartitionSpec(), head)
+    # A float32 copy has a float32 cotangent: a scan adds up in the dtype of what it closes over.
+    # (And XLA for CPU aborts on bfloat16 collectives under shard_map.)
+    moving = jax.tree.map(
+        lambda x: x.astype(jnp.float32), {k: v for k, v in head.items() if k in trained(params)}
+    )
+    head |= moving
+    found, split = sharding.current(), PartitionSpec()
     if found is not None:
         split = sharding.spec(("rows", "tokens"), batch.tokens.shape, *found, name="The batch")
     by_token = sharding.mesh_axes(PartitionSpec(*split[1:]))
     if found is not None and (axes := sharding.mesh_axes(split)):
-        if is_trained:
-            # Brought together inside, the table has a gradient that is summed and split in one go,
-            # before the layers' backward pass: the whole of it would lie beside that.
-            names = network.axes()[network.table]
-            where = sharding.spec(names, table.shape, *found, name=network.table)
-            place = sharding.only(where, axes)
-            table, hidden = jax.lax.optimization_barrier((table, hidden))
+        if moving:
+            # Gathered inside the shard_map, a trained table has a gradient that is summed and split
+            # in one operation before the backward pass of the layers. Otherwise the whole gradient
+            # would stay in memory during that pass.
+            names = {name: network.axes()[name] for name in moving}
+            where = sharding.shardings(names, moving, found[0], found[1])
+            places |= jax.tree.map(lambda place: sharding.only(place.spec, axes), where)
+            moving, hidden = jax.lax.optimization_barrier((moving, hidden))
+            head |= moving
         # Left to itself, the compiler would sum that gradient over devices in every chunk.
         score_rows = jax.shard_map(
             score_rows,
-            in_specs=(place, split, split),
+            in_specs=(places, split, split),
             out_specs=split,
             axis_names=set(axes),
             check_vma=False,
         )
-    return score_rows(table, hidden, batch)
+    return score_rows(head, hidden, batch)
+
+
+def _gathered(x: jax.Array, place: PartitionSpec) -> jax.Array:
+    """The whole of an array that `place` splits over devices; inside `jax.shard_map`."""
+    for dimension, part in enumerate(place):
+        x = sequence.gather(x, sharding.mesh_axes(PartitionSpec(part)), dimension)
+    return x
 
 
 def _by_chunks(

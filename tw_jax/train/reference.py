@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from tw_jax.contracts import Params
-from tw_jax.models.lora import adapters, overlay, trained
+from tw_jax.models.lora import overlay, trained_before
 from tw_jax.trie.batch import TrieBatch
 
 Logp = Callable[[Params, TrieBatch], jax.Array]
@@ -33,10 +32,6 @@ def reference_logp(logp: Logp, began: Params, current: Params) -> Logp:
     Returns:
       (current parameters, batch) -> log-probabilities of the reference.
     """
-    # Fresh adapters add nothing, and neither do those of zeros.
-    nothing = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), adapters(current)
-    )
-    kept = trained(overlay(nothing, began))
+    kept = trained_before(began, current)
     compiled = jax.jit(logp)
     return lambda params, batch: compiled(overlay(params, kept), batch)

@@ -149,6 +149,12 @@ def abstract_state(
     )
 
 
+def sizes(params: Params) -> tuple[int, int]:
+    """Number of all parameters, and of those that training changes."""
+    every, moving = (sum(x.size for x in jax.tree.leaves(p)) for p in (params, trained(params)))
+    return every, moving
+
+
 def initial_state(
     network: Network,
     optim: Optim,
