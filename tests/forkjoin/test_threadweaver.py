@@ -8,17 +8,20 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from tw_jax.forkjoin import threadweaver
 from tw_jax.forkjoin.calls import Provenance, StopReason
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.orchestrator import run
 from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.table import MAX_LABEL, decode_label, encode_label
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 
 TOKENIZER = fakes.Characters(extra=("12", " 3", "4:", ".5"))
-TABLE = threadweaver.make_table(TOKENIZER)
+TABLE = make_table(TOKENIZER)
 
 
-def weaver(**limits) -> threadweaver.ThreadWeaver:
-    return threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin(**limits))
+def weaver(**limits) -> ThreadWeaver:
+    return ThreadWeaver(TABLE, ForkJoin(**limits))
 
 
 class Script:
@@ -210,15 +213,15 @@ def test_the_automaton_reads_what_the_pattern_reads(atoms):
     ids = np.array([TOKENIZER.id_of(a) for a in ["<Outlines>", *atoms, "</Outlines>"]], np.int32)
     written = "".join(atoms).rpartition("<Outlines>")[2]
     want = re.findall(r"<Outline>\s*([0-9]+(?:\.[0-9]+)*)\s*:", written)
-    want = [label for label in want if len(label) <= threadweaver.MAX_LABEL]
+    want = [label for label in want if len(label) <= MAX_LABEL]
     assert TABLE.read_outlines(ids) == (want, True)
 
 
 @hypothesis.given(st.from_regex(r"\A[0-9.]{1,8}\Z"))
 def test_label_codes_round_trip_within_int32(label):
-    code = threadweaver.encode_label(label)
+    code = encode_label(label)
     assert code < 2**31
-    assert threadweaver.decode_label(code) == label
+    assert decode_label(code) == label
 
 
 def test_a_tokenizer_that_splits_a_control_token_is_refused():
@@ -234,7 +237,7 @@ def test_a_tokenizer_that_splits_a_control_token_is_refused():
             return int(ids[0])
 
     with pytest.raises(ValueError, match="<Thread>"):
-        threadweaver.make_table(Split())
+        make_table(Split())
 
 
 def test_hit_is_read_from_the_ids():

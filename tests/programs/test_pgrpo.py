@@ -19,7 +19,9 @@ from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.programs import pgrpo as program
 from tw_jax.tasks import grader
 from tw_jax.tokenizer import SentencePiece, load_tokenizer

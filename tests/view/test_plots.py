@@ -8,13 +8,16 @@ import numpy as np
 import oracles
 import pytest
 
-from tw_jax.forkjoin import orchestrator, threadweaver, tries
+from tw_jax.forkjoin import orchestrator, tries
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import replay
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.view import plots
 
 TOKENIZER = fakes.Characters()
-TABLE = threadweaver.make_table(TOKENIZER)
+TABLE = make_table(TOKENIZER)
 FORK = "a<Outlines><Outline>1:a</Outline><Outline>2:b</Outline><Outline>3:c</Outline></Outlines>"
 TEXT = (
     "a<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>"
@@ -41,14 +44,14 @@ class Drunk:
 
 def written():
     """A trajectory of one fork, read from its text."""
-    protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin())
+    protocol = ThreadWeaver(TABLE, ForkJoin())
     return replay(protocol, TOKENIZER.encode("bc" + TEXT), 2)
 
 
 def drunk(seed: int):
     """A trajectory of several forks whose threads end in all ways."""
-    limits = threadweaver.ForkJoin(max_thread=7, max_rounds=3)
-    protocol = threadweaver.ThreadWeaver(TABLE, limits)
+    limits = ForkJoin(max_thread=7, max_rounds=3)
+    protocol = ThreadWeaver(TABLE, limits)
     engine = Drunk(np.random.default_rng(seed))
     return orchestrator.run(protocol, engine, TOKENIZER.encode("bc"))
 

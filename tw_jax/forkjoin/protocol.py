@@ -3,7 +3,7 @@
 A `Protocol` maps what an engine returned to the next decision. `steps` is that loop as a
 generator: it yields engine requests and is sent engine results, so that replay of a written text,
 a synchronous engine, an asynchronous orchestrator and the check of the jitted sampler all run
-these very lines. Grammars live in `forkjoin/threadweaver.py`.
+these very lines. Grammars live in `forkjoin/threadweaver/`.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ from tw_jax.config import configurable
 from tw_jax.data import records
 from tw_jax.data.problems import content_hash, has_answer
 from tw_jax.data.stored import trajectory_of
-from tw_jax.forkjoin import cost, grammar
+from tw_jax.forkjoin import cost
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.forkjoin.threadweaver import grammar
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.programs import sample
 from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers

@@ -28,7 +28,9 @@ from tw_jax.data.prompts import Problems
 from tw_jax.data.stored import fingerprint, trajectory_of, unfinished
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import tags_of
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network

@@ -25,7 +25,9 @@ from tw_jax.data import records
 from tw_jax.data.problems import content_hash, require_new
 from tw_jax.data.prompts import Problems
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.metrics import progress
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
