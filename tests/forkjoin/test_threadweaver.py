@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tw_jax.forkjoin.calls import Provenance, StopReason
+from tw_jax.forkjoin.engine import Chunk
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.orchestrator import run
-from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.table import MAX_LABEL, decode_label, encode_label
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
@@ -31,14 +31,11 @@ class Script:
         self.parents, self.threads, self.failing = list(parents), threads or {}, failing
         self.requests = []
 
-    def generate(self, requests):
-        self.requests += requests
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
+    async def generate(self, request):
+        self.requests.append(request)
         text = self.threads[request.path[1]] if request.path else self.parents.pop(0)
         ids = TOKENIZER.encode(text)[: request.max_tokens]
-        return Result(ids, failed=bool(request.path) and request.path[1] in self.failing)
+        yield Chunk(ids, failed=bool(request.path) and request.path[1] in self.failing)
 
 
 def outlines(*labels: str) -> str:
@@ -194,10 +191,10 @@ def test_without_parallel_decoding_outlines_are_plain_text():
 
 def test_a_token_budget_ignored_by_an_engine_is_refused():
     class Rude(Script):
-        def answer(self, request):
-            return Result(np.zeros(request.max_tokens + 1, np.int32))
+        async def generate(self, request):
+            yield Chunk(np.zeros(request.max_tokens + 1, np.int32))
 
-    with pytest.raises(ValueError, match="want at most 5"):
+    with pytest.raises(ValueError, match="which allows 5"):
         run(weaver(max_new=5), Rude([]), TOKENIZER.encode("abc"))
 
 

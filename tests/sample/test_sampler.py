@@ -11,9 +11,9 @@ from fakes import scripted
 
 from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.calls import StopReason
+from tw_jax.forkjoin.engine import Chunk
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.orchestrator import run
-from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.sample import cache as caches
@@ -40,18 +40,14 @@ class FromScript:
     """The host's engine on the same script, call by call."""
 
     def __init__(self, script):
-        self.script, self.call = script, 0
+        self.script = script
 
-    def generate(self, requests):
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
-        line = np.resize(self.script[min(self.call, CALLS - 1)], request.max_tokens)
-        if request.max_tokens > LONGEST:
-            line[LONGEST:] = self.script[min(self.call, CALLS - 1), LONGEST - 1]
-        self.call += 1
+    async def generate(self, request):
+        call = self.script[min(request.number, CALLS - 1)]
+        line = np.resize(call, request.max_tokens)
+        line[LONGEST:] = call[-1]
         ends = np.flatnonzero(np.isin(line, list(request.stops)))
-        return Result(line[: ends[0] + 1] if len(ends) else line)
+        yield Chunk(line[: ends[0] + 1] if len(ends) else line)
 
 
 def random_script(seed: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import oracles
 import pytest
 
 from tw_jax.forkjoin import orchestrator, tries
+from tw_jax.forkjoin.engine import Chunk
 from tw_jax.forkjoin.limits import ForkJoin
-from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
@@ -31,15 +31,12 @@ class Drunk:
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
-    def generate(self, requests):
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request):
+    async def generate(self, request):
         text = FORK if self.rng.random() < 0.6 else "</Parallel>b<eos>"
         if request.path:
             words = "".join(self.rng.choice([*"cdef"], self.rng.integers(0, 3)))
             text = words + ["</Thread>", "<eos>", "g" * 9][self.rng.integers(3)]
-        return Result(TOKENIZER.encode(text)[: request.max_tokens])
+        yield Chunk(TOKENIZER.encode(text)[: request.max_tokens])
 
 
 def written():
