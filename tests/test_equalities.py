@@ -17,8 +17,11 @@ import pytest
 from trajectories import rollouts, with_logp
 
 from tw_jax.contracts import Span
-from tw_jax.forkjoin import replay, threadweaver, tries
+from tw_jax.forkjoin import replay, tries
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result, steps
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models.lora import Lora, overlay, trained
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model, network
@@ -35,11 +38,11 @@ from tw_jax.trie.pack import Packing, PackingStats
 from tw_jax.trie.tree import build
 
 TOKENIZER = fakes.Characters()
-LIMITS = threadweaver.ForkJoin(max_context=600, max_new=500, max_thread=40, max_threads=4)
+LIMITS = ForkJoin(max_context=600, max_new=500, max_thread=40, max_threads=4)
 
 
 def protocol_of(tokenizer, limits=LIMITS):
-    return threadweaver.ThreadWeaver(threadweaver.make_table(tokenizer), limits)
+    return ThreadWeaver(make_table(tokenizer), limits)
 
 
 @functools.cache
@@ -104,7 +107,7 @@ def random_trajectory(seed, protocol):
 def task_trajectories(count):
     """Gold multiplications of both layouts, as the data pipeline replays them."""
     tokenizer = load_tokenizer(Bytes())
-    limits = threadweaver.ForkJoin(max_context=4000, max_new=4000, max_thread=900, max_threads=4)
+    limits = ForkJoin(max_context=4000, max_new=4000, max_thread=900, max_threads=4)
     chat, made = Chat(template="plain"), []
     for lone_pair in ("fork", "prose"):
         cfg = multiplication.Multiplication(
@@ -421,9 +424,7 @@ def sampled_log_probs(trajectory, logp, trie):
 )
 def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora, spare_rows, close):
     net, params = model(TOKENIZER.vocab_size, qk_norm, lora=lora, spare_rows=spare_rows)
-    protocol = protocol_of(
-        TOKENIZER, threadweaver.ForkJoin(max_new=300, max_thread=24, max_threads=4)
-    )
+    protocol = protocol_of(TOKENIZER, ForkJoin(max_new=300, max_thread=24, max_threads=4))
     scripted = [random_trajectory(seed, protocol) for seed in range(4)]
     calls = max(len(t.calls) for t in scripted)
     script = np.full((4, calls, 40), TOKENIZER.eos_ids[0], np.int32)

@@ -18,8 +18,10 @@ from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import Example
 from tw_jax.forkjoin import replay
 from tw_jax.forkjoin.calls import Provenance
-from tw_jax.forkjoin.grammar import normalise
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.grammar import normalise
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tokenizer import CONTROL, Chat, HuggingFace, add_control_tokens, load_tokenizer
 
 ADDED = [

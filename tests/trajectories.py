@@ -8,9 +8,11 @@ import fakes
 import numpy as np
 
 from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 
 TOKENIZER = fakes.Characters()
 PROTOCOL = ThreadWeaver(make_table(TOKENIZER), ForkJoin(max_context=600, max_new=500))

@@ -250,9 +250,7 @@ def only(where: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(part or None for part in kept))
 
 
-def shardings(
-    axes: Any, shapes: Any, mesh: jax.sharding.Mesh | AbstractMesh, rules: Rules
-) -> Any:
+def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh | AbstractMesh, rules: Rules) -> Any:
     """A sharding for each array of a tree, from its logical axes and abstract shape.
 
     Args:

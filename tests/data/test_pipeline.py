@@ -9,8 +9,11 @@ import pytest
 
 from tw_jax.data import records
 from tw_jax.data.pipeline import Batches, Builder, Data
-from tw_jax.forkjoin import threadweaver, tries
+from tw_jax.forkjoin import tries
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.replay import replay
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tasks import multiplication
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.trie.pack import Packing
@@ -20,8 +23,8 @@ TASK = multiplication.Multiplication(
     min_value=11, max_value=99, min_factors=2, max_factors=3, parallel=True, lone_pair="fork"
 )
 CHAT = Chat(template="plain")
-LIMITS = threadweaver.ForkJoin(max_threads=4)
-PROTOCOL = threadweaver.ThreadWeaver(threadweaver.make_table(TOKENIZER), LIMITS)
+LIMITS = ForkJoin(max_threads=4)
+PROTOCOL = ThreadWeaver(make_table(TOKENIZER), LIMITS)
 
 
 def examples(count):

@@ -9,8 +9,9 @@ from tw_jax.data import workloads
 from tw_jax.data.workloads import Shape
 from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.calls import Provenance, StopReason
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.replay import replay
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 
 SMALL = Shape().scaled(0.1)
 

@@ -9,9 +9,11 @@ from repo.sources import PACKAGE, ROOT
 
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Provenance
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result, steps
 from tw_jax.forkjoin.replay import RecordError, rebuild
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.forkjoin.tries import trajectory_trie
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.trie.tree import flat_labels

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tw_jax.forkjoin.grammar import (
+from tw_jax.forkjoin.threadweaver.grammar import (
     Document,
     GrammarError,
     Outline,

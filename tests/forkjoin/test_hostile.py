@@ -7,7 +7,8 @@ import pytest
 
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import Example
-from tw_jax.forkjoin.grammar import (
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.grammar import (
     GrammarError,
     check,
     normalise,
@@ -16,7 +17,8 @@ from tw_jax.forkjoin.grammar import (
     render,
     well_formed,
 )
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 
 TOKENIZER = load_tokenizer(Bytes())

@@ -7,16 +7,17 @@ import fakes
 import numpy as np
 import pytest
 
-from tw_jax.forkjoin import replay, threadweaver, tries
+from tw_jax.forkjoin import replay, tries
 from tw_jax.forkjoin.calls import Provenance
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.trie import tree
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trie.json").read_text())
 TOKENIZER = fakes.Characters()
-PROTOCOL = threadweaver.ThreadWeaver(
-    threadweaver.make_table(TOKENIZER), threadweaver.ForkJoin(max_threads=50)
-)
+PROTOCOL = ThreadWeaver(make_table(TOKENIZER), ForkJoin(max_threads=50))
 BLOCK = (
     "<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>"
     "\n<Thread>\n1: aa\n</Thread><Thread>\n2: bb\n</Thread>\n</Parallel>"
@@ -52,10 +53,10 @@ class GoldenIds:
 def test_the_trie_of_a_document_equals_the_released_one(number):
     case = GOLDEN["cases"][number]
     ids = np.array(case["ids"], np.int32)
-    table = threadweaver.make_table(GoldenIds())
-    limits = threadweaver.ForkJoin(max_threads=50, max_rounds=50)
+    table = make_table(GoldenIds())
+    limits = ForkJoin(max_threads=50, max_rounds=50)
     # The document ends with a newline after its end of sequence, which no call samples.
-    made = replay.replay(threadweaver.ThreadWeaver(table, limits), ids[:-1], 1)
+    made = replay.replay(ThreadWeaver(table, limits), ids[:-1], 1)
     calls = [np.concatenate([call.context, call.sampled]) for call in made.calls]
     threads = [
         (call.path[0], len(c)) for call, c in zip(made.calls, calls, strict=True) if call.path
@@ -128,10 +129,10 @@ def test_text_that_inference_would_not_write_is_refused_with_its_place(text, sen
 
 
 def test_recorded_calls_that_another_protocol_made_are_refused():
-    prompt, alone = TOKENIZER.encode("abc"), threadweaver.ForkJoin(parallel=False)
+    prompt, alone = TOKENIZER.encode("abc"), ForkJoin(parallel=False)
     ids = TOKENIZER.encode(f"abcd{BLOCK}<eos>")
     one_call = [Result(ids[len(prompt) :])]
-    sequential = threadweaver.ThreadWeaver(PROTOCOL.table, alone)
+    sequential = ThreadWeaver(PROTOCOL.table, alone)
     assert replay.rebuild(sequential, prompt, one_call).finish == "eos"
     with pytest.raises(replay.RecordError, match="first stop id"):
         replay.rebuild(PROTOCOL, prompt, one_call)
@@ -159,6 +160,6 @@ def test_a_text_that_stops_at_every_token_takes_no_memory_of_its_square():
 
 
 def test_a_thread_longer_than_its_budget_is_refused():
-    tight = threadweaver.ThreadWeaver(PROTOCOL.table, threadweaver.ForkJoin(max_thread=3))
+    tight = ThreadWeaver(PROTOCOL.table, ForkJoin(max_thread=3))
     with pytest.raises(replay.ReplayError, match="its budget is 3"):
         replay.replay(tight, TOKENIZER.encode(f"a{BLOCK}<eos>"), 1)

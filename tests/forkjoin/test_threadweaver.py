@@ -8,17 +8,20 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from tw_jax.forkjoin import threadweaver
 from tw_jax.forkjoin.calls import Provenance, StopReason
+from tw_jax.forkjoin.engine import Chunk
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.orchestrator import run
-from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.table import MAX_LABEL, decode_label, encode_label
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 
 TOKENIZER = fakes.Characters(extra=("12", " 3", "4:", ".5"))
-TABLE = threadweaver.make_table(TOKENIZER)
+TABLE = make_table(TOKENIZER)
 
 
-def weaver(**limits) -> threadweaver.ThreadWeaver:
-    return threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin(**limits))
+def weaver(**limits) -> ThreadWeaver:
+    return ThreadWeaver(TABLE, ForkJoin(**limits))
 
 
 class Script:
@@ -28,14 +31,11 @@ class Script:
         self.parents, self.threads, self.failing = list(parents), threads or {}, failing
         self.requests = []
 
-    def generate(self, requests):
-        self.requests += requests
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
+    async def generate(self, request):
+        self.requests.append(request)
         text = self.threads[request.path[1]] if request.path else self.parents.pop(0)
         ids = TOKENIZER.encode(text)[: request.max_tokens]
-        return Result(ids, failed=bool(request.path) and request.path[1] in self.failing)
+        yield Chunk(ids, failed=bool(request.path) and request.path[1] in self.failing)
 
 
 def outlines(*labels: str) -> str:
@@ -191,10 +191,10 @@ def test_without_parallel_decoding_outlines_are_plain_text():
 
 def test_a_token_budget_ignored_by_an_engine_is_refused():
     class Rude(Script):
-        def answer(self, request):
-            return Result(np.zeros(request.max_tokens + 1, np.int32))
+        async def generate(self, request):
+            yield Chunk(np.zeros(request.max_tokens + 1, np.int32))
 
-    with pytest.raises(ValueError, match="want at most 5"):
+    with pytest.raises(ValueError, match="which allows 5"):
         run(weaver(max_new=5), Rude([]), TOKENIZER.encode("abc"))
 
 
@@ -210,15 +210,15 @@ def test_the_automaton_reads_what_the_pattern_reads(atoms):
     ids = np.array([TOKENIZER.id_of(a) for a in ["<Outlines>", *atoms, "</Outlines>"]], np.int32)
     written = "".join(atoms).rpartition("<Outlines>")[2]
     want = re.findall(r"<Outline>\s*([0-9]+(?:\.[0-9]+)*)\s*:", written)
-    want = [label for label in want if len(label) <= threadweaver.MAX_LABEL]
+    want = [label for label in want if len(label) <= MAX_LABEL]
     assert TABLE.read_outlines(ids) == (want, True)
 
 
 @hypothesis.given(st.from_regex(r"\A[0-9.]{1,8}\Z"))
 def test_label_codes_round_trip_within_int32(label):
-    code = threadweaver.encode_label(label)
+    code = encode_label(label)
     assert code < 2**31
-    assert threadweaver.decode_label(code) == label
+    assert decode_label(code) == label
 
 
 def test_a_tokenizer_that_splits_a_control_token_is_refused():
@@ -234,7 +234,7 @@ def test_a_tokenizer_that_splits_a_control_token_is_refused():
             return int(ids[0])
 
     with pytest.raises(ValueError, match="<Thread>"):
-        threadweaver.make_table(Split())
+        make_table(Split())
 
 
 def test_hit_is_read_from_the_ids():

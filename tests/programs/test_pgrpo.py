@@ -18,7 +18,9 @@ from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
 from tw_jax.data.stored import trajectory_of
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.programs.pgrpo import Pgrpo
 from tw_jax.rollouts import step
 from tw_jax.rollouts.generate import Generator

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tw_jax.data import records
-from tw_jax.forkjoin import threadweaver
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.metrics import Metrics
 from tw_jax.programs import plot
 from tw_jax.tokenizer import Bytes, Chat
@@ -32,7 +32,7 @@ def test_a_run_writes_the_pictures_that_it_names(tmp_path, capsys) -> None:
         path=str(rollouts),
         tokenizer=Bytes(),
         chat=Chat(template="plain"),
-        forkjoin=threadweaver.ForkJoin(),
+        forkjoin=ForkJoin(),
     )
     folder = tmp_path / "pictures"
     runs = (("sft", str(tmp_path / "metrics.jsonl")),)

@@ -6,8 +6,10 @@ import numpy as np
 from repo.example import PROMPT, VOCABULARY, WRITTEN, calls
 
 from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.replay import replay
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tasks.multiplication import Multiplication, Product, gold
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.view import plots

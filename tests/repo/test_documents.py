@@ -11,8 +11,10 @@ from repo.documents import MADE
 from repo.example import PROMPT, WRITTEN, calls, example_trie, example_words
 from repo.sources import PACKAGE, ROOT
 
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.replay import replay
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -23,8 +25,11 @@ def test_a_made_document_is_fresh(name: str) -> None:
 def test_the_tree_of_the_architecture_page_is_the_package() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     told = set(re.findall(r"^[├└]── (\w+\.py) ", page, re.MULTILINE))
-    for room, files in re.findall(r"^[├└]── (\w+)/ +(.+)$", page, re.MULTILINE):
-        told |= {f"{room}/{name.strip()}.py" for name in files.split("·")}
+    room = ""
+    for inner, name, files in re.findall(r"^(│   )?[├└]── (\w+)/ +(.+)$", page, re.MULTILINE):
+        room = room if inner else name
+        folder = f"{room}/{name}" if inner else name
+        told |= {f"{folder}/{file.strip()}.py" for file in files.split("·")}
     files = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py")}
     assert told == {name for name in files if not name.endswith("__init__.py")}
 

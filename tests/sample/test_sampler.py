@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from fakes import scripted
 
-from tw_jax.forkjoin import threadweaver, tries
+from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.calls import StopReason
+from tw_jax.forkjoin.engine import Chunk
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.orchestrator import run
-from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import sampling_params
 from tw_jax.trie.batch import stack_rows
 
 TOKENIZER = fakes.Characters()
-TABLE = threadweaver.make_table(TOKENIZER)
+TABLE = make_table(TOKENIZER)
 NETWORK = fakes.path_network(TOKENIZER.vocab_size)
 PARAMS = NETWORK.init(jax.random.key(1))
 CALLS, LONGEST = 24, 48
@@ -28,7 +31,7 @@ CALLS, LONGEST = 24, 48
 @functools.cache
 def build(draw=scripted, rows=4, prefill_chunk=8, **limits):
     limits = {"max_context": 400, "max_new": 160, "max_thread": 20, "max_threads": 4} | limits
-    protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin(**limits))
+    protocol = ThreadWeaver(TABLE, ForkJoin(**limits))
     cfg = samplers.Sampler(rows=rows, max_prompt=20, prefill_chunk=prefill_chunk)
     return samplers.make_sampler(NETWORK, protocol, cfg, draw=draw or samplers.draw)
 
@@ -37,18 +40,14 @@ class FromScript:
     """The host's engine on the same script, call by call."""
 
     def __init__(self, script):
-        self.script, self.call = script, 0
+        self.script = script
 
-    def generate(self, requests):
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
-        line = np.resize(self.script[min(self.call, CALLS - 1)], request.max_tokens)
-        if request.max_tokens > LONGEST:
-            line[LONGEST:] = self.script[min(self.call, CALLS - 1), LONGEST - 1]
-        self.call += 1
+    async def generate(self, request):
+        call = self.script[min(request.number, CALLS - 1)]
+        line = np.resize(call, request.max_tokens)
+        line[LONGEST:] = call[-1]
         ends = np.flatnonzero(np.isin(line, list(request.stops)))
-        return Result(line[: ends[0] + 1] if len(ends) else line)
+        yield Chunk(line[: ends[0] + 1] if len(ends) else line)
 
 
 def random_script(seed: int) -> np.ndarray:
@@ -130,9 +129,9 @@ def test_the_program_makes_the_calls_of_the_host_protocol(seed, unfinished, roun
 
 def test_random_scripts_reach_every_outcome():
     finishes, counts, hits = set(), set(), set()
-    limits = threadweaver.ForkJoin(max_new=160, max_thread=20, max_threads=4, max_rounds=1)
+    limits = ForkJoin(max_new=160, max_thread=20, max_threads=4, max_rounds=1)
     for seed in range(32):
-        protocol = threadweaver.ThreadWeaver(TABLE, limits)
+        protocol = ThreadWeaver(TABLE, limits)
         made = run(protocol, FromScript(random_script(seed)), PROMPTS[0])
         finishes.add(made.finish)
         counts |= set(made.counts)
@@ -247,7 +246,7 @@ def test_repeats_that_do_not_divide_the_rows_are_refused():
 
 def test_a_network_with_more_ids_than_the_tokenizer_is_refused():
     wide = fakes.path_network(TOKENIZER.vocab_size + 8)
-    protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin())
+    protocol = ThreadWeaver(TABLE, ForkJoin())
     with pytest.raises(ValueError, match="must be at least as many"):
         samplers.make_sampler(wide, protocol, samplers.Sampler())
     num_ids = TOKENIZER.vocab_size

@@ -8,13 +8,16 @@ import numpy as np
 import oracles
 import pytest
 
-from tw_jax.forkjoin import orchestrator, threadweaver, tries
-from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin import orchestrator, tries
+from tw_jax.forkjoin.engine import Chunk
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.replay import replay
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.view import plots
 
 TOKENIZER = fakes.Characters()
-TABLE = threadweaver.make_table(TOKENIZER)
+TABLE = make_table(TOKENIZER)
 FORK = "a<Outlines><Outline>1:a</Outline><Outline>2:b</Outline><Outline>3:c</Outline></Outlines>"
 TEXT = (
     "a<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>"
@@ -28,27 +31,24 @@ class Drunk:
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
-    def generate(self, requests):
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request):
+    async def generate(self, request):
         text = FORK if self.rng.random() < 0.6 else "</Parallel>b<eos>"
         if request.path:
             words = "".join(self.rng.choice([*"cdef"], self.rng.integers(0, 3)))
             text = words + ["</Thread>", "<eos>", "g" * 9][self.rng.integers(3)]
-        return Result(TOKENIZER.encode(text)[: request.max_tokens])
+        yield Chunk(TOKENIZER.encode(text)[: request.max_tokens])
 
 
 def written():
     """A trajectory of one fork, read from its text."""
-    protocol = threadweaver.ThreadWeaver(TABLE, threadweaver.ForkJoin())
+    protocol = ThreadWeaver(TABLE, ForkJoin())
     return replay(protocol, TOKENIZER.encode("bc" + TEXT), 2)
 
 
 def drunk(seed: int):
     """A trajectory of several forks whose threads end in all ways."""
-    limits = threadweaver.ForkJoin(max_thread=7, max_rounds=3)
-    protocol = threadweaver.ThreadWeaver(TABLE, limits)
+    limits = ForkJoin(max_thread=7, max_rounds=3)
+    protocol = ThreadWeaver(TABLE, limits)
     engine = Drunk(np.random.default_rng(seed))
     return orchestrator.run(protocol, engine, TOKENIZER.encode("bc"))
 

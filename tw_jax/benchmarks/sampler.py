@@ -15,7 +15,8 @@ from tw_jax.benchmarks.measure import BenchmarkReport, Times, interleave
 from tw_jax.contracts import Network, Params
 from tw_jax.data import workloads
 from tw_jax.data.workloads import SamplerCase
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.metrics import count_compiles
 from tw_jax.models.transformer import network
 from tw_jax.sample import cache as caches

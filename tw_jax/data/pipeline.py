@@ -19,9 +19,9 @@ from tw_jax.config import configurable
 from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.grammar import Document, GrammarError, normalise, parse, point
 from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
-from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.grammar import Document, GrammarError, normalise, parse, point
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.tries import chain_trie, trajectory_trie
 from tw_jax.tokenizer import Chat, Tokenizer, check_ids
 from tw_jax.trie.batch import TrieBatch, stack_rows
@@ -119,7 +119,7 @@ class Builder:
             ids = self._cfg.chat.document(self._tokenizer, record.question, text)
             with contextlib.suppress(ReplayError):
                 replay(self._protocol, ids, prompt)
-                return "Normalise the response (forkjoin.grammar.normalise), and it replays."
+                return "Normalise the response (threadweaver.grammar.normalise), and it replays."
         empty = [t.number for b in document.blocks for t in b.threads if not t.body]
         if empty:
             return (

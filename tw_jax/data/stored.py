@@ -15,7 +15,7 @@ from tw_jax.data.records import Example, Problem, Record, Rollout
 from tw_jax.forkjoin.calls import StopReason, Trajectory
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 
 _KEPT_BYTES = 2**24
 """Smaller files are hashed each time, which takes some ten milliseconds."""

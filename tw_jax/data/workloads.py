@@ -14,9 +14,12 @@ import functools
 import numpy as np
 
 from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver import ForkJoin, Table, ThreadWeaver, make_table
+from tw_jax.forkjoin.table import Table
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models import presets
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model

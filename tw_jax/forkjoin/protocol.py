@@ -1,9 +1,9 @@
 """The pure protocol of fork and join, and the loop that drives it: no model, no input or output.
 
-A `Protocol` maps what an engine returned to the next decision. `steps` is that loop as a
-generator: it yields engine requests and is sent engine results, so that replay of a written text,
-a synchronous engine, an asynchronous orchestrator and the check of the jitted sampler all run
-these very lines. Grammars live in `forkjoin/threadweaver.py`.
+A `Protocol` maps the answer of an engine to the next decision. `steps` is that loop as a generator:
+it yields engine requests and is sent engine results, so that replay of a written text, the
+asynchronous orchestrator and the check of the jitted sampler all run the same lines. Methods are
+packages beside this file, such as `forkjoin/threadweaver/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,37 @@ from typing import Protocol as Interface
 
 import numpy as np
 
+from tw_jax.bounds import require, require_temperature
 from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one rollout is sampled, as plain numbers.
+
+    Attributes:
+      temperature: Divides the logits. 0 takes the most likely token.
+      top_p: Sample only from the smallest set of most likely tokens whose probability reaches
+        top_p. 1 disables the limit.
+      top_k: Sample only from the k most likely tokens. 0 disables the limit.
+      seed: With it and the same parameters a rollout can be drawn again, whatever is sampled
+        beside it. Engines use the low 32 bits.
+
+    Raises:
+      ValueError: A number is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that describe no distribution."""
+        require_temperature(self)
+        require(self, "top_p", above=0, most=1)
+        require(self, "top_k", least=0)
+        require(self, "seed", least=0, below=2**63)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,9 +55,12 @@ class Request:
     Attributes:
       path: () for the parent; (round, label) for a thread.
       context: [n] int32 ids to continue from.
+      provenance: [n] int8, a `Provenance` for each context id.
       stops: ids that end the call; the one that was drawn is the last id of the answer.
-      max_tokens: at least 1; the engine stops after so many ids.
+      max_tokens: The call ends after this many ids, at least 1.
       shared: length of the context prefix that sibling requests have in common.
+      number: The call's place in its rollout, from 0, in protocol order.
+      sampling: parameters of the rollout; `sampling.seed` is the rollout's seed.
     """
 
     path: tuple[int | str, ...]
@@ -36,18 +69,30 @@ class Request:
     stops: frozenset[int]
     max_tokens: int
     shared: int
+    number: int = 0
+    sampling: SamplingParams = SamplingParams()
+
+    @property
+    def seed(self) -> int:
+        """A 32-bit seed for this call, made of the rollout's seed and the call's number.
+
+        It depends on nothing else, so the order in which calls start or finish changes no id. The
+        jitted sampler folds the same two numbers into its keys and does not use this seed.
+        """
+        mixed = np.random.SeedSequence([self.sampling.seed, self.number])
+        return int(mixed.generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What an engine drew: ids up to and including the stop id, if one was hit.
+    """The answer of an engine: ids up to and including the stop id, if one was drawn.
 
-    A failed engine call is a `Result` with `failed=True` and what arrived before, never an
-    exception: no error may lose a trajectory.
+    A failed call is a `Result` with `failed=True` and the ids that arrived before the failure. It
+    is never an exception, because no error may lose a trajectory.
     """
 
     sampled: np.ndarray  # [m] int32
-    logp: np.ndarray | None = None  # [m] float32, nats
+    logp: np.ndarray | None = None  # [m] float32, nats, as `Call.logp`
     failed: bool = False
 
 
@@ -148,22 +193,25 @@ class Protocol(Interface):
 Steps = Generator[list[Request], Sequence[Result], Trajectory]
 
 
-def steps(protocol: Protocol, prompt: np.ndarray) -> Steps:
+def steps(
+    protocol: Protocol, prompt: np.ndarray, sampling: SamplingParams = SamplingParams()
+) -> Steps:
     """Runs one rollout as a generator of engine requests.
 
-    Yields a list of requests that may run side by side and expects the list of their results, in
-    order. Returns the `Trajectory`.
+    Yields a list of requests that may run at the same time and expects the list of their results,
+    in order. Returns the `Trajectory`.
 
     Args:
       protocol: the method.
       prompt: [n] int32 ids, at least one.
+      sampling: passed on in each request.
 
     Raises:
-      ValueError: the prompt is empty.
+      ValueError: The prompt is empty, or a result is longer than its request allows.
     """
     prompt = np.asarray(prompt, np.int32)
     if not len(prompt):
-        raise ValueError("The prompt has no tokens: want at least one. Give a chat template.")
+        raise ValueError("The prompt has 0 tokens. It needs at least 1; give a chat template.")
     path = _Path(prompt)
     calls: list[Call] = []
     counts: Counter[str] = Counter()
@@ -186,7 +234,16 @@ def steps(protocol: Protocol, prompt: np.ndarray) -> Steps:
         if budget < 1:
             return finish("length")
         context, provenance = path.arrays()
-        request = Request((), context, provenance, protocol.parent_stops(), budget, len(context))
+        request = Request(
+            path=(),
+            context=context,
+            provenance=provenance,
+            stops=protocol.parent_stops(),
+            max_tokens=budget,
+            shared=len(context),
+            number=len(calls),
+            sampling=sampling,
+        )
         call = _call(protocol, request, (yield [request])[0])
         calls.append(call)
         if call.stop_reason is StopReason.ERROR:
@@ -207,14 +264,18 @@ def steps(protocol: Protocol, prompt: np.ndarray) -> Steps:
         context, provenance = path.arrays()
         requests = [
             Request(
-                (rounds, thread.label),
-                np.concatenate([context, thread.header]),
-                np.concatenate([provenance, _marks(Provenance.FORCED, len(thread.header))]),
-                protocol.thread_stops(),
-                decision.max_tokens,
-                len(context),
+                path=(rounds, thread.label),
+                context=np.concatenate([context, thread.header]),
+                provenance=np.concatenate(
+                    [provenance, _marks(Provenance.FORCED, len(thread.header))]
+                ),
+                stops=protocol.thread_stops(),
+                max_tokens=decision.max_tokens,
+                shared=len(context),
+                number=len(calls) + index,
+                sampling=sampling,
             )
-            for thread in decision.threads
+            for index, thread in enumerate(decision.threads)
         ]
         results = yield requests
         children = [_call(protocol, q, r) for q, r in zip(requests, results, strict=True)]
@@ -267,8 +328,8 @@ def _call(protocol: Protocol, request: Request, result: Result) -> Call:
     sampled = np.asarray(result.sampled, np.int32)
     if len(sampled) > request.max_tokens:
         raise ValueError(
-            f"The engine returned {len(sampled)} ids for call {request.path}: want at most "
-            f"{request.max_tokens}. It must obey max_tokens."
+            f"The engine returned {len(sampled)} ids for call {request.number} {request.path}, "
+            f"which allows {request.max_tokens}. The engine must obey Request.max_tokens."
         )
     logp = None if result.logp is None else np.asarray(result.logp, np.float32)
     stop_reason = protocol.stop_reason(sampled, request.stops, result.failed)

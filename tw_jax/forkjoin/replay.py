@@ -8,13 +8,12 @@ the jitted sampler's or a file's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.orchestrator import run
-from tw_jax.forkjoin.protocol import Protocol, Request, Result
+from tw_jax.forkjoin.protocol import Protocol, Request, Result, steps
 
 
 class ReplayError(ValueError):
@@ -26,15 +25,28 @@ class ReplayError(ValueError):
         self.position = position
 
 
+def _run(
+    protocol: Protocol, prompt: np.ndarray, answer: Callable[[Sequence[Request]], list[Result]]
+) -> Trajectory:
+    """Drives `steps` with answers that are known; the orchestrator does so with an engine."""
+    rollout = steps(protocol, prompt)
+    try:
+        requests = next(rollout)
+        while True:
+            requests = rollout.send(answer(requests))
+    except StopIteration as stop:
+        return stop.value
+
+
 class _Written:
-    """An engine that answers from a document's ids."""
+    """Answers from a document's ids."""
 
     def __init__(self, ids: np.ndarray) -> None:
         self._ids = ids
         self._stops: dict[frozenset[int], np.ndarray] = {}
         self._matched = 0  # ids that some context has been compared with, or that were answered
 
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
+    def answer(self, requests: Sequence[Request]) -> list[Result]:
         """Parent and thread calls; what a join forces is compared with the next parent context."""
         if len(requests) == 1 and not requests[0].path:
             return [self._parent(requests[0])]
@@ -109,7 +121,7 @@ def replay(protocol: Protocol, ids: np.ndarray, prompt_tokens: int) -> Trajector
         its end of sequence.
     """
     ids = np.asarray(ids, np.int32)
-    trajectory = run(protocol, _Written(ids), ids[:prompt_tokens])
+    trajectory = _run(protocol, ids[:prompt_tokens], _Written(ids).answer)
     made = trajectory.ids
     length = min(len(made), len(ids))
     differs = made[:length] != ids[:length]
@@ -129,13 +141,13 @@ class RecordError(ValueError):
 
 
 class _Recorded:
-    """An engine that answers from recorded calls, in protocol order."""
+    """Answers from recorded calls, in protocol order."""
 
     def __init__(self, calls: Sequence[Result]) -> None:
         self._calls = list(calls)
         self.next = 0
 
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
+    def answer(self, requests: Sequence[Request]) -> list[Result]:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Result:
@@ -170,7 +182,7 @@ def rebuild(protocol: Protocol, prompt: np.ndarray, calls: Sequence[Result]) -> 
       RecordError: the protocol would have made other calls.
     """
     recorded = _Recorded(calls)
-    trajectory = run(protocol, recorded, np.asarray(prompt, np.int32))
+    trajectory = _run(protocol, np.asarray(prompt, np.int32), recorded.answer)
     if recorded.next != len(calls):
         raise RecordError(
             f"{len(calls)} calls were recorded and the protocol makes {recorded.next}. Use the "

@@ -149,9 +149,7 @@ def added_embeddings(rows: jax.Array, tokens: jax.Array, ids: np.ndarray) -> jax
     return jnp.einsum("btn,nd->btd", is_row, rows, precision=jax.lax.Precision.HIGHEST)
 
 
-def added_logits(
-    rows: jax.Array, hidden: jax.Array, ids: np.ndarray, vocab_size: int
-) -> jax.Array:
+def added_logits(rows: jax.Array, hidden: jax.Array, ids: np.ndarray, vocab_size: int) -> jax.Array:
     """What the trained rows add to the logits.
 
     Args:

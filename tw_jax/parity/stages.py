@@ -17,7 +17,7 @@ import numpy as np
 from tw_jax.bounds import require
 from tw_jax.config import configurable
 from tw_jax.contracts import Params
-from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.models import hf
 from tw_jax.models.rope import frequencies
 from tw_jax.models.transformer import Model, network, walk

@@ -27,7 +27,8 @@ from tw_jax.config import configurable
 from tw_jax.contracts import Network, Span
 from tw_jax.data import workloads
 from tw_jax.forkjoin import tries
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import Sampler, make_sampler

@@ -26,7 +26,9 @@ from tw_jax.contracts import Params
 from tw_jax.data import workloads
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.forkjoin.tries import trajectory_trie
 from tw_jax.models import hf
 from tw_jax.models.hf_config import read_model

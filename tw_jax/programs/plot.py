@@ -18,7 +18,9 @@ from tw_jax.config import configurable
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, load_tokenizer
 from tw_jax.view import plots
 

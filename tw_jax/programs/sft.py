@@ -20,7 +20,9 @@ from tw_jax.bounds import counted, require, require_text
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import configurable
 from tw_jax.data.pipeline import Batches, Builder, Data
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules

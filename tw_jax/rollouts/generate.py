@@ -18,7 +18,9 @@ from tw_jax import sharding
 from tw_jax.contracts import Network, Params
 from tw_jax.data.records import Problem, Rollout
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Rules

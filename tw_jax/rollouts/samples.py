@@ -20,7 +20,7 @@ from tw_jax.data.problems import content_hash
 from tw_jax.data.prompts import Problems
 from tw_jax.data.records import Problem, Rollout
 from tw_jax.data.stored import fingerprint
-from tw_jax.forkjoin.threadweaver import ForkJoin
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.metrics import progress
 from tw_jax.models.transformer import Model, network
 from tw_jax.rollouts.generate import Generator, make_generator

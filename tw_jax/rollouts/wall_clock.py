@@ -16,7 +16,7 @@ import numpy as np
 from tw_jax import sharding
 from tw_jax.contracts import Params
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.threadweaver import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.rollouts.generate import Generator
 from tw_jax.sample.sampler import make_sampler
 

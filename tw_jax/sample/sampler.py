@@ -27,9 +27,10 @@ from tw_jax.bounds import require, require_temperature
 from tw_jax.config import configurable
 from tw_jax.contracts import Network, Params, Span
 from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver import EMPTY_CODE, MAX_LABEL, ForkJoin, ThreadWeaver
+from tw_jax.forkjoin.table import EMPTY_CODE, MAX_LABEL, TableProtocol
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
 from tw_jax.sample.draw import draw, sampling_params
@@ -78,7 +79,7 @@ class ForkJoinSampler:
     """Draws rollouts. Build it once with `make_sampler`; a call compiles once for each bucket."""
 
     network: Network
-    protocol: ThreadWeaver
+    protocol: TableProtocol
     cfg: Sampler
     sizes: Sizes
     advance: Callable[[Params, State, Any], State]
@@ -268,7 +269,7 @@ _empty = jax.jit(caches.empty, static_argnums=(0, 1, 2))
 
 def make_sampler(
     network: Network,
-    protocol: ThreadWeaver,
+    protocol: TableProtocol,
     cfg: Sampler,
     *,
     draw: Callable[..., tuple[jax.Array, jax.Array]] = draw,

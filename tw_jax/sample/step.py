@@ -5,7 +5,7 @@
     fork    at `</Outlines>`: the headers of all threads, each in its own range of numbers
     join    when no thread is left: thread 1 stays, what follows it is encoded again
 
-Decisions are those of `forkjoin/threadweaver.py`, read from the same `Table`. This file knows no
+Decisions are those of the host protocol, read from the same `Table`. This file knows no method, no
 prompt and no trajectory.
 """
 
@@ -20,15 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from tw_jax.contracts import Network, Params, Span
-from tw_jax.forkjoin.threadweaver import (
-    EMPTY_CODE,
-    IDLE,
-    MAX_LABEL,
-    RADIX,
-    TABLED_LABELS,
-    ForkJoin,
-    Table,
-)
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.table import EMPTY_CODE, IDLE, MAX_LABEL, RADIX, TABLED_LABELS, Table
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
 from tw_jax.sample.state import DONE, PARENT, THREADS, Log, Outlines, Queue, Sizes, State
