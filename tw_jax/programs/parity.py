@@ -29,7 +29,8 @@ from tw_jax.parity.source import Folder, Gguf, Random, Trained, write_source
 from tw_jax.parity.stages import Training
 from tw_jax.parity.summary import summarize
 from tw_jax.tokenizer import check_ids
-from tw_jax.view import plots
+from tw_jax.view.plots import parity_figure
+from tw_jax.view.style import save
 
 
 @configurable
@@ -132,7 +133,7 @@ def _write(folder: Path, results: dict[str, dict[str, Any]]) -> None:
     """Writes the files and prints the figures without stages and curves."""
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "parity.json", json.dumps(results, indent=2) + "\n")
-    plots.save(plots.parity_figure(results), folder / "parity.png", "png")
+    save(parity_figure(results), folder / "parity.png", "png")
     print(f"{folder}/parity.json, {folder}/parity.png")
     short = {
         dtype: {name: value for name, value in figures.items() if name not in ("stages", "curve")}
