@@ -6,25 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from tw_jax.contracts import Span
 from tw_jax.models import hf
 from tw_jax.models.lora import Lora, adapters, merged, overlay, trained, without_adapters
-from tw_jax.models.transformer import Model, Rope, network
+from tw_jax.models.transformer import network
 
-BASE = Model(
-    vocab_size=40,
-    num_layers=2,
-    width=24,
-    mlp_width=40,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
-    attention="reference",
-)
+BASE = tiny.MODEL
 LORA = Lora(rank=3, alpha=6.0)
 MODEL = dataclasses.replace(BASE, lora=LORA)
 SIDES = {  # of A and B, without layers
