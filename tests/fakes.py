@@ -56,19 +56,6 @@ def path_network(
     )
 
 
-def scripted(logits, sampling, call, position):
-    """Draws the script's token and reports the model's own log-prob of it.
-
-    `sampling` [rows, calls, tokens] is the script. After its ends the last call and token are
-    repeated.
-    """
-    rows = jnp.arange(logits.shape[0])[:, None]
-    last_call, last_token = sampling.shape[1] - 1, sampling.shape[2] - 1
-    tokens = sampling[rows, jnp.minimum(call, last_call), jnp.minimum(position, last_token)]
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return tokens, jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
-
-
 class Characters:
     """A tokenizer of single characters, control tokens, and two ends of sequence."""
 

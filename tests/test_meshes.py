@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_sharding
-from fakes import scripted
 from trajectories import PROTOCOL, TOKENIZER, rollouts
 
 from tw_jax import sharding
@@ -19,6 +18,7 @@ from tw_jax.contracts import Span
 from tw_jax.data import workloads
 from tw_jax.forkjoin.tries import group_tries, trajectory_trie
 from tw_jax.models.transformer import network
+from tw_jax.sample.draw import scripted
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.train import sft

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tw_jax.contracts import KV, Span
-from tw_jax.models.rope import Rope
-from tw_jax.models.transformer import Model, network
+from tw_jax.models.transformer import network
 from tw_jax.sharding import (
     Mesh,
     Rules,
@@ -30,19 +30,7 @@ from tw_jax.sharding import (
 from tw_jax.train.sft import nll_sums
 from tw_jax.trie.batch import TrieBatch
 
-MODEL = Model(
-    vocab_size=64,
-    num_layers=2,
-    width=32,
-    mlp_width=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_width=8,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
-    attention="reference",
-)
+MODEL = tiny.model(vocab_size=64, width=32, mlp_width=64, num_heads=8, num_kv_heads=4)
 CUBE = Mesh(data=2, fsdp=2, tensor=2)
 MESHES = [CUBE, Mesh(fsdp=8), Mesh(data=2, fsdp=1, tensor=4)]
 ROWS, TOKENS = 8, 12

@@ -13,7 +13,7 @@ def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch)
     monkeypatch.setattr(
         sampler, "network", lambda model, num_ids: network(model.vocab_size, num_ids=num_ids)
     )
-    drawn, finish = {}, sampler._Decode.finish
+    drawn, finish = {}, sampler.Decode.finish
 
     def recorded(self, params, state):
         before = np.asarray(state.log.length)
@@ -23,7 +23,7 @@ def test_every_way_of_decoding_draws_the_same_number_of_tokens(run, monkeypatch)
         ).tolist()
         return state
 
-    monkeypatch.setattr(sampler._Decode, "finish", recorded)
+    monkeypatch.setattr(sampler.Decode, "finish", recorded)
     _, found = run("sampler")
     case = workloads.TINY_SAMPLER
     assert drawn == {

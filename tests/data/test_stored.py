@@ -13,8 +13,8 @@ from tw_jax.data.stored import fingerprint
 def hashed(tmp_path, monkeypatch):
     """A settled file, a folder for hashes, and the number of times a file was hashed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(stored, "_KEPT_BYTES", 100)
-    monkeypatch.setattr(stored, "_SETTLED_NS", -(10**12))  # every file was written long ago
+    monkeypatch.setattr(stored, "KEPT_BYTES", 100)
+    monkeypatch.setattr(stored, "SETTLED_NS", -(10**12))  # every file was written long ago
     counts, digest = [0], hashlib.file_digest
 
     def count(*args):
@@ -60,7 +60,7 @@ def test_a_kept_hash_is_not_used_for_a_file_of_the_same_size_and_time(hashed):
 
 def test_the_hash_of_a_file_that_was_just_written_is_not_kept(hashed, monkeypatch):
     path, counts = hashed
-    monkeypatch.setattr(stored, "_SETTLED_NS", 2 * 10**9)
+    monkeypatch.setattr(stored, "SETTLED_NS", 2 * 10**9)
     assert fingerprint(path) == fingerprint(path)
     assert counts == [2]
 

@@ -6,25 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from tw_jax.contracts import Span
 from tw_jax.models import hf
 from tw_jax.models.lora import Lora, merged, overlay, trained, without_adapters
-from tw_jax.models.transformer import Decoder, Model, Rope, network, walk, with_token_rows
+from tw_jax.models.transformer import Decoder, Model, network, walk, with_token_rows
 
-BASE = Model(
-    vocab_size=40,
-    num_layers=2,
-    width=24,
-    mlp_width=40,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
-    attention="reference",
-)
+BASE = tiny.MODEL
 LORA = Lora(rank=3, alpha=6.0)
 MODEL = dataclasses.replace(BASE, lora=LORA)
 SIDES = {  # of A and B, without layers
@@ -191,7 +180,7 @@ def computed(model, params, num_ids=None):
 
 
 def test_fresh_rows_change_nothing(rows_model) -> None:
-    model, params = rows_model
+    model, _ = rows_model
     fresh = network(model).init(jax.random.key(0))
     names = {"embed_lora"} if model.tie_embeddings else {"embed_lora", "unembed_lora"}
     assert trained(fresh).keys() == {"blocks", *names}

@@ -9,27 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import tiny
 
 from tw_jax.contracts import KV, Span
 from tw_jax.models.presets import QWEN3_8B
-from tw_jax.models.rope import Rope, rotation
+from tw_jax.models.rope import rotation
 from tw_jax.models.transformer import DecoderBlock, Model, RmsNorm, network
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.tree import build
 
-SMALL = Model(
-    vocab_size=40,
-    num_layers=3,
-    width=32,
-    mlp_width=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=16,
-    qk_norm=True,
-    tie_embeddings=True,
-    rope=Rope(),
-    attention="reference",
-)
+SMALL = tiny.model(num_layers=3, width=32, mlp_width=48, head_width=16, tie_embeddings=True)
 
 
 def causal(tokens: np.ndarray | jax.Array) -> tuple[jax.Array, jax.Array, Span]:

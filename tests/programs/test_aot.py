@@ -11,6 +11,7 @@ import pytest
 from compiled import too_large
 from repo.sources import ROOT
 
+from tw_jax.aot import flops, topology
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.programs import aot
@@ -147,7 +148,7 @@ class TestPrograms:
 
 def test_a_generation_that_is_not_known_is_refused(tmp_path):
     (tmp_path / "aot.gin").write_text(MODEL + SFT)
-    with pytest.raises(ValueError, match="want one of v4, v5e, v5p, v6e, a colon"):
+    with pytest.raises(ValueError, match="must be one of v4, v5e, v5p, v6e, a colon"):
         load_config(aot.Aot, [tmp_path / "aot.gin"], ["Aot.topology='v9:2x2'"])
 
 
@@ -155,7 +156,7 @@ def test_without_libtpu_a_sentence_names_it(tmp_path, capsys, monkeypatch):
     def no_topology(**_):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
-    monkeypatch.setattr(aot.topologies, "get_topology_desc", no_topology)
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", no_topology)
     monkeypatch.setitem(sys.modules, "libtpu", None)
     (tmp_path / "aot.gin").write_text(MODEL + SFT)
     assert main(["aot", str(tmp_path / "aot.gin")]) == 2
@@ -165,7 +166,7 @@ def test_without_libtpu_a_sentence_names_it(tmp_path, capsys, monkeypatch):
 def test_the_work_of_a_row_is_that_of_its_weights_and_its_pairs(tmp_path):
     (tmp_path / "aot.gin").write_text(MODEL + SFT)
     cfg = load_config(aot.Aot, [tmp_path / "aot.gin"])
-    one, two = (aot._work(cfg.model, rows, 512)["flops"] for rows in (1, 2))
+    one, two = (flops.train_step(cfg.model, rows, 512)["flops"] for rows in (1, 2))
     assert two == 2 * one
     # 128 wide, 4 layers: q, k, v, out; three matrices of the MLP; the unembedding of 384.
     weights = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 512) + 128 * 384

@@ -6,29 +6,25 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 import tokenizers
 from safetensors.numpy import load_file
 
 from tw_jax.checkpoint import restore_params
 from tw_jax.cli import main
 from tw_jax.models import hf, hf_config
-from tw_jax.models.rope import Rope
-from tw_jax.models.transformer import Model
 from tw_jax.programs import convert as convert_module
 from tw_jax.tokenizer import CONTROL, HuggingFace, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
-MODEL = Model(
+MODEL = tiny.model(
     vocab_size=300,
-    num_layers=2,
     width=32,
     mlp_width=48,
     num_heads=2,
     num_kv_heads=1,
     head_width=16,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
+    attention="auto",
 )
 IMPORT = """
 Convert.workdir = '{folder}'

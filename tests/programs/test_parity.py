@@ -16,6 +16,8 @@ from tw_jax.models import hf, presets
 from tw_jax.models.hf_config import read_model
 from tw_jax.models.rope import Rope
 from tw_jax.parity import compare, stages
+from tw_jax.parity.material import read_material
+from tw_jax.parity.source import write_source
 from tw_jax.programs import parity
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_programs")]
@@ -69,10 +71,10 @@ def subject(tmp_path_factory):
     """A tiny random Qwen3 whose output projection is square, what it reads, and PyTorch's side."""
     folder = tmp_path_factory.mktemp("subject")
     cfg = load_config(parity.Parity, [write(folder, CONFIG)])
-    made = parity.write_source(cfg, torch_oracle)
-    model, material = read_model(made), parity.read_material(cfg)
-    params = hf.read_params(made, model)
-    oracle = torch_oracle.Oracle(made, "float32")
+    weights = write_source(cfg.source, folder / "model", torch_oracle)
+    model, material = read_model(weights), read_material(cfg.material, cfg.row_tokens)
+    params = hf.read_params(weights, model)
+    oracle = torch_oracle.Oracle(weights, "float32")
     theirs = stages.their_side(oracle, material, None, torch_oracle)
 
     def first(model=model, params=params, material=material):
@@ -163,10 +165,10 @@ def test_a_missing_torch_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("Parity.dtypes=('bfloat16',)", "want 'float32' first"),
-        ("Parity.forkjoin=True", "want Parity.material = @Problems()"),
-        ("Optim.algorithm='muon'", "want 'adamw'"),
-        ("Optim.end_lr=1e-4", "want 0.0, the end of transformers' schedules"),
+        ("Parity.dtypes=('bfloat16',)", "must begin with 'float32'"),
+        ("Parity.forkjoin=True", "Set Parity.material = @Problems()"),
+        ("Optim.algorithm='muon'", "must be 'adamw'"),
+        ("Optim.end_lr=1e-4", "must be 0.0, because the schedules of transformers end there"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(word, sentence, tmp_path):
@@ -179,7 +181,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path):
     text = "".join(line + "\n" for line in CONFIG.splitlines() if "Random" not in line)
     cfg = load_config(parity.Parity, [write(tmp_path, text)], words)
     with pytest.raises(ValueError, match=r"no_such_model.*pip install no-such-model"):
-        parity.write_source(cfg, torch_oracle)
+        write_source(cfg.source, tmp_path / "model", torch_oracle)
 
 
 def test_a_model_of_ours_decodes_in_transformers_as_in_the_sampler(runs, tmp_path, capsys):
@@ -240,7 +242,7 @@ def test_real_weights_agree_and_go_on_with_the_same_words(tmp_path, capsys):
     # And transposed or permuted heads would not know this.
     oracle = torch_oracle.Oracle(tmp_path / "model", "float32")
     cfg = load_config(parity.Parity, [tmp_path / "parity.gin"])
-    material = parity.read_material(cfg)
+    material = read_material(cfg.material, cfg.row_tokens)
     made = oracle.greedy(material.prompts[0].tolist(), stops=[], limit=1)
     assert material.tokenizer.decode(made) == " Paris"
     jax.clear_caches()

@@ -3,7 +3,7 @@
 import importlib
 import pathlib
 
-from repo.figure import draw, draw_multiplication
+from repo.figure import draw, draw_multiplication, draw_threads
 from repo.fits import fits
 from repo.sources import ROOT, VERBS, has_config
 
@@ -63,6 +63,7 @@ MADE = {
     "docs/configs.md": fields,
     "docs/fits.md": fits,
     "docs/trie.svg": draw,
+    "docs/images/threads.svg": draw_threads,
     "docs/images/trie.svg": draw_multiplication,
 }
 """Path from the repository's root to what makes its text."""

@@ -1,4 +1,4 @@
-"""Draws docs/trie.svg, the worked example, and docs/images/trie.svg, a short multiplication."""
+"""Draws docs/trie.svg, the worked example, and the multiplications of docs/images."""
 
 import io
 
@@ -12,7 +12,8 @@ from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tasks.multiplication import Multiplication, Product, gold
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
-from tw_jax.view import plots
+from tw_jax.view import timeline, trie_figure
+from tw_jax.view.style import Figure, save
 
 PATHS = ((), (0, "1"), (0, "2"), ())
 """The example's calls: the parent forks, two threads run, the parent goes on."""
@@ -53,9 +54,9 @@ def example_trajectory() -> Trajectory:
     )
 
 
-def multiplication_trajectory() -> Trajectory:
-    """12 * 34 in bytes: two threads, a row each of the long multiplication."""
-    problem = Product(factors=(12, 34), seed=0)
+def multiplication_trajectory(*factors: int) -> Trajectory:
+    """A product in bytes; each round of its working forks where it can."""
+    problem = Product(factors=factors, seed=0)
     response = gold(problem, Multiplication(parallel=True, lone_pair="fork"))
     tokenizer, chat = load_tokenizer(Bytes()), Chat(template="plain")
     ids = chat.document(tokenizer, problem.question, response)
@@ -66,18 +67,24 @@ def multiplication_trajectory() -> Trajectory:
 def draw() -> str:
     """docs/trie.svg."""
     words = np.array(VOCABULARY)
-    return _svg(plots.trie_figure(example_trajectory(), lambda ids: " ".join(words[ids])))
+    return _svg(trie_figure.trie_figure(example_trajectory(), lambda ids: " ".join(words[ids])))
 
 
 def draw_multiplication() -> str:
     """docs/images/trie.svg."""
     decode = load_tokenizer(Bytes()).decode
-    return _svg(plots.trie_figure(multiplication_trajectory(), decode))
+    return _svg(trie_figure.trie_figure(multiplication_trajectory(12, 34), decode))
 
 
-def _svg(figure: plots.Figure) -> str:
+def draw_threads() -> str:
+    """docs/images/threads.svg."""
+    decode = load_tokenizer(Bytes()).decode
+    return _svg(timeline.timeline_figure(multiplication_trajectory(47, 86, 35, 29), decode))
+
+
+def _svg(figure: Figure) -> str:
     file = io.BytesIO()
-    plots.save(figure, file, "svg")
+    save(figure, file, "svg")
     return file.getvalue().decode()
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/fits.md, what fits where, from what `experiments/aot/run.sh` kept of `tw aot`."""
+"""Writes docs/fits.md from the results of `tw aot` in `experiments/aot/results`."""
 
 import json
 import math
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from repo.sources import ROOT
 
 from tw_jax import config
-from tw_jax.programs.aot import HBM, Aot, PgrpoStep, Sampling, SftStep
+from tw_jax.aot.steps import PgrpoStep, Sampling, SftStep
+from tw_jax.aot.topology import hbm_bytes
+from tw_jax.programs.aot import Aot
 
 RESULTS = ROOT / "experiments" / "aot" / "results"
 HEAD = """# What fits where
@@ -34,7 +36,7 @@ COLUMNS = (
     "temporaries / cache",
     "compiled in, s",
 )
-WORK = {SftStep: "SFT step", PgrpoStep: "P-GRPO step"}
+STEPS = {SftStep: "SFT step", PgrpoStep: "P-GRPO step"}
 INCLUDED = re.compile(r"^include '(\.\./models/\w+\.gin)'$", re.MULTILINE)
 
 
@@ -50,15 +52,15 @@ def _row(cells: Sequence[str]) -> str:
 
 def _line(path: pathlib.Path) -> list[str]:
     cfg = config.load_config(Aot, [path])
-    how = cfg.program
-    if isinstance(how, Sampling):
-        work, rows, tokens = how.part, how.sampler.rows, how.slots
+    step = cfg.program
+    if isinstance(step, Sampling):
+        name, rows, tokens = step.part, step.sampler.rows, step.slots
     else:
-        work, rows, tokens = WORK[type(how)], how.batch_rows, how.row_tokens
-    generation, _, sides = cfg.topology.partition(":")
-    cells = [f"`{path.stem}`", _model(path), work, cfg.topology]
-    cells += [str(math.prod(map(int, sides.split("x")))), f"{rows:,} x {tokens:,}"]
-    return [*cells, *_found(path.stem, HBM[generation])]
+        name, rows, tokens = STEPS[type(step)], step.batch_rows, step.row_tokens
+    chips = cfg.topology.partition(":")[2].split("x")
+    cells = [f"`{path.stem}`", _model(path), name, cfg.topology]
+    cells += [str(math.prod(map(int, chips))), f"{rows:,} x {tokens:,}"]
+    return [*cells, *_result(path.stem, hbm_bytes(cfg.topology))]
 
 
 def _model(path: pathlib.Path) -> str:
@@ -68,18 +70,18 @@ def _model(path: pathlib.Path) -> str:
     return name.rpartition("/")[2]
 
 
-def _found(name: str, hbm: int) -> list[str]:
-    """Whether it fits, its peak, temporaries by the cache, and seconds of the compiler."""
-    kept = RESULTS / f"{name}.json"
-    if not kept.exists():
+def _result(name: str, hbm: int) -> list[str]:
+    """Cells: whether it fits, peak memory, temporaries over cache, and seconds of compilation."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
         return ["not compiled yet", "", "", ""]
-    found = json.loads(kept.read_text(encoding="utf-8"))
-    seconds = f"{found['compile_seconds']:.0f}"
-    if not found["ok"]:
-        return [f"no: {reason(found['error'])}", "", "", seconds]
-    peak = f"{found['peak_bytes_per_chip'] / 2**30:.1f} of {hbm / 2**30:.0f}"
-    beside = f"{found['temp_over_kv']:.3f}" if "temp_over_kv" in found else ""
-    return ["yes", peak, beside, seconds]
+    result = json.loads(file.read_text(encoding="utf-8"))
+    seconds = f"{result['compile_seconds']:.0f}"
+    if not result["ok"]:
+        return [f"no: {reason(result['error'])}", "", "", seconds]
+    peak = f"{result['peak_bytes_per_chip'] / 2**30:.1f} of {hbm / 2**30:.0f}"
+    over_cache = f"{result['temp_over_kv']:.3f}" if "temp_over_kv" in result else ""
+    return ["yes", peak, over_cache, seconds]
 
 
 def reason(error: str) -> str:

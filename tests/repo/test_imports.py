@@ -15,7 +15,7 @@ DOORS = {
     "jax.experimental.multihost_utils": {"tw_jax/hosts.py"},
     "jax.experimental.pallas": {"tw_jax/attention/pallas_tpu.py"},
     "jax.experimental.pjit": set(),
-    "jax.experimental.topologies": {"tw_jax/programs/aot.py"},
+    "jax.experimental.topologies": {"tw_jax/aot/topology.py"},
 }
 BEHIND_THE_FRONT = {"data", "programs", "cli"}
 LINT = "from importlinter.cli import lint_imports_command as lint; lint()"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import scripted
 
 from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.calls import StopReason
@@ -18,7 +17,7 @@ from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.draw import sampling_params, scripted
 from tw_jax.trie.batch import stack_rows
 
 TOKENIZER = fakes.Characters()

@@ -107,11 +107,11 @@ def test_a_worker_that_dies_is_replaced():
 
 def test_a_worker_that_does_not_start_in_time_is_a_timeout_and_is_tried_again(monkeypatch):
     spawn = grader._Worker._spawn
-    monkeypatch.setattr(grader, "_START_SECONDS", 0.05)
+    monkeypatch.setattr(grader, "START_SECONDS", 0.05)
     with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
         with pytest.warns(UserWarning, match=r"was not ready after 0.05 seconds; its answer is"):
             assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"
-        monkeypatch.setattr(grader, "_START_SECONDS", 120.0)
+        monkeypatch.setattr(grader, "START_SECONDS", 120.0)
         assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
     assert grader._Worker._spawn is spawn
 
@@ -131,7 +131,7 @@ def test_a_worker_that_cannot_be_started_is_given_a_pause_and_no_traceback(monke
         assert len(tries) == len(told) == 3
         assert "for 10 minutes none is started" in str(told[-1].message)
         assert pool.grade(boxed("7"), "7") == "correct"
-        monkeypatch.setattr(grader, "_PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(grader, "PAUSE_SECONDS", 0.0)
         pool._free.queue[0]._paused_until = 0.0
         with pytest.warns(UserWarning, match="4 of them in a row"):
             assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from optax.contrib import MuonDimensionNumbers
 from trajectories import TOKENIZER, rollouts
 
@@ -15,7 +16,7 @@ from tw_jax import sharding
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.models.hf import add_rows
 from tw_jax.models.lora import Lora, overlay, trained, without_adapters
-from tw_jax.models.transformer import Model, Rope, network
+from tw_jax.models.transformer import network
 from tw_jax.train import pgrpo, sft
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
 from tw_jax.train.loss import accumulate
@@ -32,19 +33,7 @@ from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.pack import Packing, PackingStats
 from tw_jax.trie.tree import build
 
-BASE = Model(
-    vocab_size=-(-TOKENIZER.vocab_size // 8) * 8,
-    num_layers=2,
-    width=24,
-    mlp_width=56,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=10,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
-    attention="reference",
-)
+BASE = tiny.model(vocab_size=-(-TOKENIZER.vocab_size // 8) * 8, mlp_width=56, head_width=10)
 RANK = 4
 IDS = (TOKENIZER.id_of("<Thread>"), TOKENIZER.id_of("a"), TOKENIZER.id_of("</Thread>"))
 MODEL = dataclasses.replace(BASE, lora=Lora(rank=RANK, alpha=2.0, token_rows=IDS))

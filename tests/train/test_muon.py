@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from tw_jax import sharding
-from tw_jax.models.transformer import Model, Rope, network
+from tw_jax.models.transformer import network
 from tw_jax.train.state import Optim, abstract_state, create, initial_state, update
 
-MODEL = Model(
-    vocab_size=32,
-    num_layers=2,
-    width=16,
-    mlp_width=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=4,
-    qk_norm=True,
-    tie_embeddings=False,
-    rope=Rope(),
-)
+MODEL = tiny.model(vocab_size=32, width=16, mlp_width=24, head_width=4, attention="auto")
 MATRICES = {
     ("attention", "q"): (16, 16),
     ("attention", "k"): (16, 8),

@@ -21,7 +21,7 @@ from tw_jax.metrics import count_compiles
 from tw_jax.models.transformer import network
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import SamplingParams, draw, sampling_params
+from tw_jax.sample.draw import SamplingParams, draw, sampling_params, script_tokens
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler
 from tw_jax.sample.state import DONE, State
 
@@ -41,11 +41,11 @@ def run(case: SamplerCase) -> BenchmarkReport:
     lanes = f"lanes{case.lanes}"
     for prefix in case.prefixes:
         ways = {
-            f"{lanes}_{prefix}": _Decode.of_lanes(net, case, prefix),
-            f"rows{case.lanes}_{prefix}": _Decode.of_rows(net, case, prefix, rows=case.lanes),
+            f"{lanes}_{prefix}": Decode.of_lanes(net, case, prefix),
+            f"rows{case.lanes}_{prefix}": Decode.of_rows(net, case, prefix, rows=case.lanes),
         }
         if prefix == case.prefixes[0]:
-            ways[f"sequential_{prefix}"] = _Decode.of_rows(net, case, prefix, rows=1)
+            ways[f"sequential_{prefix}"] = Decode.of_rows(net, case, prefix, rows=1)
         ready = {name: way.encoded(params) for name, way in ways.items()}
         times |= interleave(
             {name: functools.partial(way.finish, params) for name, way in ways.items()},
@@ -73,7 +73,7 @@ def run(case: SamplerCase) -> BenchmarkReport:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Decode:
+class Decode:
     """One way to decode given tokens behind a prefix."""
 
     sampler: ForkJoinSampler
@@ -83,7 +83,7 @@ class _Decode:
     tokens: int  # of one row, all its lanes together, that are decoded behind the prefix
 
     @classmethod
-    def of_rows(cls, net: Network, case: SamplerCase, prefix: int, *, rows: int) -> _Decode:
+    def of_rows(cls, net: Network, case: SamplerCase, prefix: int, *, rows: int) -> Decode:
         """Rows of one lane, each with its own prefix; together they decode what the lanes do."""
         rng = np.random.default_rng(0)
         tokens = case.lanes * case.tokens // rows
@@ -95,7 +95,7 @@ class _Decode:
         return cls(sampler, [prompt] * rows, _how(script), prefix, tokens)
 
     @classmethod
-    def of_lanes(cls, net: Network, case: SamplerCase, prefix: int) -> _Decode:
+    def of_lanes(cls, net: Network, case: SamplerCase, prefix: int) -> Decode:
         """One row that forks behind the prefix; every thread ends by its budget."""
         rng = np.random.default_rng(0)
         table = workloads.table()
@@ -153,11 +153,8 @@ def _forced(
         position: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         given, script = sampling
-        row = jnp.arange(logits.shape[0])[:, None]
-        last_call, last_token = script.shape[1] - 1, script.shape[2] - 1
-        at = jnp.minimum(call, last_call), jnp.minimum(position, last_token)
-        # The log-prob is that of the drawn token, so the draw cannot be left out.
-        return script[row, *at], draw(logits, given, call, position)[1]
+        # The log-prob is that of the drawn token, so the compiler cannot leave the draw out.
+        return script_tokens(script, call, position), draw(logits, given, call, position)[1]
 
     protocol = ThreadWeaver(workloads.table(), limits)
     cfg = Sampler(rows=rows, max_prompt=max_prompt, prefill_chunk=case.prefill_chunk)

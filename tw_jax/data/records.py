@@ -338,9 +338,10 @@ def _require_fields(row: Mapping[str, Any], names: Sequence[str], kind: str) -> 
     if missing or unknown:
         faults = [f"lacks {', '.join(missing)}"] if missing else []
         faults += [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        article = "an" if kind[0] in "aeiou" else "a"
         raise ValueError(
-            f"the {kind} {' and '.join(faults)} ({dict(row)!r:.60}). The fields of a {kind} are "
-            f"{', '.join(names)}; add, rename or remove."
+            f"the {kind} {' and '.join(faults)} ({dict(row)!r:.60}). The fields of {article} "
+            f"{kind} are {', '.join(names)}; add, rename or remove."
         )
 
 

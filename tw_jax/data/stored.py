@@ -17,9 +17,9 @@ from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 
-_KEPT_BYTES = 2**24
+KEPT_BYTES = 2**24
 """Smaller files are hashed each time, which takes some ten milliseconds."""
-_SETTLED_NS = 2 * 10**9
+SETTLED_NS = 2 * 10**9
 """Clocks of file systems tick at most this slowly."""
 
 
@@ -71,8 +71,8 @@ def fingerprint(path: str | Path) -> str:
                 )
             # A file that was written a moment ago may be written again at the same time of its
             # clock, and nothing but its bytes would tell.
-            is_settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < began - _SETTLED_NS
-            if kept is not None and is_settled and stat.st_size >= _KEPT_BYTES:
+            is_settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < began - SETTLED_NS
+            if kept is not None and is_settled and stat.st_size >= KEPT_BYTES:
                 _keep_digest(kept, stat, digest)
     return f"{stat.st_size} bytes, sha256 {digest[:16]}"
 

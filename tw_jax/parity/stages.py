@@ -1,7 +1,7 @@
-"""The two sides of `tw parity`: every stage by PyTorch and by us, and what both decode.
+"""The two sides of `tw parity`: every stage computed by PyTorch and by this library.
 
-Both are given the same packed tries and hand out stages under the same names. This file knows no
-files and no verdict; `programs/parity.py` brings the material, `parity/compare.py` judges.
+Both sides receive the same packed tries and return stages under the same names. Both can also
+decode the same prompts. `parity/compare.py` compares the stages; this module only computes them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.models import hf
 from tw_jax.models.rope import frequencies
 from tw_jax.models.transformer import Model, network, walk
+from tw_jax.parity.material import Material
 from tw_jax.sample.sampler import Sampler, make_sampler
-from tw_jax.tokenizer import Tokenizer
 from tw_jax.train.loss import token_logp
 from tw_jax.train.sft import make_sft_step, nll_sums
 from tw_jax.train.state import Optim, create
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tw_jax.parity.torch_oracle import Oracle, Recipe, Rows
 
 CHUNK_TOKENS = 256
-"""Nodes unembedded at a time; real vocabularies are wide."""
+"""Nodes that are unembedded at a time, because the logits of a real vocabulary are large."""
 
 
 @configurable
@@ -40,71 +40,42 @@ class Training:
     """A training curve.
 
     Attributes:
-      steps: of the curve.
-      optim: optimiser and schedule; its end_lr is 0, as in the schedules of transformers.
+      steps: Number of steps of the curve.
+      optim: Optimiser and schedule. Its `end_lr` is 0, as in the schedules of transformers.
     """
 
     steps: int
     optim: Optim
 
     def check(self) -> None:
-        """Refuses what transformers has no counterpart for."""
+        """Refuses optimisers and schedules without a counterpart in transformers."""
         require(self, "steps", least=1)
         if self.optim.algorithm != "adamw":
             raise ValueError(
-                f"Optim.algorithm = {self.optim.algorithm!r}: want 'adamw', which is what "
-                "transformers trains with here."
+                f"Optim.algorithm = {self.optim.algorithm!r} must be 'adamw', because that is the "
+                "optimiser of the PyTorch side."
             )
         if self.optim.end_lr:
             raise ValueError(
-                f"Optim.end_lr = {self.optim.end_lr}: want 0.0, the end of transformers' schedules."
+                f"Optim.end_lr = {self.optim.end_lr} must be 0.0, because the schedules of "
+                "transformers end there."
             )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Material:
-    """What both sides are given.
-
-    Attributes:
-      calls: packed tries, labels along calls; numpy.
-      flat: the same tries with the reference's labels.
-      prompts: ids that decoding goes on from.
-      tokenizer: of all ids.
-      protocol: of decoding.
-    """
-
-    calls: TrieBatch
-    flat: TrieBatch
-    prompts: list[np.ndarray]
-    tokenizer: Tokenizer
-    protocol: ThreadWeaver
-
-    @property
-    def is_node(self) -> np.ndarray:
-        """[B, T] bool: no padding."""
-        index = np.arange(self.calls.tokens.shape[1])
-        return np.asarray((self.calls.parent != index) | (self.calls.end > index + 1))
-
-    @property
-    def is_trained(self) -> np.ndarray:
-        """[B, T] bool: has a loss of its own."""
-        return np.asarray(self.calls.weight) > 0
-
-
 def their_side(
-    oracle: Oracle, material: Material, training: Training | None, oracles: ModuleType
+    oracle: Oracle, material: Material, training: Training | None, torch_oracle: ModuleType
 ) -> dict[str, Any]:
-    """Every stage by PyTorch; see `compare.MEANING`."""
-    rows = _rows(material, oracles)
+    """Every stage computed by PyTorch; `compare.MEANING` lists the stages."""
+    rows = _rows(material, torch_oracle)
     weights = {name: array.copy() for name, array in oracle.weights().items()}
     side: dict[str, Any] = {"rope": oracle.frequencies(), "weights": weights}
     side |= {name: made[material.is_node] for name, made in oracle.walk(rows)}
-    side["logp"] = _of_children(oracle.logp(rows), material)
+    side["logp"] = _node_logp(oracle.logp(rows), material)
     side |= {"loss": oracle.call_loss(rows), "flat_loss": oracle.flat_loss(rows)}
     if training is not None:
         once = Training(steps=1, optim=_once(training.optim))
-        one = oracle.train([rows], _recipe(once, oracles))
-        curve = oracle.train(_single(rows), _recipe(training, oracles))
+        one = oracle.train([rows], _recipe(once, torch_oracle))
+        curve = oracle.train(_split_rows(rows), _recipe(training, torch_oracle))
         side |= {"gradients": one.gradients, "flat_gradients": oracle.flat_gradients(rows)}
         side |= {"step": one.params, "curve": curve.losses}
     return side
@@ -113,15 +84,15 @@ def their_side(
 def our_side(
     model: Model, params: Params, material: Material, training: Training | None
 ) -> dict[str, Any]:
-    """Every stage by us, under the names that transformers gives to parameters."""
+    """Every stage computed by this library; parameters have the names of transformers."""
     net, calls = network(model), jax.tree.map(jnp.asarray, material.calls)
     flat = jax.tree.map(jnp.asarray, material.flat)
 
     @jax.jit
     def forward(params: Params) -> tuple[jax.Array, jax.Array]:
         hidden, _ = net.apply(params, calls.tokens, calls.depth, calls.span)
-        said = token_logp(net, params, hidden, batch=calls, chunk_tokens=CHUNK_TOKENS)
-        return net.unembed(params, hidden), said.logp
+        tokens = token_logp(net, params, hidden, batch=calls, chunk_tokens=CHUNK_TOKENS)
+        return net.unembed(params, hidden), tokens.logp
 
     @jax.jit
     def loss(params: Params, batch: TrieBatch) -> jax.Array:
@@ -137,7 +108,7 @@ def our_side(
     for name, hidden in walk(model, params, calls.tokens, calls.depth, calls.span):
         side[name] = np.asarray(hidden.astype(jnp.float32))[material.is_node]
     side["logits"] = np.asarray(logits)[material.is_node]
-    side["logp"] = _of_children(np.asarray(logp), material)
+    side["logp"] = _node_logp(np.asarray(logp), material)
     side |= {"loss": float(loss(params, calls)), "flat_loss": float(loss(params, flat))}
     if training is not None:
         steps, optim = training.steps, training.optim
@@ -146,17 +117,17 @@ def our_side(
         side["flat_gradients"] = parameters(gradient(params, flat))
         _, moved = _train(net, params, [calls], _once(optim), steps=1)
         side["step"] = parameters(moved)
-        side["curve"], _ = _train(net, params, _single(calls), optim, steps=steps)
+        side["curve"], _ = _train(net, params, _split_rows(calls), optim, steps=steps)
     return side
 
 
 def _train(
     net: Any, params: Params, batches: list[TrieBatch], optim: Optim, *, steps: int
 ) -> tuple[np.ndarray, Params]:
-    """The loss before each step, and the parameters after the last."""
+    """The loss before each step, and the parameters after the last step."""
     step = jax.jit(make_sft_step(net, optim, steps=steps, chunk_tokens=CHUNK_TOKENS))
     state, losses = create(params, optim, key=jax.random.key(0)), []
-    # Placed as what a step returns, or the second step would compile anew.
+    # Committed like the state that a step returns; otherwise the second step would recompile.
     state = jax.device_put(state, jax.devices()[0])
     for number in range(steps):
         state, metrics = step(state, batches[number % len(batches)])
@@ -165,17 +136,17 @@ def _train(
 
 
 def _once(optim: Optim) -> Optim:
-    """The same without a warm-up, whose first step would move nothing."""
+    """The same optimiser without a warm-up, whose first step would have a rate of 0."""
     return dataclasses.replace(optim, warmup_steps=0)
 
 
-def _recipe(training: Training, oracles: ModuleType) -> Recipe:
+def _recipe(training: Training, torch_oracle: ModuleType) -> Recipe:
     steps, optim = training.steps, training.optim
     warmup = optim.warmup_steps
     if warmup is None:
         warmup = int(np.ceil(steps * optim.warmup_ratio))
     names = {"constant": "constant_with_warmup"}
-    return oracles.Recipe(
+    return torch_oracle.Recipe(
         rate=optim.peak_lr,
         schedule=names.get(optim.schedule, optim.schedule),
         warmup=warmup,
@@ -187,9 +158,9 @@ def _recipe(training: Training, oracles: ModuleType) -> Recipe:
     )
 
 
-def _rows(material: Material, oracles: ModuleType) -> Rows:
+def _rows(material: Material, torch_oracle: ModuleType) -> Rows:
     calls = material.calls
-    return oracles.Rows(
+    return torch_oracle.Rows(
         tokens=np.asarray(calls.tokens),
         parent=np.asarray(calls.parent),
         depth=np.asarray(calls.depth),
@@ -198,16 +169,16 @@ def _rows(material: Material, oracles: ModuleType) -> Rows:
     )
 
 
-def _single(batch: Any) -> list[Any]:
-    """A batch for each row that trains anything."""
+def _split_rows(batch: Any) -> list[Any]:
+    """One batch for each row that has trained tokens."""
     kept = np.flatnonzero(np.asarray(batch.weight).any(axis=1)).tolist()
     if isinstance(batch, TrieBatch):
         return [jax.tree.map(lambda a, b=b: a[b : b + 1], batch) for b in kept]
     return [type(batch)(**{n: a[b : b + 1] for n, a in vars(batch).items()}) for b in kept]
 
 
-def _of_children(logp: np.ndarray, material: Material) -> np.ndarray:
-    """Log-probs [B, T] of all nodes, with 0 at roots, which nothing predicts."""
+def _node_logp(logp: np.ndarray, material: Material) -> np.ndarray:
+    """[n] log-probs of all nodes, from [B, T]; 0 at roots, which have no predecessor."""
     has_parent = np.asarray(material.calls.parent) != np.arange(logp.shape[1])
     return np.where(has_parent, logp, 0)[material.is_node]
 
@@ -218,7 +189,7 @@ def _of_children(logp: np.ndarray, material: Material) -> np.ndarray:
 def greedy_match(
     model: Model, params: Params, oracle: Oracle, material: Material, *, tokens: int
 ) -> float:
-    """Share of the prompts after which both draw the same ids, up to an end of sequence."""
+    """Share of prompts that both sides continue with equal ids, up to an end of sequence."""
     protocol, eos = material.protocol, material.tokenizer.eos_ids
     limits = dataclasses.replace(protocol.limits, parallel=False, max_new=tokens)
     ours = _decoded(model, params, material.prompts, ThreadWeaver(protocol.table, limits))
@@ -227,11 +198,11 @@ def greedy_match(
 
 
 def forkjoin_match(
-    model: Model, params: Params, oracle: Oracle, material: Material, *, oracles: ModuleType
+    model: Model, params: Params, oracle: Oracle, material: Material, *, torch_oracle: ModuleType
 ) -> float:
-    """Share of the prompts after which both write the same joined ids, threads and all."""
+    """Share of prompts after which the joined ids of both sides are equal, threads included."""
     limits = material.protocol.limits
-    threads = oracles.Threads(
+    threads = torch_oracle.Threads(
         encode=lambda text: material.tokenizer.encode(text).tolist(),
         decode=material.tokenizer.decode,
         eos=material.tokenizer.eos_ids,
@@ -242,16 +213,16 @@ def forkjoin_match(
     )
     ours = _decoded(model, params, material.prompts, material.protocol)
     prompts = [prompt.tolist() for prompt in material.prompts]
-    return _share_equal(ours, [oracles.fork_join(oracle, p, threads) for p in prompts])
+    return _share_equal(ours, [torch_oracle.fork_join(oracle, p, threads) for p in prompts])
 
 
 def _decoded(
     model: Model, params: Params, prompts: list[np.ndarray], protocol: ThreadWeaver
 ) -> list[list[int]]:
-    """Ids after each prompt, by the jitted sampler."""
+    """Ids that the jitted sampler writes after each prompt."""
     longest = max(map(len, prompts))
     sampler = Sampler(rows=len(prompts), max_prompt=longest, temperature=0.0)
-    # A pretrained table may have no rows for the control tokens, which the tokenizer was given.
+    # A pretrained table may lack rows for the control tokens that were added to the tokenizer.
     net = network(model, num_ids=min(model.vocab_size, protocol.table.num_ids))
     made = make_sampler(net, protocol, sampler)(params, prompts)
     return [t.ids[t.prompt_tokens :].tolist() for t in made]

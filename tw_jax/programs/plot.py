@@ -1,16 +1,12 @@
-"""`tw plot`: pictures of a run: how it learned, what its threads save, and one trajectory's trie.
+"""`tw plot`: pictures of runs: training, token latency, and one rollout in time and as a trie.
 
-This file reads what `tw sft`, `tw sample` and `tw evaluate` wrote, and writes PNGs; it draws
-nothing itself (`tw_jax/plots.py`) and trains, samples and grades nothing.
+This program reads what `tw sft`, `tw pgrpo`, `tw sample` and `tw evaluate` wrote, and writes PNGs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tw_jax import metrics, strict_json, workdir
 from tw_jax.bounds import require, require_text, shown
@@ -21,58 +17,65 @@ from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, load_tokenizer
-from tw_jax.view import plots
+from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
+from tw_jax.view.plots import latency_figure, loss_figure, policy_figure
+from tw_jax.view.style import Figure, save
+from tw_jax.view.timeline import timeline_figure
+from tw_jax.view.trie_figure import trie_figure
 
 
 @configurable
 class StoredRollout:
-    """One trajectory of a file, and what reads it.
+    """One trajectory of a file.
 
     Attributes:
-      path: a file of examples or rollouts.
-      index: which record of the file, from 0.
-      tokenizer: the tokenizer of the file's ids or texts.
-      chat: how a question becomes a prompt.
-      forkjoin: limits and policies under which a rollout was sampled.
+      path: A file of examples or rollouts; None takes the newest `rollouts.jsonl` in `Plot.runs`.
+      index: Number of the record in the file, from 0.
+      tokenizer: Tokenizer of the file's ids or texts.
+      chat: Template that turns a question into a prompt.
+      forkjoin: Limits and policies under which a rollout was sampled.
     """
 
-    path: str
+    path: str | None = None
     index: int = 0
     tokenizer: Bytes | SentencePiece | HuggingFace
     chat: Chat
     forkjoin: ForkJoin
 
     def check(self) -> None:
-        """Refuses a file without a name, and a record before the first."""
+        """Refuses an empty path and a negative index."""
         require_text(self, "path")
         require(self, "index", least=0)
 
 
 @configurable
 class Plot:
-    """Pictures of a run; what is not given is not drawn.
+    """Pictures of runs.
 
     Attributes:
-      workdir: where `loss.png`, `latency.png` and `trie.png` go.
-      metrics: (label, file) of each training run, overlaid in `loss.png`.
-      graded: the `graded.jsonl` of an evaluation, for `latency.png`; None for none.
-      trajectory: the trajectory of `trie.png`; None for none.
+      workdir: Folder of the pictures.
+      runs: A folder; each `metrics.jsonl` and `graded.jsonl` in it or below it is drawn, under the
+        name of its own folder. None draws only the files that are named below.
+      metrics: (label, file) of training runs. SFT runs are overlaid in `loss.png`, P-GRPO runs in
+        `pgrpo.png`.
+      graded: The `graded.jsonl` of an evaluation, drawn as `latency.png`.
+      trajectory: The trajectory that `threads.png` shows in time and `trie.png` as a trie.
     """
 
     workdir: str
+    runs: str | None = None
     metrics: tuple[tuple[str, str], ...] = ()
     graded: str | None = None
     trajectory: StoredRollout | None = None
 
     def check(self) -> None:
-        """Refuses nothing to draw, files without a name, and labels that do not tell runs apart."""
-        if not (self.metrics or self.graded or self.trajectory):
+        """Refuses a config without pictures, empty names, and equal labels."""
+        if not (self.runs or self.metrics or self.graded or self.trajectory):
             raise ValueError(
-                "Plot has nothing to draw: want metrics, graded or trajectory. Set Plot.metrics = "
-                "(('sft', 'runs/demo/sft/metrics.jsonl'),), for example."
+                "Plot has nothing to draw. Set Plot.runs, metrics, graded or trajectory, for "
+                "example Plot.runs = 'runs/demo'."
             )
-        require_text(self, "workdir", "graded")
+        require_text(self, "workdir", "runs", "graded")
         if not all(label.strip() and path.strip() for label, path in self.metrics):
             raise ValueError(
                 f"Plot.metrics = {shown(self.metrics)} must be pairs of a label and a file, "
@@ -80,34 +83,57 @@ class Plot:
             )
         labels = [label for label, _ in self.metrics]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"Plot.metrics has the labels {labels}: want each once. Rename one.")
+            raise ValueError(f"Plot.metrics has the labels {labels} more than once. Rename one.")
+        if self.trajectory is not None and self.trajectory.path is None and self.runs is None:
+            raise ValueError(
+                "StoredRollout.path = None needs a folder to search. Set Plot.runs, or "
+                "StoredRollout.path."
+            )
 
 
 def run(cfg: Plot) -> None:
-    """Draws what the config names into the workdir."""
-    pictures = {}
-    if cfg.metrics:
-        runs = {label: _metrics(path) for label, path in cfg.metrics}
-        pictures["loss.png"] = plots.loss_figure(runs)
-    if cfg.graded is not None:
-        pictures["latency.png"] = plots.latency_figure(_graded(cfg.graded))
-    if cfg.trajectory is not None:
-        pictures["trie.png"] = plots.trie_figure(*_drawn(cfg.trajectory))
+    """Draws the pictures into the workdir and prints their paths."""
+    training = {label: read_training(path) for label, path in cfg.metrics}
+    graded = {} if cfg.graded is None else {"latency.png": read_graded(cfg.graded)}
+    rollout = None if cfg.trajectory is None else cfg.trajectory.path
+    if cfg.runs is not None:
+        training = find_training(cfg.runs) | training
+        graded = find_graded(cfg.runs) | graded
+        rollout = rollout or newest_rollouts(cfg.runs)
+
+    pictures: dict[str, Figure] = {}
+    policy = {label for label, lines in training.items() if any("reward" in x for x in lines)}
+    if supervised := {label: x for label, x in training.items() if label not in policy}:
+        pictures["loss.png"] = loss_figure(supervised)
+    if policy:
+        pictures["pgrpo.png"] = policy_figure({label: training[label] for label in sorted(policy)})
+    pictures |= {name: latency_figure(lines) for name, lines in graded.items()}
+    if cfg.trajectory is not None and rollout is not None:
+        trajectory, tokenizer = read_trajectory(cfg.trajectory, rollout)
+        pictures["threads.png"] = timeline_figure(trajectory, tokenizer.decode)
+        pictures["trie.png"] = trie_figure(trajectory, tokenizer.decode)
+    if not pictures:
+        raise FileNotFoundError(
+            f"{cfg.runs}: no metrics.jsonl, graded.jsonl or rollouts.jsonl in this folder. Run "
+            "`tw sft` or `tw evaluate` first, or correct Plot.runs."
+        )
+
     folder = Path(cfg.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
-        plots.save(figure, folder / name, "png")
+        save(figure, folder / name, "png")
         print(folder / name)
     workdir.record(cfg)
 
 
-# What the files hold.
+# Files that are named.
 
 _GRADED = {"verdict": str, "longest": int, "total": int}
-"""What `latency.png` needs of a line of `graded.jsonl`."""
+"""Fields of a line of `graded.jsonl` that the picture of latency needs, and their types."""
 
 
-def _metrics(path: str) -> list[dict[str, Any]]:
+def read_training(path: str) -> list[dict[str, Any]]:
+    """The lines of a metrics file that have a loss."""
     _require_file(path, "Training writes it: run `tw sft` first")
     lines = [line for line in metrics.read(path) if "loss" in line]
     if not lines:
@@ -115,40 +141,81 @@ def _metrics(path: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _graded(path: str) -> list[dict[str, Any]]:
+def read_graded(path: str) -> list[dict[str, Any]]:
+    """The lines of a graded file, each with the fields of `_GRADED`."""
     _require_file(path, "Evaluation writes it: run `tw evaluate` first")
     lines = []
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             line = strict_json.parse(text)
-            fault = [f"no {n}" for n, kind in _GRADED.items() if type(line.get(n)) is not kind]
+            faults = [f"no {n}" for n, kind in _GRADED.items() if type(line.get(n)) is not kind]
         except (ValueError, AttributeError):
-            fault = ["no JSON object"]
-        if fault:
+            faults = ["no JSON object"]
+        if faults:
             raise ValueError(
-                f"{path}:{number}: {', '.join(fault)} ({text[:60]}). Write the file anew with "
+                f"{path}:{number}: {', '.join(faults)} ({text[:60]}). Write the file again with "
                 "`tw evaluate`."
             )
         lines.append(line)
     if not lines:
-        raise ValueError(f"{path}: the file is empty. Write it anew with `tw evaluate`.")
+        raise ValueError(f"{path}: the file is empty. Write it again with `tw evaluate`.")
     return lines
 
 
-def _drawn(cfg: StoredRollout) -> tuple[Trajectory, Callable[[np.ndarray], str]]:
-    _require_file(cfg.path, "`tw make` writes examples, `tw sample` and `tw evaluate` rollouts")
-    found = open_records(cfg.path)
-    if not 0 <= cfg.index < len(found):
+def read_trajectory(cfg: StoredRollout, path: str) -> tuple[Trajectory, Tokenizer]:
+    """One record of a file, replayed or rebuilt as a trajectory."""
+    _require_file(path, "`tw make` writes examples, `tw sample` and `tw evaluate` rollouts")
+    records = open_records(path)
+    if not 0 <= cfg.index < len(records):
         raise ValueError(
-            f"StoredRollout.index = {cfg.index}: want at least 0 and less than {len(found)}, the "
-            f"number of records in {cfg.path}."
+            f"StoredRollout.index = {cfg.index} must be at least 0 and less than {len(records)}, "
+            f"the number of records in {path}."
         )
     tokenizer = load_tokenizer(cfg.tokenizer)
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
-    builder = Builder(Data(path=cfg.path, chat=cfg.chat), tokenizer, protocol)
-    return builder.trajectory(found[cfg.index], found.where(cfg.index)), tokenizer.decode
+    builder = Builder(Data(path=path, chat=cfg.chat), tokenizer, protocol)
+    return builder.trajectory(records[cfg.index], records.where(cfg.index)), tokenizer
 
 
 def _require_file(path: str, writer: str) -> None:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file. {writer}, or mend the path.")
+        raise FileNotFoundError(f"{path}: no such file. {writer}, or correct the path.")
+
+
+# Files that a folder has.
+
+
+def find_training(folder: str) -> dict[str, list[dict[str, Any]]]:
+    """By run, the lines with a loss of every `metrics.jsonl`; a run without any is left out."""
+    found = {}
+    for path in _files(folder, "metrics.jsonl"):
+        lines = [line for line in metrics.read(path) if "loss" in line]
+        if lines:
+            found[_run_name(folder, path)] = lines
+    return found
+
+
+def find_graded(folder: str) -> dict[str, list[dict[str, Any]]]:
+    """By name of the picture, the lines of every `graded.jsonl`."""
+    return {
+        f"latency_{_run_name(folder, path).replace('/', '_')}.png"
+        if path.parent != Path(folder)
+        else "latency.png": read_graded(str(path))
+        for path in _files(folder, "graded.jsonl")
+    }
+
+
+def newest_rollouts(folder: str) -> str | None:
+    """The `rollouts.jsonl` that was written last, if there is one."""
+    paths = _files(folder, "rollouts.jsonl")
+    return str(max(paths, key=lambda path: path.stat().st_mtime)) if paths else None
+
+
+def _files(folder: str, name: str) -> list[Path]:
+    return sorted(Path(folder).rglob(name))
+
+
+def _run_name(folder: str, path: Path) -> str:
+    """The folder of a file relative to the searched folder, or the name of the latter itself."""
+    relative = path.parent.relative_to(folder).as_posix()
+    return Path(folder).resolve().name if relative == "." else relative

@@ -127,3 +127,29 @@ def _lowest(order: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
     shape = (*order.shape[:-1], 1)
     start = (jnp.full(shape, extremes.min), jnp.full(shape, extremes.max))
     return jax.lax.fori_loop(0, 32, halve, start)[1]
+
+
+def scripted(
+    logits: jax.Array, script: jax.Array, call: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Takes the tokens of a script, in place of `draw`, and the model's own log-probs of them.
+
+    Args:
+      logits: [B, C, V] float32.
+      script: [B, calls, tokens] int32 ids. After its ends the last call and token repeat.
+      call: [B, C] int32, number of the call in its rollout.
+      position: [B, C] int32, index of the token in its call.
+
+    Returns:
+      ([B, C] int32 tokens, [B, C] float32 log-probs at temperature 1, in nats).
+    """
+    tokens = script_tokens(script, call, position)
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+
+
+def script_tokens(script: jax.Array, call: jax.Array, position: jax.Array) -> jax.Array:
+    """[B, C] int32 ids of a script at these calls and positions; see `scripted`."""
+    row = jnp.arange(len(script))[:, None]
+    last_call, last_token = script.shape[1] - 1, script.shape[2] - 1
+    return script[row, jnp.minimum(call, last_call), jnp.minimum(position, last_token)]

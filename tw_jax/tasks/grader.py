@@ -28,10 +28,10 @@ from tw_jax.bounds import require
 from tw_jax.config import configurable
 from tw_jax.tasks import answers, mathematics
 
-_START_SECONDS = 120.0
+START_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
 _MAX_FAILED_STARTS = 3
-_PAUSE_SECONDS = 600.0
+PAUSE_SECONDS = 600.0
 """After this many failed starts in a row a worker is not started again for this long."""
 _GRACE_SECONDS = 1.0
 """A worker ends itself when it is so much later than a deadline at which its parent kills it."""
@@ -177,11 +177,11 @@ class _Worker:
             return None
         try:
             pipe = self._spawn()
-            if pipe.poll(_START_SECONDS):
+            if pipe.poll(START_SECONDS):
                 pipe.recv()
                 self._failed_starts = 0
                 return pipe
-            reason = f"was not ready after {_START_SECONDS:g} seconds"
+            reason = f"was not ready after {START_SECONDS:g} seconds"
         except (EOFError, OSError) as error:
             reason = f"ended before it was ready ({type(error).__name__}: {error})"
         except BaseException:
@@ -191,10 +191,10 @@ class _Worker:
         self._failed_starts += 1
         then = "The next such answer starts another one."
         if self._failed_starts >= _MAX_FAILED_STARTS:
-            self._paused_until = time.monotonic() + _PAUSE_SECONDS
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
             then = (
                 f"There were {self._failed_starts} of them in a row, so for "
-                f"{_PAUSE_SECONDS / 60:g} minutes none is started and answers that need one are "
+                f"{PAUSE_SECONDS / 60:g} minutes none is started and answers that need one are "
                 "counted as timeouts."
             )
         warnings.warn(
