@@ -30,7 +30,6 @@ from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.train import sft
@@ -268,7 +267,7 @@ def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
     params = _placed(shapes, sharding.shardings(net.axes(), shapes, mesh, rules))
     by_row = NamedSharding(mesh, PartitionSpec(rules.rows))
     by_head = NamedSharding(mesh, PartitionSpec(None, rules.rows, rules.kv_heads))
-    state = sampler.abstract(rows, how.slots)
+    state = sampler.abstract(how.slots)
     kv = _placed(state.cache.kv, jax.tree.map(lambda _: by_head, state.cache.kv))
     state = state.replace(cache=state.cache.replace(kv=None))
     state = _placed(state, jax.tree.map(lambda _: by_row, state))
@@ -282,12 +281,14 @@ def _sampling(cfg: Aot, net: Network, mesh: jax.sharding.Mesh, rules: Rules):
         "block_occupancy": None,
     }
     if how.part == "prefill":
-        return sampler.prefill, (params, 1, state), extra
-    draw = jax.eval_shape(
-        lambda: sampling_params(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0)
-    )
-    draw = _placed(draw, jax.tree.map(lambda _: by_row, draw))
-    return sampler.advance, (params, state, draw), extra
+        # One rollout of each prompt: as many rows encode as decode.
+        prompts = _placed(
+            jax.eval_shape(lambda: jnp.zeros((rows, how.sampler.max_prompt), jnp.int32)), by_row
+        )
+        length = _placed(jax.eval_shape(lambda: jnp.zeros(rows, jnp.int32)), by_row)
+        return sampler.jitted.prefill, (params, prompts, length, how.slots), extra
+    turns = jax.ShapeDtypeStruct((), jnp.int32)
+    return sampler.jitted.advance, (params, state, turns), extra
 
 
 def _bytes_per_chip(arrays: Any) -> int:

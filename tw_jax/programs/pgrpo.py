@@ -34,7 +34,7 @@ from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.draw import sampling_arrays
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks.grader import Grader, GraderPool, check_truths
@@ -530,7 +530,7 @@ class Rollouts:
         self, problems: Sequence[records.Problem], samples: int, temperature: float, seed: int
     ) -> list[Trajectory]:
         prompts = [self._cfg.chat.prompt(self._tokenizer, p.question) for p in problems]
-        sampling = sampling_params(
+        sampling = sampling_arrays(
             len(prompts) * samples,
             temperature=temperature,
             top_p=1.0,

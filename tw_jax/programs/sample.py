@@ -31,7 +31,7 @@ from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.metrics import progress
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.draw import sampling_arrays
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, prompt_limits
 from tw_jax.tokenizer import (
     Bytes,
@@ -167,7 +167,7 @@ def rollouts(
         have = {record.id for record in finished(cfg, asked)}
         missing = [n for n, name in enumerate(wanted) if name not in have]
         # Seeds belong to rollouts, not to the order in which a resumed run makes them.
-        sampling = sampling_params(
+        sampling = sampling_arrays(
             max(len(wanted), 1),
             temperature=cfg.sampler.temperature,
             top_p=cfg.sampler.top_p,
