@@ -26,7 +26,7 @@ from tw_jax.models.lora import Lora, overlay, trained
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.draw import sampling_arrays
 from tw_jax.tasks import multiplication
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
@@ -446,7 +446,7 @@ def test_b_sampler_log_probs_equal_those_of_the_loss(qk_norm, temperature, lora,
     cfg = samplers.Sampler(rows=4, max_prompt=16, prefill_chunk=16)
     sampler = samplers.make_sampler(net, protocol, cfg, draw=half_given)
     sampling = (
-        sampling_params(4, temperature=temperature, top_p=1.0, top_k=0, seed=2),
+        sampling_arrays(4, temperature=temperature, top_p=1.0, top_k=0, seed=2),
         jnp.asarray(script),
     )
     prompts = [t.ids[: t.prompt_tokens] for t in scripted]

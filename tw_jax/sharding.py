@@ -316,6 +316,12 @@ def put_rows(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def row_split() -> int:
+    """Devices of the enclosing `use` that rows are split over; 1 outside."""
+    found = current()
+    return 1 if found is None else math.prod(found[0].shape[axis] for axis in found[1].rows)
+
+
 def check_split(name: str, rows: int, mesh: jax.sharding.Mesh, rules: Rules) -> None:
     """Refuses a number of rows that the devices cannot share evenly.
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.tasks import multiplication
 
 TASK = multiplication.Multiplication(

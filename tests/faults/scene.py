@@ -8,7 +8,7 @@ from faults.runner import Runner
 from programs.conftest import CONFIG, MAKE, PGRPO, SFT
 
 from tw_jax.cli import main
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 
 STEPS = {"sft": 60, "pgrpo": 24}
 SAVE_EVERY = 3

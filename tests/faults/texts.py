@@ -26,7 +26,7 @@ from faults.hostile import Hostile, hostile
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import Example, Record, open_records
 from tw_jax.forkjoin.limits import ForkJoin
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tasks import answers

@@ -4,7 +4,7 @@ import json
 
 from tw_jax.cli import main
 from tw_jax.data import records
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.tasks import multiplication
 
 

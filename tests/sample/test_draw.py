@@ -37,7 +37,7 @@ def test_reported_log_probs_are_those_of_the_cut_and_renormalised_distribution(
     temperature, top_p, top_k, close
 ):
     values = logits()
-    sampling = draw.sampling_params(ROWS, temperature=temperature, top_p=top_p, top_k=top_k, seed=5)
+    sampling = draw.sampling_arrays(ROWS, temperature=temperature, top_p=top_p, top_k=top_k, seed=5)
     for position in range(40):
         where = jnp.full((ROWS, LANES), position)
         tokens, logp = jax.jit(draw.draw)(values, sampling, jnp.zeros_like(where), where)
@@ -51,7 +51,7 @@ def test_reported_log_probs_are_those_of_the_cut_and_renormalised_distribution(
 def test_frequencies_follow_the_distribution():
     count = 20_000
     values = jnp.broadcast_to(logits()[:1, :1], (1, count, VOCABULARY))
-    sampling = draw.sampling_params(1, temperature=1.0, top_p=0.9, top_k=0, seed=1)
+    sampling = draw.sampling_arrays(1, temperature=1.0, top_p=0.9, top_k=0, seed=1)
     where = jnp.arange(count)[None]
     tokens, _ = draw.draw(values, sampling, jnp.zeros_like(where), where)
     share = np.bincount(np.asarray(tokens[0]), minlength=VOCABULARY) / count
@@ -59,18 +59,21 @@ def test_frequencies_follow_the_distribution():
     assert np.abs(share - want).max() < 4 * np.sqrt(0.25 / count)
 
 
-def test_greedy_takes_the_likeliest_token_with_certainty():
-    sampling = draw.sampling_params(ROWS, temperature=0.0, top_p=0.5, top_k=2, seed=0)
+def test_greedy_takes_the_likeliest_token_and_reports_the_model_at_temperature_one(close):
+    sampling = draw.sampling_arrays(ROWS, temperature=0.0, top_p=0.5, top_k=2, seed=0)
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
     tokens, logp = draw.draw(logits(), sampling, zeros, zeros)
     np.testing.assert_array_equal(tokens, logits().argmax(-1))
-    assert not np.asarray(logp).any()
+    for b in range(ROWS):
+        for c in range(LANES):
+            want = distribution(logits()[b, c], 1.0, 1.0, 0)
+            close("module", logp[b, c], want.max(), of=1.0)
 
 
 def test_rows_with_other_settings_change_nothing_for_a_row():
     values = logits()
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
-    plain = draw.sampling_params(ROWS, temperature=1.0, top_p=1.0, top_k=0, seed=9)
+    plain = draw.sampling_arrays(ROWS, temperature=1.0, top_p=1.0, top_k=0, seed=9)
     mixed = plain.replace(top_p=jnp.array([1.0, 0.5, 1.0]), top_k=jnp.array([0, 2, 1]))
     alone, together = (draw.draw(values, sampling, zeros, zeros) for sampling in (plain, mixed))
     assert alone[0][0].tolist() == together[0][0].tolist()
@@ -79,7 +82,7 @@ def test_rows_with_other_settings_change_nothing_for_a_row():
 
 def test_calls_and_positions_draw_independently():
     values = jnp.zeros((1, 64, 1000))
-    sampling = draw.sampling_params(1, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    sampling = draw.sampling_arrays(1, temperature=1.0, top_p=1.0, top_k=0, seed=0)
     index = jnp.arange(64)[None]
     by_call = draw.draw(values, sampling, index, jnp.zeros_like(index))[0][0]
     by_position = draw.draw(values, sampling, jnp.zeros_like(index), index)[0][0]
@@ -90,7 +93,7 @@ def test_calls_and_positions_draw_independently():
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"temperature": -1.0}, "temperature = -1.0: want 0"),
+        ({"temperature": -1.0}, "temperature = -1.0 must be at least 0"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_k": -1}, "top_k = -1"),
@@ -98,7 +101,7 @@ def test_calls_and_positions_draw_independently():
 )
 def test_settings_out_of_range_are_refused(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        draw.sampling_params(
+        draw.sampling_arrays(
             1, **({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0} | wrong)
         )
 
@@ -106,7 +109,7 @@ def test_settings_out_of_range_are_refused(wrong, sentence):
 def test_a_vocabulary_that_is_split_over_devices_is_not_gathered():
     size = 1024
     values = jax.random.normal(jax.random.key(3), (2, 2, size)) * 2
-    sampling = draw.sampling_params(2, temperature=0.7, top_p=0.9, top_k=300, seed=5)
+    sampling = draw.sampling_arrays(2, temperature=0.7, top_p=0.9, top_k=300, seed=5)
     mesh, rules = sharding.make_mesh(sharding.Mesh(fsdp=1, tensor=8)), sharding.Rules()
     with sharding.use(mesh, rules):
         place = jax.NamedSharding(mesh, jax.P(None, None, "tensor"))

@@ -17,7 +17,7 @@ from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import sampling_params, scripted
+from tw_jax.sample.draw import sampling_arrays, scripted
 from tw_jax.trie.batch import stack_rows
 
 TOKENIZER = fakes.Characters()
@@ -158,7 +158,7 @@ def test_growing_through_buckets_and_dropping_dead_slots_changes_nothing(close):
 
 def test_sampled_log_probs_are_those_of_the_tempered_distribution(close):
     sampler = build(draw=None)
-    sampling = sampling_params(4, temperature=0.7, top_p=1.0, top_k=0, seed=3)
+    sampling = sampling_arrays(4, temperature=0.7, top_p=1.0, top_k=0, seed=3)
     for trajectory in sampler(PARAMS, PROMPTS, sampling):
         drawn = np.concatenate([call.logp for call in trajectory.calls])
         want = recomputed(trajectory, temperature=0.7)
@@ -167,7 +167,7 @@ def test_sampled_log_probs_are_those_of_the_tempered_distribution(close):
 
 def test_a_rollout_does_not_depend_on_its_batch_neighbours():
     sampler = build(draw=None)
-    sampling = sampling_params(4, temperature=1.0, top_p=0.9, top_k=0, seed=3)
+    sampling = sampling_arrays(4, temperature=1.0, top_p=0.9, top_k=0, seed=3)
     together = sampler(PARAMS, PROMPTS, sampling)
     swapped = jax.tree.map(lambda a: a[::-1], sampling)
     apart = sampler(PARAMS, PROMPTS[::-1], swapped)[::-1]
@@ -181,7 +181,7 @@ def test_a_rollout_does_not_depend_on_its_batch_neighbours():
 
 def test_more_prompts_than_rows_are_decoded_in_turns():
     sampler = build(draw=None)
-    sampling = sampling_params(6, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    sampling = sampling_arrays(6, temperature=1.0, top_p=1.0, top_k=0, seed=0)
     prompts = [PROMPTS[n % 4] for n in range(6)]
     made = sampler(PARAMS, prompts, sampling)
     assert len(made) == 6
@@ -195,12 +195,12 @@ def test_no_prompts_make_no_rollouts():
 
 def test_new_temperatures_and_seeds_do_not_recompile():
     sampler = build(draw=None)
-    sampler(PARAMS, PROMPTS, sampling_params(4, temperature=1.0, top_p=1.0, top_k=0, seed=0))
-    before = sampler.advance._cache_size()
+    sampler(PARAMS, PROMPTS, sampling_arrays(4, temperature=1.0, top_p=1.0, top_k=0, seed=0))
+    before = sampler.jitted.advance._cache_size()
     for temperature, top_p, top_k in ((0.0, 1.0, 0), (0.5, 0.9, 0), (1.3, 1.0, 5)):
-        sampling = sampling_params(4, temperature=temperature, top_p=top_p, top_k=top_k, seed=top_k)
+        sampling = sampling_arrays(4, temperature=temperature, top_p=top_p, top_k=top_k, seed=top_k)
         sampler(PARAMS, PROMPTS, sampling)
-    assert sampler.advance._cache_size() <= before + 1  # at most one more capacity bucket
+    assert sampler.jitted.advance._cache_size() <= before + 1  # at most one more capacity bucket
 
 
 def test_a_prompt_without_room_ends_by_length():
@@ -214,8 +214,8 @@ def test_a_prompt_without_room_ends_by_length():
     ("prompt", "sentence"),
     [
         ([], "Prompt 0 has 0 tokens"),
-        ([1] * 21, "Prompt 0 has 21 tokens: want 1 to 20"),
-        ([1, 4000], "Prompt 0 holds token 4000"),
+        ([1] * 21, "Prompt 0 has 21 tokens. It must have 1 to 20"),
+        ([1, 4000], "Prompt 0 holds id 4000"),
     ],
 )
 def test_bad_prompts_are_refused_in_a_sentence(prompt, sentence):
@@ -226,7 +226,7 @@ def test_bad_prompts_are_refused_in_a_sentence(prompt, sentence):
 def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(close):
     sampler = build(draw=None)
     prompts = [TOKENIZER.encode("abc 12"), TOKENIZER.encode("dd")]
-    sampling = sampling_params(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
+    sampling = sampling_arrays(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
     once = sampler(PARAMS, prompts, sampling, repeats=2)
     each = sampler(PARAMS, [prompts[0], prompts[0], prompts[1], prompts[1]], sampling)
     assert len(once) == 4
@@ -239,7 +239,7 @@ def test_rollouts_of_a_prompt_encoded_once_are_those_of_it_encoded_each_time(clo
 
 
 def test_repeats_that_do_not_divide_the_rows_are_refused():
-    with pytest.raises(ValueError, match=r"repeats = 3: want a divisor of Sampler.rows = 4"):
+    with pytest.raises(ValueError, match=r"repeats = 3 does not divide Sampler.rows = 4"):
         build(draw=None)(PARAMS, [TOKENIZER.encode("ab")], repeats=3)
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.tasks.multiplication import (
     Multiplication,
     Product,

@@ -22,7 +22,6 @@ from tw_jax.data import workloads
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import Sampler, make_sampler
 from tw_jax.sharding import Rules
 from tw_jax.train.groups import PolicyBatch
@@ -195,7 +194,7 @@ def _sampling(step: Sampling, net: Network, mesh: jax.sharding.Mesh, rules: Rule
     by_row = NamedSharding(mesh, PartitionSpec(rules.rows))
     by_head = NamedSharding(mesh, PartitionSpec(None, rules.rows, rules.kv_heads))
     # Keys and values are split by rows and heads, everything else of the state by rows.
-    state = sampler.abstract(rows, step.slots)
+    state = sampler.abstract(step.slots)
     kv = _with_shardings(state.cache.kv, jax.tree.map(lambda _: by_head, state.cache.kv))
     state = state.replace(cache=state.cache.replace(kv=None))
     state = _with_shardings(state, jax.tree.map(lambda _: by_row, state))
@@ -205,12 +204,12 @@ def _sampling(step: Sampling, net: Network, mesh: jax.sharding.Mesh, rules: Rule
         "param_bytes_per_chip": _bytes_per_chip(params),
     }
     if step.part == "prefill":
-        return sampler.prefill, (params, 1, state), figures
-    drawing = jax.eval_shape(
-        lambda: sampling_params(rows, temperature=1.0, top_p=1.0, top_k=0, seed=0)
-    )
-    drawing = _with_shardings(drawing, jax.tree.map(lambda _: by_row, drawing))
-    return sampler.advance, (params, state, drawing), figures
+        # One rollout of each prompt: as many rows encode as decode.
+        prompts = jax.ShapeDtypeStruct((rows, step.sampler.max_prompt), jnp.int32, sharding=by_row)
+        length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)
+        return sampler.jitted.prefill, (params, prompts, length, step.slots), figures
+    turns = jax.ShapeDtypeStruct((), jnp.int32)
+    return sampler.jitted.advance, (params, state, turns), figures
 
 
 def _bytes_per_chip(arrays: Any) -> int:

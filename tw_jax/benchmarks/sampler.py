@@ -19,9 +19,8 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.metrics import count_compiles
 from tw_jax.models.transformer import network
-from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
-from tw_jax.sample.draw import SamplingParams, draw, sampling_params, script_tokens
+from tw_jax.sample.draw import SamplingArrays, draw, sampling_arrays, script_tokens
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler
 from tw_jax.sample.state import DONE, State
 
@@ -78,7 +77,7 @@ class Decode:
 
     sampler: ForkJoinSampler
     prompts: list[np.ndarray]
-    sampling: tuple[SamplingParams, jax.Array]
+    sampling: tuple[SamplingArrays, jax.Array]
     prefix: int
     tokens: int  # of one row, all its lanes together, that are decoded behind the prefix
 
@@ -120,24 +119,26 @@ class Decode:
     def encoded(self, params: Params) -> State:
         """The state whose cache holds the prefix, with room for all that follows."""
         sampler, chunk = self.sampler, self.sampler.sizes.chunk
-        slots = caches.bucket(self.prefix + self.tokens + chunk)
-        cache = caches.empty(sampler.network, sampler.sizes.rows, slots)
-        # The program comes back when a chunk has no room. Slots that hold nothing make that the
-        # moment when the prefix is encoded; growing, though to the same size, drops them.
-        taken = jnp.full_like(cache.used, slots - self.prefix - chunk + 1)
-        state = sampler._start(self.prompts, sampler.sizes.rows).replace(
-            cache=cache.replace(used=taken)
-        )
-        state = sampler.grow(sampler.advance(params, state, self.sampling), slots)
+        slots = self.prefix + max(self.tokens, chunk) + chunk
+        state = sampler.empty(self.sampling, slots=slots)
+        rows = range(len(self.prompts))
+        state = sampler.admit(params, state, rows, self.prompts, self.sampling)
+        while (np.asarray(state.cache.used) < self.prefix).any():
+            state = sampler.advance(params, state, 1)
         if (np.asarray(state.cache.used) != self.prefix).any():
-            raise RuntimeError(f"{state.cache.used} slots hold entries: want {self.prefix}.")
+            raise RuntimeError(
+                f"{state.cache.used} slots hold entries and not {self.prefix}. A prefix must end "
+                "with a turn of the sampler."
+            )
         return state
 
     def finish(self, params: Params, state: State) -> State:
         """Decodes to the end."""
-        state = self.sampler.advance(params, state, self.sampling)
+        state = self.sampler.advance(params, state)
         if (np.asarray(state.phase) != DONE).any():
-            raise RuntimeError("The cache was full before the end: want room for every token.")
+            raise RuntimeError(
+                "The cache was full before the end. It must have room for all tokens."
+            )
         return state
 
 
@@ -148,7 +149,7 @@ def _forced(
 
     def forced(
         logits: jax.Array,
-        sampling: tuple[SamplingParams, jax.Array],
+        sampling: tuple[SamplingArrays, jax.Array],
         call: jax.Array,
         position: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
@@ -161,8 +162,8 @@ def _forced(
     return samplers.make_sampler(net, protocol, cfg, draw=forced)
 
 
-def _how(script: np.ndarray) -> tuple[SamplingParams, jax.Array]:
-    given = sampling_params(len(script), temperature=1.0, top_p=1.0, top_k=0, seed=0)
+def _how(script: np.ndarray) -> tuple[SamplingArrays, jax.Array]:
+    given = sampling_arrays(len(script), temperature=1.0, top_p=1.0, top_k=0, seed=0)
     return given, jnp.asarray(script)
 
 
@@ -178,7 +179,7 @@ def _recompiles(net: Network, params: Params, case: SamplerCase) -> int:
 
     def rollouts(lengths: Sequence[int], **given: Any) -> None:
         prompts = [workloads.text(rng, length) for length in lengths]
-        sampler(params, prompts, sampling_params(len(prompts), **given))
+        sampler(params, prompts, sampling_arrays(len(prompts), **given))
 
     rollouts(case.prompts, temperature=1.0, top_p=1.0, top_k=0, seed=0)
     with count_compiles() as compiles:

@@ -13,9 +13,8 @@ from pathlib import Path
 from tw_jax import files
 from tw_jax.data.records import Example, Problem, Record, Rollout
 from tw_jax.forkjoin.calls import StopReason, Trajectory
-from tw_jax.forkjoin.protocol import Result
+from tw_jax.forkjoin.protocol import Protocol, Result
 from tw_jax.forkjoin.replay import rebuild
-from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 
 KEPT_BYTES = 2**24
 """Smaller files are hashed each time, which takes some ten milliseconds."""
@@ -34,7 +33,7 @@ def problem_of(record: Record) -> Problem:
             return Problem(id=record.id, question=record.question, answer=record.answer, task="")
 
 
-def trajectory_of(protocol: ThreadWeaver, rollout: Rollout) -> Trajectory:
+def trajectory_of(protocol: Protocol, rollout: Rollout) -> Trajectory:
     """The trajectory of a stored rollout, rebuilt from its ids.
 
     Raises:

@@ -49,8 +49,9 @@ class Call:
       context: [n] int32 ids that the engine was given.
       provenance: [n] int8, a `Provenance` for each context id.
       sampled: [m] int32 ids that the engine drew, the stop id or end of sequence included.
-      logp: [m] float32 log-probabilities under the distribution actually sampled from, in nats;
-        None where no sampler was involved (replay of a written text).
+      logp: [m] float32 log-probs in nats, of the distribution that the ids were sampled from. At
+        temperature 0, where all of these would be 0, they are the model's own at temperature 1.
+        None if the ids were not sampled (replay of a written text).
       stop_reason: why the call ended.
     """
 

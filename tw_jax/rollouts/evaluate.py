@@ -20,7 +20,7 @@ from tw_jax.contracts import Params
 from tw_jax.data.prompts import Problems
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import Cost, cost_from_calls
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.rollouts import score
 from tw_jax.rollouts.generate import Generator
 from tw_jax.rollouts.judge import judge_groups

@@ -21,7 +21,7 @@ from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
-from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.draw import sampling_arrays
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Rules
 from tw_jax.tokenizer import Chat, Tokenizer
@@ -89,7 +89,7 @@ class Generator:
             return []
         samples, index = len(ids[0]), np.asarray(seeds)
         lowest = int(index.min())
-        sampling = sampling_params(
+        sampling = sampling_arrays(
             int(index.max()) - lowest + 1,
             temperature=temperature,
             top_p=top_p,

@@ -19,7 +19,7 @@ from tw_jax.data import records
 from tw_jax.data.problems import content_hash, require_new
 from tw_jax.data.records import Problem, Record, Rollout
 from tw_jax.data.stored import trajectory_of
-from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.protocol import Protocol
 from tw_jax.rollouts.generate import RolloutGroup
 
 Add = Callable[[Record], None]
@@ -114,7 +114,7 @@ class StepFiles:
     """
 
     def __init__(
-        self, workdir: str | Path, *, run: str, fingerprint: str, protocol: ThreadWeaver
+        self, workdir: str | Path, *, run: str, fingerprint: str, protocol: Protocol
     ) -> None:
         """See the attributes; nothing is read yet."""
         self.folder = Path(workdir) / "rollouts"

@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tw_jax import sharding
@@ -18,6 +17,7 @@ from tw_jax.contracts import Params
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.rollouts.generate import Generator
+from tw_jax.sample.draw import scripted
 from tw_jax.sample.sampler import make_sampler
 
 
@@ -43,7 +43,7 @@ def wall_clock(
     alone = ThreadWeaver(protocol.table, _with(protocol.limits, **one))
     cfg = _with(generate.sampler.cfg, rows=1)
     samplers_of = [
-        (make_sampler(network, used, cfg, draw=_given), script)
+        (make_sampler(network, used, cfg, draw=scripted), script)
         for used, script in ((protocol, _script_of_calls), (alone, _script_of_path))
     ]
     times: list[list[float]] = [[], []]
@@ -52,7 +52,7 @@ def wall_clock(
             for kind, (run_sampler, script) in enumerate(samplers_of):
                 spent = 0.0
                 for trajectory in trajectories:
-                    given = sharding.put_rows(script(trajectory, trajectories))
+                    given = script(trajectory, trajectories)
                     prompt = trajectory.ids[: trajectory.prompt_tokens]
                     begin = time.perf_counter()
                     state = run_sampler.decode(params, [prompt], given)
@@ -66,18 +66,6 @@ def wall_clock(
         "wall_threads_seconds": threads,
         "wall_lane_seconds": lane,
     }
-
-
-def _given(
-    logits: jax.Array, sampling: jax.Array, call: jax.Array, position: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Draws the token that stands at [row, call, position] of the script."""
-    row = jnp.arange(logits.shape[0])[:, None]
-    tokens = sampling[
-        row, jnp.minimum(call, sampling.shape[1] - 1), jnp.minimum(position, sampling.shape[2] - 1)
-    ]
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
 
 
 def _script_of_calls(trajectory: Trajectory, among: list[Trajectory]) -> np.ndarray:

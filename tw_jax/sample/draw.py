@@ -1,71 +1,76 @@
-"""From logits to a token and its log-prob under the very distribution that was sampled from.
+"""From logits to a token and its log-prob.
 
-Temperature, top-p, top-k and seeds are arrays, one for each row, so no value recompiles anything.
-Keys are folded from (seed, call, position): a token never depends on its batch neighbours.
+The parameters of all rows are arrays, so no value of them compiles anything. Random keys are made
+of (seed, call, position) alone: a token does not depend on the other rows of the batch, on its own
+row, or on the time at which it is drawn.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-
-class SamplingParams(struct.PyTreeNode):
-    """How each row samples."""
-
-    temperature: jax.Array  # [B] float32, >= 0; 0 takes the likeliest token
-    top_p: jax.Array  # [B] float32 in (0, 1]; 1 keeps every token
-    top_k: jax.Array  # [B] int32, >= 0; 0 keeps every token
-    seed: jax.Array  # [B] uint32, one for each request
+from tw_jax.forkjoin.protocol import SamplingParams
 
 
-def sampling_params(
-    rows: int, *, temperature: float, top_p: float, top_k: int, seed: int
-) -> SamplingParams:
-    """The same settings for `rows` requests, with seeds `seed, seed + 1, ...`.
+class SamplingArrays(struct.PyTreeNode):
+    """The `SamplingParams` of all rows, as arrays on the device."""
 
-    Raises:
-      ValueError: a setting is out of its range.
-    """
-    if not temperature >= 0:
-        raise ValueError(f"temperature = {temperature}: want 0 (the likeliest token) or more.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: want a share above 0 and at most 1 (1 keeps all).")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k}: want 0 (keeps all) or more.")
-    return SamplingParams(
-        temperature=jnp.full(rows, temperature, jnp.float32),
-        top_p=jnp.full(rows, top_p, jnp.float32),
-        top_k=jnp.full(rows, top_k, jnp.int32),
-        seed=jnp.asarray((seed + np.arange(rows)) % 2**32, jnp.uint32),
+    temperature: jax.Array  # [B] float32
+    top_p: jax.Array  # [B] float32
+    top_k: jax.Array  # [B] int32
+    seed: jax.Array  # [B] uint32
+
+
+def stack_params(params: Sequence[SamplingParams]) -> SamplingArrays:
+    """Arrays of the parameters of several rollouts, in order."""
+    return SamplingArrays(
+        temperature=jnp.asarray([p.temperature for p in params], jnp.float32),
+        top_p=jnp.asarray([p.top_p for p in params], jnp.float32),
+        top_k=jnp.asarray([p.top_k for p in params], jnp.int32),
+        seed=jnp.asarray(np.array([p.seed % 2**32 for p in params], np.uint32)),
     )
 
 
+def sampling_arrays(
+    rows: int, *, temperature: float, top_p: float, top_k: int, seed: int
+) -> SamplingArrays:
+    """The same parameters for `rows` rollouts, with seeds `seed, seed + 1, ...`.
+
+    Raises:
+      ValueError: A number is out of its range, see `SamplingParams`.
+    """
+    return stack_params([SamplingParams(temperature, top_p, top_k, seed + n) for n in range(rows)])
+
+
 def draw(
-    logits: jax.Array, sampling: SamplingParams, call: jax.Array, position: jax.Array
+    logits: jax.Array, sampling: SamplingArrays, call: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token for each lane.
 
-    p = softmax(logits / temperature), restricted to the top_k likeliest tokens, then to the
-    smallest set of likeliest tokens whose mass reaches top_p, renormalised. Ties at the border of
-    a set are kept.
+    The distribution is softmax(logits / temperature), restricted to the top_k most likely tokens,
+    then to the smallest set of most likely tokens whose probability reaches top_p, renormalised.
+    Tokens that tie with the last one of a set are kept.
 
     Args:
       logits: [B, C, V] float32.
-      sampling: one of each for each row, [B].
+      sampling: parameters of each row, [B].
       call: [B, C] int32, number of the call in its rollout.
       position: [B, C] int32, index of the token in its call.
 
     Returns:
-      tokens [B, C] int32 and logp [B, C] float32, nats, of the distribution sampled from: 0 where
-      temperature is 0.
+      tokens [B, C] int32 and logp [B, C] float32, nats. logp is that of the distribution that the
+      token was sampled from. At temperature 0 this would be 0 for every token; there logp is the
+      model's own, at temperature 1 and over the whole vocabulary.
     """
     greedy = sampling.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None, None]
     truncates = ((sampling.top_p < 1) | (sampling.top_k > 0)) & ~greedy
-    # Sorting a vocabulary costs more than decoding a small model: only where someone asks for it.
+    # Finding the border costs 64 passes over the logits, so it is skipped if no row needs it.
     kept = jax.lax.cond(
         truncates.any(), _truncate, lambda scaled, sampling: scaled, scaled, sampling
     )
@@ -79,12 +84,12 @@ def draw(
     lanes = jax.vmap(one, in_axes=(0, None, 0, 0))
     sampled = jax.vmap(lanes)(logp, sampling.seed, call, position)
     tokens = jnp.where(greedy[:, None], logits.argmax(-1), sampled).astype(jnp.int32)
-    drawn = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
-    return tokens, jnp.where(greedy[:, None], 0.0, drawn)
+    # Rows at temperature 0 were divided by 1 and not restricted: logp is the model's own there.
+    return tokens, jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
 
 
-def _truncate(scaled: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Logits with everything outside top-k and top-p at a floor that no draw reaches."""
+def _truncate(scaled: jax.Array, sampling: SamplingArrays) -> jax.Array:
+    """Logits in which all tokens outside top-k and top-p are too low to be drawn."""
     order = _order(scaled)
     count = jnp.where(sampling.top_k > 0, sampling.top_k, scaled.shape[-1])[:, None, None]
     border = _lowest(order, jnp.ones_like(scaled), count.astype(scaled.dtype))
@@ -103,9 +108,11 @@ def _order(x: jax.Array) -> jax.Array:
 
 
 def _lowest(order: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
-    """The lowest border above which less weight lies than the limit.
+    """The lowest border such that the weight above it is less than the limit.
 
-    Found bit by bit, for a vocabulary that is split over devices would be gathered to be sorted.
+    The border is found by bisection over the 32 bits of an integer, with one sum over the
+    vocabulary for each bit. Sorting would be shorter, but a sort gathers a vocabulary that is split
+    over devices, and on CPU it is slower.
 
     Args:
       order: [B, C, V] int32.

@@ -1,24 +1,36 @@
-"""A batch of rollouts in flight: the arrays that the sampler's program carries.
+"""The arrays that the sampler's program carries: one row for each rollout that is decoded.
 
-Everything is preallocated and one row per rollout; `sample/step.py` moves it and
-`sample/sampler.py` makes it and reads it. This file knows no decision.
+All arrays are allocated once, at their full length, because a compiled loop cannot change a shape.
+`sample/rows.py` starts rows, `sample/step.py` decodes them and `sample/sampler.py` reads them.
+
+    B  rows              C  lanes of a row: the parent, or the threads of a fork
+    Q  queue entries     M  tokens of one thread's text
+    S  slots of cache    N  tokens that one rollout may draw       W  ids of a thread's header
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from tw_jax.sample.cache import TrieCache
 
 PARENT, THREADS, DONE = 0, 1, 2
-"""Phases of a row."""
+"""Phases of a row: lane 0 decodes the parent, the lanes decode threads, or the rollout is over.
+A row without a rollout is done."""
 
 
 class Queue(struct.PyTreeNode):
-    """What each row still has to encode, and where the lanes read their next logits."""
+    """Tokens that each row still has to encode, and where the lanes read their next logits.
+
+    Between two draws a row may have to encode one token for each lane, a fork's headers, or all
+    threads that a join writes into the joined path. With a queue these are one case: entries with
+    a number, a span and a position, encoded a few at a time until none is left.
+    """
 
     tokens: jax.Array  # [B, Q] int32
     enter: jax.Array  # [B, Q] int32 logical numbers
@@ -30,7 +42,7 @@ class Queue(struct.PyTreeNode):
 
 
 class Lanes(struct.PyTreeNode):
-    """The calls in flight: lane 0 is the parent, or lane j thread j + 1 of the fork."""
+    """The calls that a row decodes: the parent in lane 0, or thread j + 1 of the fork in lane j."""
 
     live: jax.Array  # [B, C] bool
     enter: jax.Array  # [B, C] int32, number of the lane's next entry
@@ -59,7 +71,7 @@ class Outlines(struct.PyTreeNode):
 
 
 class Log(struct.PyTreeNode):
-    """Everything drawn, in time order."""
+    """All drawn tokens, in time order; threads interleave, so each token has its call's number."""
 
     tokens: jax.Array  # [B, N] int32
     logp: jax.Array  # [B, N] float32
@@ -68,7 +80,7 @@ class Log(struct.PyTreeNode):
 
 
 class State(struct.PyTreeNode):
-    """A batch of rollouts in flight."""
+    """Rows that are being decoded."""
 
     cache: TrieCache
     queue: Queue
@@ -78,21 +90,29 @@ class State(struct.PyTreeNode):
     phase: jax.Array  # [B] int32
     call: jax.Array  # [B] int32, number of lane 0's call; thread j has call + j
     rounds: jax.Array  # [B] int32, forks so far
-    threads: jax.Array  # [B] int32, threads of the fork in flight
+    threads: jax.Array  # [B] int32, threads of the present fork
     length: jax.Array  # [B] int32, tokens of the joined path
     limit: jax.Array  # [B] int32, tokens that the joined path may have
     number: jax.Array  # [B] int32, first logical number that no entry and no range has
+    sampling: Any  # [B, ...], what `draw` reads: `SamplingArrays`, or the script of a test
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Static sizes of the program; each is part of what it is compiled for."""
+    """Static sizes of the program; another value of any of them is another program."""
 
-    rows: int
-    lanes: int
-    chunk: int
-    queue: int
-    body: int
-    log: int
-    header: int
-    hidden: jax.ShapeDtypeStruct
+    rows: int  # B
+    lanes: int  # C
+    chunk: int  # entries of a queue that are encoded at once
+    queue: int  # Q
+    body: int  # M
+    log: int  # N
+    header: int  # W
+    hidden: jax.ShapeDtypeStruct  # of the network's hidden states
+
+
+def where(rows: jax.Array, new: Any, old: Any) -> Any:
+    """Takes `new` in the given rows [B] and `old` in the others, leaf by leaf."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
+    )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,8 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.table import EMPTY_CODE, IDLE, MAX_LABEL, RADIX, TABLED_LABELS, Table
 from tw_jax.sample import cache as caches
 from tw_jax.sample.cache import FOREVER
-from tw_jax.sample.state import DONE, PARENT, THREADS, Log, Outlines, Queue, Sizes, State
+from tw_jax.sample.rows import fresh
+from tw_jax.sample.state import DONE, PARENT, THREADS, Log, Outlines, Queue, Sizes, State, where
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,73 +37,103 @@ class Program:
     sizes: Sizes
     draw: Callable[..., tuple[jax.Array, jax.Array]]
 
-    def advance(self, params: Params, state: State, sampling: Any) -> State:
-        """Decodes until every row is done or some row has no room for another chunk."""
+    def advance(self, params: Params, state: State, max_turns: jax.Array) -> State:
+        """Decodes until every row is done, a row lacks room, or `max_turns` turns are over.
+
+        Args:
+          params: of the network.
+          state: B rows.
+          max_turns: [] int32, traced, so that no value of it compiles anything.
+        """
         sizes = self.sizes
 
         def has_room(state: State) -> jax.Array:
+            # The next turn may write a whole chunk. Rows that are done never need room again.
             most = jnp.where(state.phase == DONE, 0, state.cache.used).max()
             return most + sizes.chunk <= state.cache.slots
 
-        def goes_on(state: State) -> jax.Array:
-            return (state.phase != DONE).any() & has_room(state)
+        def goes_on(carry: tuple[State, jax.Array]) -> jax.Array:
+            state, turns = carry
+            return (turns < max_turns) & (state.phase != DONE).any() & has_room(state)
 
         def waiting(state: State) -> jax.Array:
             return (state.queue.length - state.queue.at).max()
 
-        def loop(above: int, width: int, state: State) -> State:
+        def loop(above: int, width: int, carry: tuple[State, jax.Array]):
             return jax.lax.while_loop(
-                lambda s: goes_on(s) & (waiting(s) > above) & (waiting(s) <= cap[width]),
-                functools.partial(self.step, params, sampling, width),
-                state,
+                lambda c: goes_on(c) & (waiting(c[0]) > above) & (waiting(c[0]) <= cap[width]),
+                lambda c: (self.step(params, width, c[0]), c[1] + 1),
+                carry,
             )
 
-        # One inner loop for each width and no cond: a branch around the cache would copy it.
+        # A turn encodes as many entries as the fullest queue needs, rounded up to one of three
+        # widths: one lane, all lanes, or a chunk. Each width has an inner loop of its own, and the
+        # outer loop passes from one to the next. A `cond` (or `switch`) over widths would be
+        # shorter, but its branches would return the cache, and XLA copies what a branch returns.
         widths = sorted({1, sizes.lanes, sizes.chunk})
         cap = {width: width for width in widths[:-1]} | {widths[-1]: sizes.queue}
         above = dict(zip(widths, [-1, *widths[:-1]], strict=True))
 
-        def turn(state: State) -> State:
+        def each_width(carry: tuple[State, jax.Array]):
             for width in reversed(widths):
-                state = loop(above[width], width, state)
-            return state
+                carry = loop(above[width], width, carry)
+            return carry
 
-        return jax.lax.while_loop(goes_on, turn, state)
+        return jax.lax.while_loop(goes_on, each_width, (state, jnp.int32(0)))[0]
 
-    def prefill(self, params: Params, repeats: int, state: State) -> State:
-        """Encodes every queue to its end, and makes `repeats` rows of each row, side by side."""
+    def prefill(
+        self, params: Params, prompts: jax.Array, length: jax.Array, slots: int
+    ) -> caches.TrieCache:
+        """Encodes all tokens of each prompt but the last, which the first step encodes.
+
+        Args:
+          params: of the network.
+          prompts: [G, P] int32.
+          length: [G] int32.
+          slots: of the cache; a chunk more than the longest prompt.
+
+        Returns:
+          The cache of G rows.
+        """
+        state = fresh(self.sizes, self.limits, prompts, jnp.maximum(length - 1, 0))
+        state = state.replace(cache=caches.empty(self.network, len(prompts), slots))
         state = jax.lax.while_loop(
             lambda s: (s.queue.at < s.queue.length).any(),
             functools.partial(self.encode, params, self.sizes.chunk),
             state,
         )
-        kv = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=1), state.cache.kv)
-        rest = state.replace(cache=state.cache.replace(kv=None))
-        rest = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), rest)
-        return rest.replace(cache=rest.cache.replace(kv=kv))
+        return state.cache
 
-    def step(self, params: Params, sampling: Any, width: int, state: State) -> State:
-        """Encodes `width` entries of every queue; rows whose queue ran empty draw and decide."""
+    def step(self, params: Params, width: int, state: State) -> State:
+        """One turn: encodes `width` entries of every queue; rows whose queue is empty then draw.
+
+        Every row runs through the same operations, whatever it has to do; the masks `ready`,
+        `active`, `forks` and `joins` say for which rows and lanes a result counts.
+        """
         state = self.encode(params, width, state)
         ready = (state.queue.at >= state.queue.length) & (state.phase != DONE)
         active = state.lanes.live & ready[:, None]
         logits = self.network.unembed(params, state.lanes.hidden)
         lane = jnp.arange(self.sizes.lanes, dtype=jnp.int32)
-        tokens, logp = self.draw(logits, sampling, state.call[:, None] + lane, state.lanes.length)
+        call = state.call[:, None] + lane
+        # Keys of the draw are made of (seed, call, position): nothing else of the batch is in them.
+        tokens, logp = self.draw(logits, state.sampling, call, state.lanes.length)
         state = self.record(state, active, tokens, logp)
         state, stopped = self.read(state, active)
         state = self.enqueue(state, ready, active & ~stopped)
         forks = ready & (state.phase == PARENT) & stopped[:, 0]
         joins = ready & (state.phase == THREADS) & ~state.lanes.live.any(axis=1)
-        # Keys and values stay outside the branch, which would copy them.
-        kv = state.cache.kv
+        # Forks and joins are rare and their arrays are as long as the queue, so most turns skip
+        # them. Keys and values stay outside the branch, which would copy them; spans go through
+        # it, because a join changes them.
+        kv, sampling = state.cache.kv, state.sampling
         state = jax.lax.cond(
             (forks | joins).any(),
             lambda s: self.decide(s, forks, joins),
             lambda s: s,
-            state.replace(cache=state.cache.replace(kv=None)),
+            state.replace(cache=state.cache.replace(kv=None), sampling=None),
         )
-        return state.replace(cache=state.cache.replace(kv=kv))
+        return state.replace(cache=state.cache.replace(kv=kv), sampling=sampling)
 
     def encode(self, params: Params, width: int, state: State) -> State:
         """Runs the next `width` entries of each queue through the network."""
@@ -356,8 +386,8 @@ class Program:
             header_length=lengths,
         )
         return state.replace(
-            queue=_where(forks, new, state.queue),
-            lanes=_where(forks, fork_lanes, lanes),
+            queue=where(forks, new, state.queue),
+            lanes=where(forks, fork_lanes, lanes),
             phase=jnp.where(forks, THREADS, state.phase),
             threads=jnp.where(forks, threads, state.threads),
             call=jnp.where(forks, state.call + 1, state.call),
@@ -416,8 +446,8 @@ class Program:
         dropped = (high, jnp.where(joins, state.number, 0))
         return state.replace(
             cache=state.cache.replace(span=caches.join(state.cache.span, kept, dropped)),
-            queue=_where(joins, new, state.queue),
-            lanes=_where(joins, parent, lanes),
+            queue=where(joins, new, state.queue),
+            lanes=where(joins, parent, lanes),
             outlines=state.outlines.replace(
                 seen=state.outlines.seen & ~joins,
                 state=jnp.where(joins, IDLE, state.outlines.state),
@@ -450,10 +480,3 @@ def _locate(start: jax.Array, lengths: jax.Array, q: jax.Array) -> tuple[jax.Arr
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
     """values[b, index[b, q]], with the index clipped into range."""
     return jnp.take_along_axis(values, jnp.clip(index, 0, values.shape[1] - 1), axis=1)
-
-
-def _where(rows: jax.Array, new: Any, old: Any) -> Any:
-    """Takes `new` in the given rows and `old` elsewhere, leaf by leaf."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
-    )

@@ -25,7 +25,7 @@ import numpy as np
 
 from tw_jax.bounds import require
 from tw_jax.config import configurable
-from tw_jax.forkjoin.table import grammar
+from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.tasks import answers, notation
 
 
