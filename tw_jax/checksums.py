@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed on their devices; they are equal on every mesh and in every process.
+"""Checksums of arrays, computed on their devices, and equal on every mesh and in every process.
 
 Each element is mixed with its position, and the results are added modulo 2^32. Integer addition is
 exact in any order, so the sum does not depend on how an array is split over devices. Each device

@@ -31,7 +31,7 @@ def damage(path: Any, fault: str) -> str:
 
 
 def judged(path: Any, read: Callable[[], T]) -> T:
-    """Returns the result of `read`, and turns orbax's errors about damaged files into DamagedErrors.
+    """Returns the result of `read`; turns orbax's errors about damaged files into DamagedErrors.
 
     Errors of memory, devices and disks are not damage; they are raised unchanged.
     """
@@ -75,7 +75,7 @@ def _silence_readers() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, without the full stop and at most 240 characters long."""
+    """The first line of an error's message, without full stop and of at most 240 characters."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (line if len(line) <= 240 else line[:240] + "...").rstrip(".")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside a file; it replaces the file when the block ends without error.
+    """Yields a temporary file that replaces a file when the block ends without error.
 
     The new content is on the disk before the file is renamed, so a crash at any time leaves either
     the old file or the new one.
