@@ -1,4 +1,4 @@
-"""Stand-ins without weights: a network of one fixed layer and a tokenizer of plain characters."""
+"""Small stand-ins: a network of one fixed layer, and a tokenizer of single characters."""
 
 import jax
 import jax.numpy as jnp

@@ -110,10 +110,10 @@ def test_a_process_with_one_line_more_differs(job):
     ("values", "sentence"),
     [
         ((None, None, None), "no launcher says which process of which job this is"),
-        (("a:1", "2", None), "JAX_NUM_PROCESSES without JAX_PROCESS_ID: want all of"),
-        (("a:1", "2", "2"), "JAX_NUM_PROCESSES = 2, JAX_PROCESS_ID = 2: want the number"),
-        (("a:1", "two", "0"), "JAX_NUM_PROCESSES = two, JAX_PROCESS_ID = 0: want the number"),
-        (("a", "2", "0"), "JAX_COORDINATOR_ADDRESS = 'a': want host:port"),
+        (("a:1", "2", None), "JAX_NUM_PROCESSES without JAX_PROCESS_ID: set all of"),
+        (("a:1", "2", "2"), "JAX_NUM_PROCESSES = 2, JAX_PROCESS_ID = 2: the first must be"),
+        (("a:1", "two", "0"), "JAX_NUM_PROCESSES = two, JAX_PROCESS_ID = 0: the first must be"),
+        (("a", "2", "0"), "JAX_COORDINATOR_ADDRESS = 'a' must be host:port"),
     ],
 )
 def test_a_launcher_that_says_too_little_ends_in_a_sentence(monkeypatch, values, sentence):

@@ -94,19 +94,19 @@ def test_a_broken_line_in_the_middle_is_pointed_at(tmp_path):
 def test_a_step_is_written_once(tmp_path):
     with Metrics(tmp_path, step=3) as out:
         with pytest.raises(
-            ValueError, match=r"step = 2: want more than 2, for a step has one line"
+            ValueError, match=r"step = 2 must be greater than 2, because a step has one line"
         ):
             out.write(2, {})
         out.write(3, {"a": 1})
-        with pytest.raises(ValueError, match=r"step = 3: want more than 3"):
+        with pytest.raises(ValueError, match=r"step = 3 must be greater than 3"):
             out.write(3, {"b": 1})
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"loss": jnp.ones(3)}, r"metric 'loss' has shape \(3,\): want a single number"),
-        ({"step": 1}, "metric 'step': the line has a value of that name"),
+        ({"loss": jnp.ones(3)}, r"metric 'loss' has shape \(3,\), but must be a single number"),
+        ({"step": 1}, "metric 'step' has the name of another field"),
     ],
 )
 def test_what_is_no_metric_is_refused_and_leaves_no_line(values, sentence, tmp_path):

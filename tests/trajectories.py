@@ -23,10 +23,10 @@ def rollouts(seed: int, count: int, *, longest: int = 9, blocks: int = 2) -> lis
     """Rollouts of one random prompt, with random log-probs.
 
     Args:
-      seed: of everything.
-      count: K.
-      longest: most tokens of one stretch of text, at least 1.
-      blocks: most forks of a rollout; some have none.
+      seed: Seed of all random choices.
+      count: K, number of rollouts.
+      longest: Largest number of tokens of one stretch of text, at least 1.
+      blocks: Largest number of forks of a rollout; some rollouts have none.
     """
     rng = np.random.default_rng(seed)
     words = np.arange(TOKENIZER.id_of("a"), TOKENIZER.vocab_size)
@@ -52,7 +52,7 @@ def rollouts(seed: int, count: int, *, longest: int = 9, blocks: int = 2) -> lis
 
 
 def with_logp(trajectory: Trajectory, logp: list[np.ndarray]) -> Trajectory:
-    """The same rollout as if the sampler had recorded these log-probs, an array for each call."""
+    """The same rollout with these recorded log-probs, an array for each call."""
     calls = zip(trajectory.calls, logp, strict=True)
     return dataclasses.replace(
         trajectory,

@@ -1,10 +1,10 @@
-"""The door to orbax: what a run keeps so that it can go on, and what evaluation reads of it.
+"""Checkpoints, by orbax: a run saves and resumes them, and other programs read them.
 
 A checkpoint is a folder named by its step. It holds the state, a pytree of arrays, and a JSON
 object: its step, for each process all else (the position in the data, the config), and a checksum
 of every array and of the object itself, which every restore verifies. A checkpoint appears whole or
-not at all. This file does not know what a state is made of; a state whose parameters others should
-find has them at `params`.
+not at all. A state can be any pytree; other programs find its parameters only if they are at
+`params`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _NAMES = ocp.path.step.standard_name_format()
 class Checkpoints:
     """The checkpoints of one run, in one folder; every process of a job makes its own.
 
-    Saving copies the state off the devices and goes on in the background, so the state may be
-    donated to the next step at once. What goes wrong there is raised by the next call.
+    Saving copies the state off the devices and continues in the background, so the state can be
+    donated to the next step at once. An error in the background is raised by the next call.
     """
 
     def __init__(self, directory: str | Path, keep: int) -> None:
-        """Opens the folder, and makes it where it does not exist.
+        """Opens the folder, and makes it if it does not exist.
 
-        What an interrupted save has left is deleted, so only one job may write here at a time. An
+        Remains of an interrupted save are deleted, so only one job may write here at a time. An
         entry that has the name of a step and cannot be one is renamed, after a warning.
 
         Args:
@@ -57,7 +57,7 @@ class Checkpoints:
           DamagedError: there are such entries and no other checkpoint. Nothing is changed.
         """
         if keep < 1:
-            raise ValueError(f"keep = {keep}: want at least 1 checkpoint.")
+            raise ValueError(f"keep = {keep} must be at least 1.")
         self.directory = _normalised(directory)
         self._saving = (0, 0)
         """Step and bytes of the latest save."""
@@ -68,7 +68,7 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None where there is none."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def note(self) -> dict[str, Any] | None:
@@ -100,12 +100,12 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(
-                f"step = {step}: {self.directory} already has step {latest}. Delete what is newer "
-                "than the step to go on from, or choose another folder."
+                f"step = {step}: {self.directory} already has step {latest}. Delete the "
+                "checkpoints after the step to resume from, or choose another folder."
             )
         hosts.agree(step=str(step))
         self._saving = (step, _num_bytes(state))
-        # Asked before, for a save that fills the disk takes the run's other files down with it.
+        # Checked before, because a save that fills the disk would break the run's other files too.
         if min(hosts.gather(_free_bytes(self.directory))) < self._saving[1]:
             raise self._disk_error(errno.ENOSPC)
         content = {"step": step, "processes": hosts.gather(extra), "arrays": _described(state)}
@@ -158,7 +158,7 @@ class Checkpoints:
         raise self._hopeless(list(faults.values()))
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until all saves are on disk.
 
         Raises:
           OSError: it could not be written. Earlier checkpoints are as they were.
@@ -167,7 +167,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Waits for all saves and closes the folder."""
         with self._disk_errors():
             self._manager.close()
 
@@ -179,7 +179,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turns a failure to write into an OSError with a sentence; takes half a save away."""
+        """Turns a failed write into an OSError with advice, and deletes the incomplete save."""
         try:
             yield
         except Exception as error:
@@ -187,12 +187,12 @@ class Checkpoints:
             if code is None:
                 raise
             self._manager.reload()  # orbax believes in the step it could not save
-            told = self._disk_error(code)
+            disk_error = self._disk_error(code)
             self._remove_halves()
-            raise told from error
+            raise disk_error from error
 
     def _remove_halves(self) -> None:
-        # orbax would do so in the background of the first save, too late to count the free bytes.
+        # orbax would do this during the first save, after the free bytes are counted.
         if _is_local(self.directory) and hosts.is_first():
             for half in Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
@@ -248,7 +248,7 @@ class Checkpoints:
             f"Checkpoint {step} could not be written to {self.directory}: {os.strerror(code)}. It "
             f"needs about {needed:,} bytes, and {_free_bytes(self.directory):,} are free. Free "
             "some space, or set the workdir elsewhere and move the run there; the same command "
-            + ("then starts anew." if latest is None else f"then resumes from step {latest}."),
+            + ("then starts again." if latest is None else f"then resumes from step {latest}."),
         )
 
 
@@ -502,13 +502,13 @@ def _leaves(tree: Any) -> dict[str, str]:
 
 
 def _stored(leaf: Any) -> Any:
-    """What of a leaf is stored: a typed key is the integers it is made of."""
+    """The stored form of a leaf: a typed key is stored as its integers."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
 def _for_readers(error: DamagedError, path: Any) -> Exception:
-    """The error with what to do, for those who asked for this very checkpoint."""
+    """The error with advice for a caller who named this checkpoint."""
     if not path.exists():
         return FileNotFoundError(
             f"{path} was deleted while it was read: its run keeps only the newest checkpoints. "

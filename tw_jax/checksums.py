@@ -1,8 +1,8 @@
-"""Checksums of arrays, computed where the arrays lie: the same on every mesh and in every process.
+"""Checksums of arrays, computed on their devices, and equal on every mesh and in every process.
 
 Each element is mixed with its position, and the results are added modulo 2^32. Integer addition is
-exact in any order, so the sum does not depend on how an array is split over devices, and the
-compiler sums the pieces in place: nothing is gathered or copied to the host.
+exact in any order, so the sum does not depend on how an array is split over devices. Each device
+sums its own shards; no array is gathered or copied to the host.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _WORD_BITS = 0xFFFFFFFF
 def checksums(arrays: Sequence[jax.Array]) -> list[str]:
     """The checksum of each array.
 
-    With a position number p and a second one q that are linear in the indices, and h the finalizer
-    of MurmurHash3, a bijection of 32-bit words: v = h(bits ^ p), w = h(v ^ q), and the checksum is
+    Let p and q be two numbers of a position, both linear in its indices, and h the finalizer of
+    MurmurHash3, a bijection of 32-bit words. With v = h(bits ^ p) and w = h(v ^ q) the checksum is
     (sum v, sum w) modulo 2^32. One changed element always changes the first sum. More changes go
     unnoticed with a probability of about 2^-64. An element of eight bytes is two words.
 
     Args:
-      arrays: of any shape, of bool, integers, floats or typed PRNG keys. In a job of many
-        processes each is a global array, or lies on one device of this process.
+      arrays: Arrays of any shape, of bool, integers, floats or typed PRNG keys. In a job of many
+        processes each is a global array, or is on one device of this process.
 
     Returns:
-      16 hexadecimal digits each. They depend on shape, position and bits, not on the sharding; the
-      dtype counts by its bits alone.
+      16 hexadecimal digits for each array. They depend on shape, positions and bits, but not on the
+      sharding. Two dtypes with the same bits give the same checksum.
     """
     groups: dict[frozenset[Any], list[int]] = {}
     for index, array in enumerate(arrays):
         groups.setdefault(frozenset(array.sharding.device_set), []).append(index)
     found = [""] * len(arrays)
     for indices in groups.values():
-        # One program for all arrays of a mesh: one small compilation, one launch.
+        # All arrays of a mesh share one program, so that it is compiled and launched once.
         sums = np.asarray(_sums([arrays[index] for index in indices]))
         for index, (first, second) in zip(indices, sums.tolist(), strict=True):
             found[index] = f"{first:08x}{second:08x}"

@@ -1,7 +1,7 @@
-"""Damage of stored files: one error for it, told apart from the troubles of a healthy store.
+"""Damaged files: one error for them, distinct from failures of memory, devices and disks.
 
-A reader of files is run by `judged`, which turns what it says of damaged files into a sentence;
-`agreed` makes all processes of a job see the same. This file does not know what is read.
+`judged` runs a reader of files and turns its errors about damaged files into a `DamagedError`.
+`agreed` makes all processes of a job fail together.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 
 class DamagedError(ValueError):
-    """What is stored of a checkpoint is not what was written."""
+    """The stored content of a checkpoint is not what was written."""
 
 
 def damage(path: Any, fault: str) -> str:
-    """The sentence about one checkpoint."""
+    """The error message about one checkpoint."""
     return f"Checkpoint {path} is damaged: {fault}."
 
 
 def judged(path: Any, read: Callable[[], T]) -> T:
-    """What `read` returns; turns what orbax says of damaged files into a DamagedError.
+    """Returns the result of `read`; turns orbax's errors about damaged files into DamagedErrors.
 
-    Errors of memory, devices and disks are not damage and pass.
+    Errors of memory, devices and disks are not damage; they are raised unchanged.
     """
     try:
         return read()
@@ -48,7 +48,7 @@ def judged(path: Any, read: Callable[[], T]) -> T:
 
 
 class _WithoutReaders:
-    """An unraisable hook that drops what orbax's abandoned readers say, and nothing else."""
+    """An unraisable hook that drops only the errors of orbax's abandoned readers."""
 
     def __init__(self, hook: Callable[[Any], Any]) -> None:
         self.hook = hook
@@ -61,7 +61,7 @@ class _WithoutReaders:
 
 
 def _silence_readers() -> None:
-    """Keeps tracebacks off the screen after a restore that failed and has been told as a sentence.
+    """Suppresses tracebacks after a failed restore that is already reported as an error.
 
     The first array that cannot be read ends orbax's restore. Its readers of the other arrays go on,
     and each prints a traceback when it finishes later or is collected.
@@ -75,18 +75,18 @@ def _silence_readers() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, without the full stop, and not too long."""
+    """The first line of an error's message, without full stop and of at most 240 characters."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (line if len(line) <= 240 else line[:240] + "...").rstrip(".")
 
 
 def agreed(read: Callable[[], T]) -> T:
-    """Reads in every process; where one of them finds damage, all raise a DamagedError."""
+    """Reads in every process; if one of them finds damage, all raise a DamagedError."""
     return hosts.together(read, DamagedError)
 
 
 def os_error_code(error: Exception) -> int | None:
-    """The number of the system error that made a save fail, None where it was something else."""
+    """The number of the system error that made a save fail; None if the cause is another one."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore raises ValueErrors

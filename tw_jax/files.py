@@ -10,19 +10,19 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary file beside a file, which replaces it when the block ends well.
+    """Yields a temporary file that replaces a file when the block ends without error.
 
-    The new content is on the disk before it takes the name, so a crash at any moment leaves the old
-    file or the new one.
+    The new content is on the disk before the file is renamed, so a crash at any time leaves either
+    the old file or the new one.
 
     Args:
-      path: the file to write or replace. Its folder must exist.
+      path: The file to write or replace. Its folder must exist.
 
     Yields:
       The file to write; it is gone after the block.
 
     Raises:
-      OSError: the file could not be written. The old one, if any, is unchanged.
+      OSError: If the file could not be written. An old file is unchanged then.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -35,6 +35,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file in one move, as UTF-8; see `replacing`."""
+    """Writes a UTF-8 text file atomically; see `replacing`."""
     with replacing(Path(path)) as part:
         part.write_text(text, encoding="utf-8", newline="")

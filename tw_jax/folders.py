@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def building(part: Path) -> Iterator[Path]:
-    """Makes a new empty folder, which is gone again after the block unless it was moved away.
+    """Makes a new empty folder, and deletes it after the block unless it was moved.
 
     Args:
-      part: its place. What a crash left there is deleted first.
+      part: Its path. Remains of a crash are deleted first.
     """
     _remove(part)
     part.mkdir(parents=True)
@@ -26,14 +26,14 @@ def building(part: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(folder: str | Path, is_stale: Callable[[str], bool]) -> Iterator[Path]:
-    """Builds the new content of a folder beside it, and puts it in place when the block ends well.
+    """Builds new content beside a folder and moves it there when the block ends without error.
 
     If the block raises, or the process dies in it, the old folder is as it was. The move takes two
-    renames; what a crash between the two leaves is put right by the next call.
+    renames; after a crash between them, the next call restores the old folder.
 
     Args:
-      folder: it need not exist.
-      is_stale: whether the entry of a name is left out; all others are copied from the old folder.
+      folder: The folder, which need not exist.
+      is_stale: Whether to drop the entry of a name; all other entries of the old folder are copied.
 
     Yields:
       The new folder, with these copies in it.

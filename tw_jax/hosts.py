@@ -1,9 +1,8 @@
-"""The processes of one job: how they join, what they must agree on, which of them writes.
+"""The processes of one job: how they join and agree, and which of them writes.
 
-`tw sft CONFIG.gin --hosts` on every host starts one process of the job. Each holds its own devices
-and its own share of the data, and all run the same program. This file does not know which; it hands
-on facts from process to process. In a process that has joined nobody all of it is free, and true of
-a job of one.
+`tw sft CONFIG.gin --hosts` starts one process of a job on each host. Each process has its own
+devices and its own share of the data, and all run the same program. In a single-process run these
+functions do nothing and return the local value.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 LOST_SECONDS = 60
-"""Without a sign of life for this long, a process is given up and the others end too."""
+"""Seconds without a heartbeat after which a process counts as lost and the others end as well."""
 
 JOIN_SECONDS = 300
-"""How long a process waits for the others of its job to come."""
+"""Seconds that a process waits for the others to join."""
 
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -34,13 +33,13 @@ _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 def join() -> None:
     """Joins this process to the others of its job, before anything asks JAX for devices.
 
-    The launcher says which process this is: by JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0), or, where none of the three is set, as JAX finds
-    it on Cloud TPU, GKE, SLURM and Open MPI. JAX aborts a process whose others do not come in
-    `JOIN_SECONDS`; Python does not get to say why.
+    The launcher sets JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (from 0). If none of them is set, JAX finds them itself on Cloud TPU, GKE, SLURM
+    and Open MPI. JAX aborts the process if the others do not join within `JOIN_SECONDS`; Python
+    cannot catch that.
 
     Raises:
-      ValueError: nothing says which process this is, or what says it is wrong.
+      ValueError: If nothing tells which process this is, or a variable is wrong.
     """
     named = _named()
     try:
@@ -54,30 +53,30 @@ def join() -> None:
         raise ValueError(
             f"--hosts: no launcher says which process of which job this is ({error}). Start it "
             f"by one that JAX knows (Cloud TPU, GKE, SLURM, Open MPI), or set {', '.join(_NAMES)} "
-            "on every host; without --hosts, tw runs on this host alone."
+            "on every host. Without --hosts, tw runs on this host alone."
         ) from error
 
 
 def _named() -> dict[str, Any]:
-    """What the environment says by name; nothing where it leaves the matter to JAX."""
+    """Arguments from the environment variables; none if JAX shall find them itself."""
     given = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
     if not given:
         return {}
     missing = [name for name in _NAMES if name not in given]
     if missing:
         raise ValueError(
-            f"{', '.join(given)} without {', '.join(missing)}: want all of "
-            f"{', '.join(_NAMES)}, or none where JAX finds them by itself."
+            f"{', '.join(given)} without {', '.join(missing)}: set all of {', '.join(_NAMES)}, "
+            "or none if JAX finds them itself."
         )
     address, count, index = given.values()
     if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         raise ValueError(
-            f"JAX_NUM_PROCESSES = {count}, JAX_PROCESS_ID = {index}: want the number of processes, "
-            "and for each of them another number from 0 below it."
+            f"JAX_NUM_PROCESSES = {count}, JAX_PROCESS_ID = {index}: the first must be the number "
+            "of processes, and the second a different number below it, from 0, for each process."
         )
     if not address.rpartition(":")[2].isdecimal():
         raise ValueError(
-            f"JAX_COORDINATOR_ADDRESS = {address!r}: want host:port of process 0, the same on "
+            f"JAX_COORDINATOR_ADDRESS = {address!r} must be host:port of process 0, the same on "
             "every host."
         )
     return {
@@ -89,10 +88,10 @@ def _named() -> dict[str, Any]:
 
 
 def require_alone() -> None:
-    """Refuses to run as if alone where the environment says that this is one process of many.
+    """Refuses to run alone if the environment says that the job has more processes.
 
     Raises:
-      ValueError: JAX_NUM_PROCESSES is above 1.
+      ValueError: If JAX_NUM_PROCESSES is above 1.
     """
     count = os.environ.get("JAX_NUM_PROCESSES", "")
     if count not in ("", "1"):
@@ -103,10 +102,10 @@ def require_alone() -> None:
 
 
 def require_joined() -> None:
-    """Refuses devices of a job that this process has not joined, as one host of a TPU slice sees.
+    """Refuses the devices of a job that this process has not joined, such as one host of a slice.
 
     Raises:
-      ValueError: there are other processes, and nothing connects them.
+      ValueError: If there are other processes and this one is not connected to them.
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(
@@ -117,18 +116,18 @@ def require_joined() -> None:
 
 def is_first() -> bool:
     """Whether this process writes and prints for its job."""
-    # Asked in this order, a run of one process does not start a backend in order to print.
+    # In this order a single-process run does not start a backend only to print.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process hands in, in order, known to all; none returns before all have come.
+    """Returns the values of all processes, in order, to every process; waits for all of them.
 
     Args:
-      value: what JSON can hold.
+      value: A JSON value.
 
     Raises:
-      TypeError: JSON cannot hold it.
+      TypeError: If JSON cannot represent the value.
     """
     text = json.dumps(value)
     if not jax.distributed.is_initialized():
@@ -145,30 +144,30 @@ def together(work: Callable[[], T], *faults: type[Exception]) -> T:
     """Does some work in every process, and fails in all of them if it fails in one.
 
     Args:
-      work: may differ in each process, but must not wait for the others.
-      *faults: the errors that stop all processes. One that did not fail itself raises the first
-        class, with the words of the first process that failed.
+      work: It may differ in each process, but must not wait for the others.
+      *faults: Errors that stop all processes. A process that did not fail itself raises the first
+        class with the message of the first process that failed.
 
     Returns:
-      What `work` returned in this process.
+      The result of `work` in this process.
     """
-    found, fault = None, None
+    result, fault = None, None
     try:
-        found = work()
+        result = work()
     except faults as error:
         fault = error
-    told = [text for text in gather(None if fault is None else str(fault)) if text is not None]
-    if told:
-        raise fault or faults[0](told[0])
-    return cast(T, found)
+    messages = [text for text in gather(None if fault is None else str(fault)) if text is not None]
+    if messages:
+        raise fault or faults[0](messages[0])
+    return cast(T, result)
 
 
 def divide(work: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]) -> list[Any]:
-    """Lets each process do its share of a list; all then know what came of all, in order.
+    """Divides a list among the processes and returns all results, in order, to each of them.
 
     Args:
-      work: as many results as it is handed items; what JSON can hold.
-      items: the same in every process.
+      work: Returns one JSON value for each of its items.
+      items: The same list in every process.
     """
     is_alone = not jax.distributed.is_initialized()
     first, count = (0, 1) if is_alone else (jax.process_index(), jax.process_count())
@@ -179,21 +178,21 @@ def divide(work: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any])
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of global arrays, whole and on the host in every process."""
+    """Copies a tree of global arrays to the host of every process."""
     if not jax.distributed.is_initialized():
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def agree(**facts: str) -> None:
-    """Stops every process of the job unless all state the same.
+    """Stops every process of the job unless all pass the same texts.
 
     Args:
-      facts: texts by name, all that matters in one call; they are compared in order.
+      facts: Texts by name; they are compared in order.
 
     Raises:
-      ValueError: in every process, about the first fact that is not the same, with the processes
-        that differ from process 0 and the first line that does.
+      ValueError: In every process, if a text differs. It names the first such text, the processes
+        that differ from process 0, and the first line that differs.
     """
     stated = gather(facts)
     for name, wanted in stated[0].items():
@@ -210,15 +209,15 @@ def agree(**facts: str) -> None:
 
 
 def require_shared(folder: Path) -> None:
-    """Stops every process unless all see one and the same folder; makes it where it is not there.
+    """Stops every process unless all of them see the same folder; makes the folder if necessary.
 
     Raises:
-      OSError: the folder cannot be made, or not written to.
-      ValueError: in every process, naming one that does not see what another wrote there.
+      OSError: If the folder cannot be made or written to.
+      ValueError: In every process, if one of them does not see the file of another.
     """
     mine = secrets.token_hex(8)
     marks = [folder / f".shared_{token}" for token in gather(mine)]
-    # All of them write, so that a folder that cannot be written to stops all of them.
+    # All processes write, so that a folder that one cannot write to stops all of them.
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / f".shared_{mine}"
     own.touch()
@@ -229,8 +228,8 @@ def require_shared(folder: Path) -> None:
         if not all(sees):
             raise ValueError(
                 f"{folder} is not one folder for all hosts: process {index} of {len(seen)} does "
-                f"not see what process {sees.index(False)} wrote there. Want a disk that all hosts "
-                "mount, for all of them write a checkpoint."
+                f"not see what process {sees.index(False)} wrote there. Use a disk that all hosts "
+                "mount, because all of them write a checkpoint."
             )
 
 
@@ -238,7 +237,7 @@ def is_asked_to_stop(step: int) -> bool:
     """Whether all processes stop after this step because one of them got a SIGTERM.
 
     Args:
-      step: every process asks after each of its steps, and all count alike.
+      step: Number of the step. Every process must ask after each step, with the same numbers.
     """
     return multihost_utils.reached_preemption_sync_point(step)
 

@@ -1,9 +1,8 @@
-"""What a run reports: numbers per step, progress, where the time goes, what was recompiled.
+"""Reports of a run: numbers per step, progress, time, and recompilations.
 
-`Metrics` is the only writer: one JSONL line per step, and TensorBoard. `progress` is a bar for
-people and a line now and then for log files. `Clock` measures, `count_compiles` counts. Only
-process 0 of a job writes or shows anything. This file does not know what the numbers mean; `read`
-hands the lines on to plots and tests.
+`Metrics` writes one JSONL line per step, and TensorBoard events; `read` reads the lines. `progress`
+shows a bar in a terminal and occasional lines in a log file. `Clock` measures time, and
+`count_compiles` counts compilations. Only process 0 of a job writes or shows anything.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from tw_jax import files, hosts, strict_json
 FILE = "metrics.jsonl"
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 QUIET_SECONDS = 10.0
-"""Time between two lines of progress where no terminal shows a bar."""
+"""Seconds between two lines of progress if there is no terminal for a bar."""
 
 
 class Metrics:
     """Writes one line of numbers per step to `workdir/metrics.jsonl`, and TensorBoard events.
 
-    A line is strict JSON: {"step": 3, "wall_seconds": 12.5, "loss": 0.7}. What is not finite is the
-    string "nan", "inf" or "-inf". `wall_seconds` goes on from where an earlier attempt stood.
+    A line is strict JSON: {"step": 3, "wall_seconds": 12.5, "loss": 0.7}. A number that is not
+    finite is the string "nan", "inf" or "-inf". `wall_seconds` continues that of earlier attempts.
     """
 
     def __init__(self, workdir: str | Path, *, step: int = 0) -> None:
-        """Opens the files; what an earlier attempt wrote at `step` or later is dropped.
+        """Opens the files, and drops lines of an earlier attempt from `step` on.
 
         Args:
-          workdir: folder of the run; it is made where it does not exist.
-          step: the first step that this attempt will write.
+          workdir: Folder of the run; it is made if it does not exist.
+          step: The first step that this attempt writes.
         """
         self._step = step - 1
         self._file: TextIO | None = None
@@ -64,14 +63,14 @@ class Metrics:
         """Writes the numbers of one step; blocks until they are computed.
 
         Args:
-          step: larger than every step written before.
-          values: scalars by name, of Python, numpy or JAX; all of a step in one call.
+          step: Greater than every step before.
+          values: Python, numpy or JAX scalars by name; all numbers of the step.
         """
         if self._file is None:
             return
         if step <= self._step:
             raise ValueError(
-                f"step = {step}: want more than {self._step}, for a step has one line. "
+                f"step = {step} must be greater than {self._step}, because a step has one line. "
                 "Write all numbers of a step in one call."
             )
         numbers = {name: _number(name, v) for name, v in jax.device_get(dict(values)).items()}
@@ -97,7 +96,7 @@ class Metrics:
             self._file = None
 
     def __enter__(self) -> Metrics:
-        """Returns itself; the end of the block closes the files."""
+        """Returns the object itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,17 +108,19 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """Reads a metrics file.
 
     Args:
-      path: a file that `Metrics` wrote. Its last line may be cut off, as a crash leaves it.
+      path: A file that `Metrics` wrote. A crash may have cut off its last line.
 
     Returns:
-      A dict per step: `step` is an int, all else floats; nan and infinities are numbers again.
+      A dict per step: `step` is an int, and all other numbers are floats, nan and infinities too.
 
     Raises:
-      ValueError: a line other than the last is not what `Metrics` writes.
+      ValueError: If a line other than the last is not a line of `Metrics`.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     parsed = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is cut off
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # text after the last newline is an incomplete line
         try:
             values = strict_json.parse(line)
             numbers = {k: int(v) if k == "step" else float(v) for k, v in values.items()}
@@ -141,14 +142,14 @@ def progress(
     start: int = 0,
     unit: str = "it",
 ) -> tqdm.tqdm:
-    """A progress bar on stderr; where stderr is no terminal, a line every ten seconds instead.
+    """A progress bar on stderr, or a line every ten seconds if stderr is not a terminal.
 
     Args:
-      iterable: what to go through; None where the caller calls `update(n)`.
-      desc: what is being done.
-      total: number of items, where `iterable` has no length.
-      start: items done before, in an attempt that is resumed.
-      unit: what an item is.
+      iterable: Items to iterate over; None if the caller calls `update(n)`.
+      desc: Description of the work.
+      total: Number of items if `iterable` has no length.
+      start: Items that an earlier attempt has done.
+      unit: Name of an item.
 
     Returns:
       The bar: iterate over it, or `update(n)`; `set_postfix(loss=0.7)` shows numbers; `close()`.
@@ -174,10 +175,10 @@ def progress(
 
 
 class Clock:
-    """Where time goes, and what it bought, between two readings.
+    """Measures seconds and rates between two readings.
 
-    JAX returns before a computation is done: read the clock after something that waits for the
-    results, as `Metrics.write` does.
+    JAX returns before a computation is done. Read the clock after a call that waits for the
+    results, such as `Metrics.write`.
     """
 
     def __init__(self) -> None:
@@ -194,12 +195,12 @@ class Clock:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - start
 
     def count(self, **amounts: float) -> None:
-        """Adds amounts: `count(tokens=4096)` is read as `tokens_per_second`."""
+        """Adds amounts; `count(tokens=4096)` is reported as `tokens_per_second`."""
         for name, amount in amounts.items():
             self._counts[name] = self._counts.get(name, 0.0) + amount
 
     def read(self) -> dict[str, float]:
-        """Returns the seconds and the rates since the last reading, and starts anew."""
+        """Returns the seconds and the rates since the last reading, and restarts the clock."""
         elapsed = time.perf_counter() - self._start
         values = {f"{name}_seconds": seconds for name, seconds in self._spent.items()}
         values |= {f"{name}_per_second": n / elapsed for name, n in self._counts.items()}
@@ -214,7 +215,7 @@ class Clock:
 
 @dataclasses.dataclass
 class Compiles:
-    """How many programs the backend compiled, and how long that took."""
+    """Number of programs that the backend compiled, and the seconds that this took."""
 
     count: int = 0
     seconds: float = 0.0
@@ -222,12 +223,13 @@ class Compiles:
 
 @contextlib.contextmanager
 def count_compiles() -> Iterator[Compiles]:
-    """Counts the backend's compilations inside the block, of every thread.
+    """Counts the backend's compilations inside the block, in all threads.
 
-    A step that compiles again after its first call is a bug: some shape or static value varies.
+    A step that compiles again after its first call is a bug, because a shape or a static value
+    varies.
 
     Yields:
-      The counter; it is up to date at any time, and keeps its value after the block.
+      The counter. It is always up to date, and keeps its value after the block.
     """
     compiles = Compiles()
 
@@ -244,7 +246,7 @@ def count_compiles() -> Iterator[Compiles]:
 
 
 class _Lines:
-    """A file that turns a redrawn bar into lines."""
+    """A text file that writes each redraw of a bar as a line."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -259,9 +261,13 @@ class _Lines:
 
 def _number(name: str, value: Any) -> float:
     if name in ("step", "wall_seconds"):
-        raise ValueError(f"metric {name!r}: the line has a value of that name. Rename the metric.")
+        raise ValueError(
+            f"metric {name!r} has the name of another field of the line. Rename the metric."
+        )
     if np.shape(value):
-        raise ValueError(f"metric {name!r} has shape {np.shape(value)}: want a single number.")
+        raise ValueError(
+            f"metric {name!r} has shape {np.shape(value)}, but must be a single number."
+        )
     return float(value)
 
 

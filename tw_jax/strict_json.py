@@ -1,7 +1,7 @@
-"""JSON as it is found in files: what Python's reader lets pass, or ends in a traceback, is refused.
+"""A strict reader of JSON in files. It refuses texts that Python's reader accepts or crashes on.
 
-An object with a key twice has two meanings, NaN is no JSON, and deep nesting ends Python's reader
-in a RecursionError. This file does not know what is read; a caller puts the place before the fault.
+An object with a repeated key is ambiguous, NaN is not JSON, and deep nesting makes Python's reader
+raise a RecursionError. Callers add the file and the line to the message.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ def parse(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-      json.JSONDecodeError: it is no JSON.
-      ValueError: an object has a key twice, a number cannot be read, or it is nested too deeply; a
-        sentence and what to do.
+      json.JSONDecodeError: If the text is not JSON.
+      ValueError: If an object repeats a key, a number cannot be read, or the nesting is too deep.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)

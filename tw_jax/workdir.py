@@ -1,9 +1,9 @@
-"""The folder that a program writes: one job at a time holds it, and `config.gin` names the run.
+"""The folder of a run: one job at a time holds its lock, and `config.gin` records the config.
 
 A job locks the folder until it ends. The operating system releases the lock when the process dies,
 however it dies, so nothing has to be cleaned up after a crash. `config.gin` is written once a run
-has started, and earlier ones are kept. This file does not know what a program writes there, nor
-which changes of a config a run can be resumed with.
+has started, and earlier ones are kept. `train/identity.py` decides which changes of a config a
+resumed run may have.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tw_jax import files, hosts
 from tw_jax.config import operative
 
 PATIENCE_SECONDS = 10.0
-"""How long a job waits for the lock: a killed process with much memory needs seconds to end."""
+"""Seconds that a job waits for the lock, because a large killed process needs time to end."""
 
 LOCK = ".lock"
 CONFIG = "config.gin"
 
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 _held: dict[str, dict[str, Any]] = {}
-"""What this process holds, by resolved folder: the system grants a lock to its holder twice."""
+"""Locks of this process by resolved folder; the system would grant them to it a second time."""
 
 
 @contextlib.contextmanager
@@ -45,13 +45,13 @@ def held(folders: Sequence[str], command: str) -> Iterator[None]:
     no locks, a warning says so and the program runs.
 
     Args:
-      folders: what the program writes.
-      command: what another job is told about this one.
+      folders: Folders that the program writes.
+      command: The command, for the error message of other jobs.
 
     Raises:
-      ValueError: in every process, if another job holds a folder, if a folder is a URL, or if the
+      ValueError: In every process, if another job holds a folder, if a folder is a URL, or if the
         hosts of this job do not share it.
-      OSError: a folder cannot be made or written.
+      OSError: If a folder cannot be made or written.
     """
     with contextlib.ExitStack() as stack:
         for folder in {os.path.realpath(_local(folder)): folder for folder in folders}.values():
@@ -68,7 +68,7 @@ def record(cfg: Any) -> None:
     on, the newest with the highest number. Process 0 writes for its job.
 
     Args:
-      cfg: the root config of a program, with the field `workdir`.
+      cfg: The root config of a program, with the field `workdir`.
     """
     if not hosts.is_first():
         return
@@ -91,7 +91,7 @@ def origin() -> str:
         version = "tw_jax, not installed"
     package = Path(__file__).resolve().parent
     try:
-        # An installed package may lie inside another project's checkout, which says nothing of it.
+        # An installed package may lie inside the checkout of another project.
         if Path(_git(package, "rev-parse", "--show-toplevel")) != package.parent:
             return version
         commit = _git(package, "rev-parse", "HEAD")
@@ -121,8 +121,8 @@ def _local(folder: str) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path, command: str) -> Iterator[None]:
-    """Holds the lock of one folder; all processes of the job raise if process 0 does not get it."""
-    # The others must not start before the folder is theirs, nor wait for a process that left.
+    """Holds the lock of one folder; all processes of the job raise if process 0 cannot lock it."""
+    # Other processes must neither start without the lock nor wait for a process that has failed.
     descriptor = hosts.together(
         lambda: _take(folder, command) if hosts.is_first() else None, ValueError, OSError
     )
@@ -134,11 +134,11 @@ def _locked(folder: Path, command: str) -> Iterator[None]:
 
 
 def _take(folder: Path, command: str) -> int:
-    """The open lock file, locked, with this process named in it.
+    """Locks the lock file, writes this process's name into it, and returns its descriptor.
 
     Raises:
-      ValueError: another job holds the folder.
-      OSError: the file cannot be opened.
+      ValueError: If another job holds the folder.
+      OSError: If the file cannot be opened.
     """
     if holder := _held.get(os.path.realpath(folder)):
         raise ValueError(_in_use(folder, holder))
@@ -159,9 +159,9 @@ def _take(folder: Path, command: str) -> int:
     try:
         holder = json.loads(text)
     except ValueError:
-        holder = {}  # it has the lock and has not written its name yet
+        holder = {}  # the holder has not written its name yet
     if not isinstance(holder, dict) or holder.keys() != _holder("").keys():
-        holder = {}  # another program wrote there
+        holder = {}  # another program wrote the file
     raise ValueError(_in_use(folder, holder))
 
 
@@ -170,7 +170,7 @@ def _wait_for(descriptor: int, folder: Path) -> bool:
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            # Not flock: its lock would outlive this process in a child that inherited the file.
+            # Not flock, because a child that inherited the file would keep that lock alive.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
@@ -189,7 +189,7 @@ def _wait_for(descriptor: int, folder: Path) -> bool:
 
 
 def _release(folder: Path, descriptor: int) -> None:
-    # The file stays: a job that has opened it waits for this very file.
+    # The file is not deleted, because other jobs may already wait for its lock.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
     os.close(descriptor)

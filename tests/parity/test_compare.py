@@ -52,7 +52,7 @@ def test_what_is_not_finite_is_infinitely_far_even_on_both_sides():
 
 
 def test_arrays_of_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\): want the same"):
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\) must be equal"):
         compare.error(np.zeros(2), np.zeros(3))
 
 
@@ -103,9 +103,9 @@ def test_a_difference_within_the_tolerance_is_reported_and_not_named():
 def test_sides_with_other_stages_or_parameters_are_refused():
     less = side()
     del less["curve"]
-    with pytest.raises(ValueError, match="other stages: curve on one side"):
+    with pytest.raises(ValueError, match="different stages: curve on one side"):
         compare.report(less, side(), "float32")
-    with pytest.raises(ValueError, match="other parameters of step: b on one side"):
+    with pytest.raises(ValueError, match="different parameters of step: b on one side"):
         compare.report(side(step={"a": side()["step"]["a"]}), side(), "float32")
 
 

@@ -20,6 +20,6 @@ def test_a_missed_bar_is_said_and_is_no_error():
 
 def test_an_unknown_benchmark_lists_the_known_ones(capsys):
     assert cli.main(["bench", "packing"]) == 2
-    assert capsys.readouterr().err == (
-        "tw: 'packing' is no benchmark. Benchmarks: trie, attention, step, rows, sampler, parity.\n"
-    )
+    names = "trie, attention, step, rows, sampler, parity"
+    error = f"tw: 'packing' is not a benchmark. Choose one of {names}.\n"
+    assert capsys.readouterr().err == error

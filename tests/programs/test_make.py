@@ -33,4 +33,4 @@ def test_the_same_config_writes_the_same_files(runs, tmp_path):
 
 def test_equal_seeds_are_refused(runs, capsys):
     assert main(["make", str(runs / "make.gin"), "--set", "Make.seed=100"]) == 2
-    assert "want different seeds" in capsys.readouterr().err
+    assert "Set different seeds" in capsys.readouterr().err

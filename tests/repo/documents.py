@@ -1,4 +1,4 @@
-"""The documents that are made from the code. `make docs` writes them; a test compares them."""
+"""Documents that are generated from the code. `make docs` writes them; a test compares them."""
 
 import importlib
 import pathlib
@@ -15,8 +15,8 @@ LISTING = """# Configs
 
 One folder per verb holds its runs: `tw sft configs/sft/demo.gin`. A verb's root config has the
 verb's name, and `tw config show sft` lists every field that a file may set. The other folders hold
-fragments, which a run includes. A file opens with one line that says what it is; this page lists
-those lines and is written by `make docs`.
+fragments, which a run includes. The first line of a file describes it; this page lists those
+lines and is written by `make docs`.
 """
 FIELDS = """# Config fields
 
@@ -26,12 +26,12 @@ default must be set. Written by `make docs` from the classes themselves.
 
 
 def first_line(path: pathlib.Path) -> str:
-    """What a config file says it is: its first line, a comment."""
+    """The first line of a config file, a comment that describes it."""
     line = path.read_text(encoding="utf-8").partition("\n")[0]
     if not line.startswith("# "):
         raise ValueError(
-            f"{path.relative_to(ROOT)} opens with {line!r}: want a comment that says what the file "
-            "is. Put one line, '# ...', at its top."
+            f"{path.relative_to(ROOT)} begins with {line!r} instead of a comment that describes "
+            "the file. Put a line '# ...' at its top."
         )
     return line.removeprefix("# ")
 
@@ -66,11 +66,11 @@ MADE = {
     "docs/images/threads.svg": draw_threads,
     "docs/images/trie.svg": draw_multiplication,
 }
-"""Path from the repository's root to what makes its text."""
+"""Paths from the root of the repository, and the functions that make their texts."""
 
 
 def main() -> None:
-    """Writes every made document."""
+    """Writes all generated documents."""
     for name, make in MADE.items():
         (ROOT / name).write_text(make(), encoding="utf-8")
 

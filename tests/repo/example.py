@@ -16,11 +16,11 @@ PLAN = _words(
 OPEN = _words("N <Thread> N")
 THREADS = (_words("1 : a b </Thread>"), _words("2 : c d </Thread>"))
 HEADER = 2
-"""Tokens of a thread that are forced: its number and the colon."""
+"""Forced tokens of a thread: its number and the colon."""
 CLOSE = _words("</Parallel> q EOS")
 
 FORK = PROMPT + PLAN
-# The join writes the later threads without their leading newline, and one newline behind the last.
+# The join writes the later threads without their leading newline, and one newline after the last.
 JOINED = [*FORK, *OPEN, *THREADS[0], *OPEN[1:], *THREADS[1], "N"]
 WRITTEN = [*JOINED, *CLOSE]
 VOCABULARY = sorted(set(WRITTEN))

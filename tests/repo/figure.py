@@ -27,11 +27,11 @@ RUNS = (
     (Provenance.FORCED, 1),
     (Provenance.SAMPLED, 3),
 )
-"""Who wrote the example's joined path, and how many tokens at a time."""
+"""Authors of the example's joined path, and the tokens of each stretch."""
 
 
 def example_trajectory() -> Trajectory:
-    """The worked example of docs/trie.md as the record that a rollout leaves."""
+    """The worked example of docs/trie.md as a trajectory."""
     made = [
         Call(
             path,
@@ -55,7 +55,7 @@ def example_trajectory() -> Trajectory:
 
 
 def multiplication_trajectory(*factors: int) -> Trajectory:
-    """A product in bytes; each round of its working forks where it can."""
+    """The gold text of a product in bytes, replayed; each round forks if it can."""
     problem = Product(factors=factors, seed=0)
     response = gold(problem, Multiplication(parallel=True, lone_pair="fork"))
     tokenizer, chat = load_tokenizer(Bytes()), Chat(template="plain")

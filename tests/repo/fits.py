@@ -16,12 +16,12 @@ from tw_jax.programs.aot import Aot
 RESULTS = ROOT / "experiments" / "aot" / "results"
 HEAD = """# What fits where
 
-Each config of `configs/aot/` is a model, a program and a pod. `experiments/aot/run.sh` compiles
-them with `tw aot`, which needs libtpu and no TPU; this table is written by `make docs` from what it
-kept. Memory is that of one chip: the peak of the program, and what the chip has. Rows are those
-over all chips; a row of a sampler is a rollout, and its tokens are the slots of its cache. What a
-sampler needs beside its cache is set against the cache. What does not fit is refused by the
-compiler, with the bytes.
+After reading this page you know which programs fit which pod. Each config of `configs/aot/` names a
+model, a program and a pod. `experiments/aot/run.sh` compiles them with `tw aot`, which needs libtpu
+but no TPU, and `make docs` writes this table from the results. Memory is that of one chip: the peak
+of the program, and the memory of the chip. Rows are counted over all chips. A row of a sampler is a
+rollout, and its tokens are the slots of its cache; its temporaries are given as a multiple of the
+cache. If a program does not fit, the table quotes the compiler's error.
 
 """
 COLUMNS = (
@@ -64,7 +64,7 @@ def _line(path: pathlib.Path) -> list[str]:
 
 
 def _model(path: pathlib.Path) -> str:
-    """The name in the first line of the model's fragment, `# NAME: ...`, less its owner."""
+    """The model of the fragment, from its first line `# OWNER/NAME: ...`, without the owner."""
     fragment = path.parent / INCLUDED.search(path.read_text(encoding="utf-8"))[1]
     name = fragment.read_text(encoding="utf-8").removeprefix("# ").partition(":")[0]
     return name.rpartition("/")[2]
@@ -85,6 +85,6 @@ def _result(name: str, hbm: int) -> list[str]:
 
 
 def reason(error: str) -> str:
-    """The sentence of a compiler's error that counts bytes, or its first one."""
+    """The sentence of a compiler's error that contains bytes, or its first sentence."""
     sentences = [part.strip(" .") for part in re.split(r"(?<=[.:])\s+", error)]
     return next((part for part in sentences if re.search(r"\d[GM]i?B?\b", part)), sentences[0])

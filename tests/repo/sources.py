@@ -1,4 +1,4 @@
-"""What the house tests read: the repository's own files, parsed once, never imported."""
+"""The files of this repository for its tests; each is parsed once and never imported."""
 
 import ast
 import functools
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tw_jax"
 VERBS = sorted(p.stem for p in (PACKAGE / "programs").glob("*.py") if p.stem != "__init__")
-"""One verb, one program. `tw config` is the command line's own and has no program."""
+"""Each verb has a program, but `tw config` belongs to the command line and has none."""
 
 
 def python_files(*folders: pathlib.Path) -> list[pathlib.Path]:
-    """All Python files below the folders; the whole package when none is named."""
+    """All Python files below the folders, by default those of the package."""
     return sorted(p for folder in folders or (PACKAGE,) for p in folder.rglob("*.py"))
 
 
 def name_of(path: pathlib.Path) -> str:
-    """The path as a message should say it."""
+    """The path relative to the root of the repository."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -38,7 +38,7 @@ def has_config(verb: str) -> bool:
 
 
 def imported_names(module: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything a file imports or reaches as an attribute chain."""
+    """Line and dotted name of each import and of each chain of attributes in a file."""
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

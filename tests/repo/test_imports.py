@@ -1,4 +1,4 @@
-"""Floors and doors: who may import whom (docs/architecture.md)."""
+"""Floors and doors: which file may import which (docs/architecture.md)."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from repo.sources import ROOT, imported_names, name_of, python_files, tree
 
 import tw_jax
 
-# import-linter sees whole distributions only, so the doors to parts of one stand here.
+# import-linter checks whole distributions only, so doors to parts of one are checked here.
 DOORS = {
     "flax.linen": {"tw_jax/models/transformer.py"},
     "flax.nnx": set(),

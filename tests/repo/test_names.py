@@ -1,4 +1,4 @@
-"""Every public name is documented, and no file is too long, misnamed or uses what is banned."""
+"""Every public name is documented; no file is too long, misnamed, or uses a banned name."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ TEXTS = [
 
 
 def undocumented(path: str, body: list[ast.stmt]) -> list[str]:
-    """Public classes, functions and methods of a body that say nothing about themselves."""
+    """Public classes, functions and methods without a docstring."""
     found = []
     for node in body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -72,7 +72,7 @@ def test_every_field_of_a_config_is_described() -> None:
         for node in ast.walk(tree(path)):
             if not isinstance(node, ast.ClassDef):
                 continue
-            if "config" not in {ast.unparse(d) for d in node.decorator_list}:
+            if "configurable" not in {ast.unparse(d) for d in node.decorator_list}:
                 continue
             _, _, attributes = (ast.get_docstring(node) or "").partition("Attributes:")
             described = set(re.findall(r"^\s+(\w+):", attributes, re.MULTILINE))
@@ -90,7 +90,7 @@ def test_no_file_is_longer_than_600_lines() -> None:
 
 
 def test_no_file_has_an_empty_name_or_one_of_a_standard_module() -> None:
-    # A file named like a standard module shadows it for whoever starts Python inside the folder.
+    # A file with the name of a standard module shadows it if Python is started in that folder.
     banned = EMPTY_NAMES | (set(sys.stdlib_module_names) - {"__init__", "code"})
     assert [name_of(path) for path in python_files() if path.stem in banned] == []
 

@@ -1,4 +1,4 @@
-"""What the pages and the Makefile tell a reader to type exists."""
+"""Commands and links of the pages and of the Makefile exist."""
 
 import re
 import shlex
@@ -29,7 +29,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def complaint(words: list[str]) -> str | None:
-    """Why a command cannot be typed as written; None if it can."""
+    """Why a command would fail; None if it would not."""
     program, *rest = words
     if program == "make":
         wanted = [word for word in rest if not word.startswith("-") and "=" not in word]

@@ -1,4 +1,4 @@
-"""The table of tolerances leaves room for other processors, and every row of it is in use."""
+"""The table of tolerances leaves room for other processors, and each of its rows is used."""
 
 import re
 

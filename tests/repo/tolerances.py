@@ -20,7 +20,7 @@ SETTINGS = {
     "SSE4_2": "--xla_cpu_max_isa=SSE4_2",
     "one thread": "--xla_cpu_multi_thread_eigen=false",
 }
-"""What the columns of the table are, and their XLA_FLAGS."""
+"""Columns of the table, and their XLA_FLAGS."""
 
 ROOM = 3
 """A bound is at least this many times the worst error that was seen."""

@@ -1,8 +1,7 @@
 """`tw bench attention`: a packed row of tries against one causal sequence of the same length.
 
-Both run the very same program, forward and backward; only the intervals of the keys differ. So the
-time that a row of tries saves should be what its mask leaves out, counted in the pairs of blocks
-that the backend walks.
+Both run the same program, forward and backward; only the intervals of the keys differ. So the time
+that a row of tries saves should be the share of block pairs that its mask lets the backend skip.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ PEAK = {
     "NVIDIA H100 80GB HBM3": 989.0,
     "NVIDIA H200": 989.0,
 }
-"""Dense bfloat16 TFLOP/s of a device by its kind, as published."""
+"""Published dense bfloat16 TFLOP/s of a device, by its kind."""
 AREA_BLOCK = 256
 
 
 def run(case: AttentionCase) -> BenchmarkReport:
     """Times each row of tries and a causal row of its length in turn, under the heads of a model.
 
-    The dtype is what the device trains in: bfloat16, or float32 on a CPU.
+    The dtype is bfloat16, or float32 on a CPU.
     """
     is_cpu = jax.default_backend() == "cpu"
     model = dataclasses.replace(case.model, compute_dtype="float32" if is_cpu else "bfloat16")
@@ -68,7 +67,7 @@ def _race(model: Model, packed: PackedRow, repeats: int) -> BenchmarkReport:
     batch, stats = row(packed)
     ways = spans(batch)
     impl, _ = backend(model, tokens)
-    # One program: the intervals are arguments.
+    # The intervals are arguments, so both ways run one program.
     program = jax.jit(functools.partial(passes, impl=impl))
     arrays = _arrays(model, tokens)
     times = interleave(
@@ -98,7 +97,7 @@ def _race(model: Model, packed: PackedRow, repeats: int) -> BenchmarkReport:
 
 
 def row(packed: PackedRow) -> tuple[TrieBatch, PackingStats]:
-    """One row of whole tries, padded to its length; and how much of it they fill and share."""
+    """One row of whole tries, padded to its length, and its packing statistics."""
     made = [tries.trajectory_trie(workloads.trajectory(packed.shape, s)) for s in packed.seeds]
     stats = PackingStats(
         tries=len(made),
@@ -111,7 +110,7 @@ def row(packed: PackedRow) -> tuple[TrieBatch, PackingStats]:
 
 
 def spans(batch: TrieBatch) -> dict[str, Span]:
-    """The intervals of the row of tries, and those of one sequence in its place, [1, T] each."""
+    """The intervals of the row of tries, and of one causal sequence of its length, [1, T] each."""
     trie = batch.span
     return {"trie": trie, "causal": trie.replace(exit=jnp.full_like(trie.exit, batch.end.shape[1]))}
 
@@ -144,14 +143,14 @@ def _arrays(model: Model, tokens: int) -> tuple[jax.Array, ...]:
 
 
 def backend(model: Model, tokens: int) -> tuple[Impl, tuple[int, int]]:
-    """What a model's attention runs on rows of so many tokens here, and the blocks that it walks.
+    """The attention backend that a model uses for rows of this length on this device.
 
     Args:
-      model: its heads, its dtype and its choice of a backend are read.
+      model: Its heads, dtype and choice of a backend are read.
       tokens: T.
 
     Returns:
-      The name of the backend; queries and keys of its blocks.
+      The name of the backend, and the queries and keys of its blocks.
     """
     q, k, v, _ = (jax.ShapeDtypeStruct(s, model.compute_dtype) for s in _shapes(model, tokens))
     place: Any = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
@@ -171,18 +170,18 @@ def backend(model: Model, tokens: int) -> tuple[Impl, tuple[int, int]]:
 
 
 def walked_pairs(keys: Span, model: Model) -> tuple[int, float]:
-    """Pairs of tokens in the blocks that the backend walks, and their share of all.
+    """Pairs of tokens in the blocks that the backend computes, and their share of all pairs.
 
     Args:
       keys: [1, T] int32 spans of the row.
-      model: see `backend`.
+      model: The model, see `backend`.
     """
     return _needed_pairs(keys, backend(model, keys.enter.shape[1])[1])
 
 
 def _needed_pairs(keys: Span, blocks: tuple[int, int]) -> tuple[int, float]:
     query_block, key_block = blocks
-    # As backends pad: the last query again, and keys that nobody sees.
+    # Pad like the backends: repeat the last query, and add keys that no query sees.
     at = pad(keys.enter, 1, query_block, mode="edge")
     keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
     need = np.asarray(needed(at, keys, query_block=query_block, key_block=key_block))
@@ -190,11 +189,11 @@ def _needed_pairs(keys: Span, blocks: tuple[int, int]) -> tuple[int, float]:
 
 
 def operations(keys: Span, model: Model) -> float:
-    """Operations that a row's attention asks for, forward and backward.
+    """Operations of a row's attention, forward and backward.
 
-    Six products of its true pairs, two forward and four backward, 2 H each for each query head;
-    what a backend computes twice, or for pairs that the mask forbids, is not counted (model FLOPs
-    utilisation, arXiv:2204.02311, appendix B).
+    There are six products for each visible pair, two forward and four backward, of 2 H operations
+    for each query head. Recomputation and pairs that the mask forbids are not counted, as in model
+    FLOPs utilisation (arXiv:2204.02311, appendix B).
     """
     return 12.0 * model.num_heads * model.head_width * _true_pairs(keys)
 
@@ -204,7 +203,7 @@ def _true_pairs(keys: Span) -> int:
 
 
 def _active_over_true(case: AttentionCase) -> float:
-    """Pairs in needed blocks of 256 by 256 over pairs that the mask allows, at full size."""
+    """Pairs in needed blocks of 256 by 256 over visible pairs, for full-size trajectories."""
     area = true = 0
     for seed in range(case.full_seeds):
         trie = tries.trajectory_trie(workloads.trajectory(case.full_shape, seed))

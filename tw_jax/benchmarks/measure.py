@@ -1,8 +1,7 @@
-"""What every benchmark measures with: runs timed in turn, and a report with bars.
+"""Measurement for all benchmarks: runs that are timed in turn, and a report with bars.
 
-What is compared runs in one process, in turn: A B A B. The first round compiles and is not counted;
-a time is the median of the others, and the fastest is kept beside it. This file knows nothing of
-what is timed; it hands `programs/bench.py` a `BenchmarkReport`.
+The runs that are compared take turns in one process: A B A B. The first round compiles and is not
+counted. A time is the median of the other rounds, and the fastest is reported as well.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Measured runs of one thing, in milliseconds."""
+    """Times of one run, in milliseconds."""
 
     fastest_ms: float
     median_ms: float
@@ -26,12 +25,12 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkReport:
-    """What a benchmark found.
+    """The result of a benchmark.
 
     Attributes:
-      times: by what was run.
-      values: numbers by name, those with a bar among them; None where a device has no such number.
-      bars: name of a value to the least ("least") or the most ("most") that it should be.
+      times: Times by name of the run.
+      values: Numbers by name; None if a number does not exist for this device.
+      bars: By name of a value, its lower ("least") or upper ("most") bound.
     """
 
     times: dict[str, Times]
@@ -52,21 +51,21 @@ def interleave(
     *,
     prepare: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Times]:
-    """Times what is compared in turn: one round that is not counted, then `repeats` that are.
+    """Times runs in turn: one round that is not counted, then `repeats` rounds that are.
 
     Args:
-      runs: by name; each gets what `prepare` made and returns what to wait for.
-      repeats: counted rounds, at least 1.
-      prepare: makes the argument of one run from its name, off the clock.
+      runs: Runs by name. Each receives the result of `prepare` and returns arrays to wait for.
+      repeats: Counted rounds, at least 1.
+      prepare: Makes the argument of a run from its name; this is not timed.
     """
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            given = jax.block_until_ready(prepare(name))
+            argument = jax.block_until_ready(prepare(name))
             begin = time.perf_counter()
-            made = jax.block_until_ready(run(given))
+            result = jax.block_until_ready(run(argument))
             seconds = time.perf_counter() - begin
-            del made  # off the clock
+            del result  # freeing is not timed
             if turn:
                 spent[name].append(1e3 * seconds)
     return {name: Times(min(ms), statistics.median(ms)) for name, ms in spent.items()}

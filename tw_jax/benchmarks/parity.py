@@ -1,9 +1,9 @@
-"""`tw bench parity`: our SFT step against transformers with the dense 4-D mask, on the same trie.
+"""`tw bench parity`: our SFT step against transformers with a dense 4-D mask, on the same trie.
 
-Both take a whole optimiser step in float32 from the same weights, in turn in one process; the mask
-is made off the clock. The memory of a step is that of a process of its own: the high-water mark of
-its resident memory above what it held before its first step, with weights, batch and, for us, the
-compiled program in place.
+Both sides take whole optimiser steps in float32 from the same weights, in turn in one process. The
+mask is made before the clock starts. Memory is measured in a process of its own: the peak of its
+resident memory during the first step, minus its resident memory before that step, when weights,
+batch and (on our side) the compiled program are already in memory.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SIDES = ("jax", "torch")
 
 
 def run(case: ParityCase) -> BenchmarkReport:
-    """Times both sides on every trie; weighs them on the largest.
+    """Times both sides on every trie, and measures their memory on the largest.
 
     Raises:
-      NotImplementedError: PyTorch is not installed, or the system is not Linux.
+      NotImplementedError: If PyTorch is not installed, or the system is not Linux.
     """
     if not sys.platform.startswith("linux"):
         raise NotImplementedError(
-            "tw bench parity reads the memory of a process from /proc: want Linux."
+            "tw bench parity reads the memory of a process from /proc, so it needs Linux."
         )
     for cut in case.tries:
-        _batch(cut)  # refused here, not after minutes
+        _batch(cut)  # a case that does not fit is refused now, not after minutes
     times: dict[str, Times] = {}
     values: dict[str, float] = {}
     bars: dict[str, tuple[str, float]] = {}
@@ -64,30 +64,30 @@ def run(case: ParityCase) -> BenchmarkReport:
                 f"loss_rel_diff_{nodes}": ("most", 1e-5),
             }
         for side in SIDES:
-            values[f"{side}_mib"] = _weighed(side, folder, case.model, case.tries[-1])
+            values[f"{side}_mib"] = _step_memory(side, folder, case.model, case.tries[-1])
     values["memory_ratio"] = values["jax_mib"] / values["torch_mib"]
     bars["memory_ratio"] = ("most", 0.5)
     return BenchmarkReport(times, values, bars)
 
 
 def _step(side: str, folder: str, model: Model, cut: CutTrie) -> Callable[[Any], float]:
-    """What takes a step and returns its loss."""
+    """A function that takes a step and returns its loss."""
     batch = _batch(cut)
     if side == "jax":
         params = hf.read_params(folder, model)
         take = trainer(network(model), params, batch)
         return lambda _: float(take(None)[1]["loss"])
-    oracles = _oracles()
-    oracle = oracles.Oracle(folder, "float32", attention="sdpa")
-    rows = oracles.Rows(
+    torch_oracle = _import_torch_oracle()
+    oracle = torch_oracle.Oracle(folder, "float32", attention="sdpa")
+    rows = torch_oracle.Rows(
         tokens=np.asarray(batch.tokens),
         parent=np.asarray(batch.parent),
         depth=np.asarray(batch.depth),
         weight=np.asarray(batch.weight),
         flat_weight=np.asarray(batch.weight),
     )
-    # What `trainer` of ours says in the words of `Optim`.
-    recipe = oracles.Recipe(
+    # The same optimiser as that of `step.trainer`.
+    recipe = torch_oracle.Recipe(
         rate=1e-4,
         schedule="constant_with_warmup",
         warmup=5,
@@ -101,7 +101,7 @@ def _step(side: str, folder: str, model: Model, cut: CutTrie) -> Callable[[Any],
     return lambda _: take()
 
 
-def _oracles() -> Any:
+def _import_torch_oracle() -> Any:
     try:
         from tw_jax.parity import torch_oracle
     except ImportError as error:
@@ -116,12 +116,14 @@ def _oracles() -> Any:
 def _batch(cut: CutTrie) -> TrieBatch:
     trie = tries.trajectory_trie(workloads.trajectory(cut.shape, cut.seed))
     if len(trie) < cut.nodes:
-        raise ValueError(f"CutTrie.shape gives {len(trie)} nodes: want at least {cut.nodes}.")
+        raise ValueError(
+            f"CutTrie.shape gives {len(trie)} nodes, but CutTrie.nodes = {cut.nodes}. Reduce nodes."
+        )
     return stack_rows([[pack.truncate(trie, cut.nodes)]], cut.nodes)
 
 
-def _weighed(side: str, folder: str, model: Model, cut: CutTrie) -> float:
-    """Mebibytes of a first step, in a process of its own."""
+def _step_memory(side: str, folder: str, model: Model, cut: CutTrie) -> float:
+    """Mebibytes of a first step, measured in a new process."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_mebibytes, side, folder, model, cut).result()
@@ -129,14 +131,14 @@ def _weighed(side: str, folder: str, model: Model, cut: CutTrie) -> float:
 
 def _mebibytes(side: str, folder: str, model: Model, cut: CutTrie) -> float:
     step = _step(side, folder, model, cut)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     step(None)
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:
-    """Kibibytes that the system counts for this process."""
+    """A field of /proc/self/status in kibibytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])

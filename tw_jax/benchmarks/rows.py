@@ -1,7 +1,7 @@
 """`tw bench rows`: the P-GRPO step on a group as one trie against one row per engine call.
 
-The second is what ThreadWeaver's trainer (arXiv:2512.07843) runs: every call with its whole
-context, nothing shared.
+The trainer of ThreadWeaver (arXiv:2512.07843) runs the second: every call with its whole context,
+and nothing is shared.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _TEMPERATURE = 1.0
 def run(case: RowsCase) -> BenchmarkReport:
     """Trains the rollouts of one prompt as one trie and as one row per call.
 
-    Both ways train the same tokens, with the same weights, advantages and recorded log-probs, by
-    the same step: on-policy, as ThreadWeaver trains. The calls stand in one row without padding,
-    which is kinder to them than any packing of whole calls into micro-batches.
+    Both train the same tokens with the same weights, advantages and recorded log-probs by the same
+    on-policy step. The calls fill one row without padding, which costs less than any packing of
+    whole calls into micro-batches.
     """
     batches = batches_of(case)
     net = network(case.model, num_ids=workloads.table().num_ids)
@@ -54,7 +54,7 @@ def run(case: RowsCase) -> BenchmarkReport:
         chunk_tokens=CHUNK_TOKENS,
         temperature=_TEMPERATURE,
     )
-    # Advantages of both signs cancel in the loss; a token costs its advantage, the ratio being 1.
+    # Advantages of both signs cancel in the loss, so its difference is divided by their sizes.
     rows = batches["rows"]
     size = float(np.sum(np.asarray(rows.trie.weight) * np.abs(np.asarray(rows.advantage))))
     loss_diff, gradient_diff = difference(objective, params, batches, size)
@@ -106,22 +106,22 @@ def batches_of(case: RowsCase) -> dict[str, PolicyBatch]:
 
 
 def _of_calls(made: Sequence[Trajectory], group: Group, batch: PolicyBatch) -> PolicyBatch:
-    """The calls as chains in one row; a drawn token has there what it has in the trie's row."""
+    """The calls as chains in one row, with the values of the trie's row at each drawn token."""
     calls = chains(made)
     trie = stack_rows([calls], sum(map(len, calls)))
     is_drawn = np.asarray(trie.weight) > 0
-    # By call, as the chains are. One call drew the nodes of one path, which preorder has in order.
+    # Sort by call like the chains. The nodes of one call lie on one path, so preorder keeps order.
     nodes = np.flatnonzero(group.call >= 0)
     nodes = nodes[np.lexsort((group.call[nodes], group.rollout[nodes]))]
 
-    def carried(values: jax.Array) -> jax.Array:
-        moved = np.zeros(is_drawn.shape, values.dtype)
-        moved[is_drawn] = np.asarray(values)[0, nodes]
-        return moved  # pyright: ignore[reportReturnType]  # numpy stands in for jax.Array
+    def to_chains(values: jax.Array) -> jax.Array:
+        chained = np.zeros(is_drawn.shape, values.dtype)
+        chained[is_drawn] = np.asarray(values)[0, nodes]
+        return chained  # pyright: ignore[reportReturnType]  # numpy stands in for jax.Array
 
     return PolicyBatch(
-        trie=trie.replace(weight=carried(batch.trie.weight)),
-        advantage=carried(batch.advantage),
-        sampler_logp=carried(batch.sampler_logp),
-        rollout=carried(batch.rollout),
+        trie=trie.replace(weight=to_chains(batch.trie.weight)),
+        advantage=to_chains(batch.advantage),
+        sampler_logp=to_chains(batch.sampler_logp),
+        rollout=to_chains(batch.rollout),
     )

@@ -28,10 +28,10 @@ from tw_jax.sample.state import DONE, State
 def run(case: SamplerCase) -> BenchmarkReport:
     """Decodes as lanes over one prefix, as rows with a prefix each, and in one lane.
 
-    The program is the sampler's own, from the step after the one that encoded the prefix to the
-    end: threads end by their budgets and the rollout with them, so neither prefill nor join is
-    timed. Tokens are given, and the draw is made nevertheless. Every cache has the bucket that its
-    last token needs from the start on, so nothing grows on the clock.
+    The timed program is that of the sampler, from the first step after the prefix is encoded to the
+    end. Threads end by their budgets and the rollout ends with them, so neither prefill nor a join
+    is timed. Tokens come from a script, but the draw is computed as well. Every cache is created in
+    its final size, so it does not grow while the clock runs.
     """
     net = network(case.model, num_ids=workloads.table().num_ids)
     params = net.init(jax.random.key(0))
@@ -49,12 +49,12 @@ def run(case: SamplerCase) -> BenchmarkReport:
         times |= interleave(
             {name: functools.partial(way.finish, params) for name, way in ways.items()},
             case.repeats,
-            # The program is given its state for good.
+            # The program donates its state, so each run gets a copy.
             prepare=lambda name, ready=ready: jax.tree.map(jnp.copy, ready[name]),
         )
     first = case.prefixes[0]
     ms = {name: found.median_ms for name, found in times.items()}
-    # The ideals: so many fewer steps, and, where the cache is what a step reads, its entries.
+    # Ideals: the ratio of steps, and the ratio of cache entries if reading the cache dominates.
     values["ideal_over_sequential"] = case.lanes
     values[f"{lanes}_over_sequential"] = ms[f"sequential_{first}"] / ms[f"{lanes}_{first}"]
     for prefix in case.prefixes:
@@ -73,33 +73,33 @@ def run(case: SamplerCase) -> BenchmarkReport:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decode:
-    """One way to decode given tokens behind a prefix."""
+    """One way to decode the tokens of a script after a prefix."""
 
     sampler: ForkJoinSampler
     prompts: list[np.ndarray]
     sampling: tuple[SamplingArrays, jax.Array]
     prefix: int
-    tokens: int  # of one row, all its lanes together, that are decoded behind the prefix
+    tokens: int  # decoded after the prefix, by all lanes of one row together
 
     @classmethod
     def of_rows(cls, net: Network, case: SamplerCase, prefix: int, *, rows: int) -> Decode:
-        """Rows of one lane, each with its own prefix; together they decode what the lanes do."""
+        """Rows of one lane, each with its own prefix; together they decode as many tokens."""
         rng = np.random.default_rng(0)
         tokens = case.lanes * case.tokens // rows
         prompt = workloads.text(rng, prefix)
-        # The first token is drawn when the prefix is encoded; so many more are decoded.
+        # The first token is drawn when the prefix is encoded, and `tokens` more are decoded.
         limits = ForkJoin(max_new=tokens + 1, parallel=False)
         script = np.broadcast_to(workloads.text(rng, tokens + 1), (rows, 1, tokens + 1))
-        sampler = _forced(net, limits, case, rows=rows, max_prompt=prefix)
-        return cls(sampler, [prompt] * rows, _how(script), prefix, tokens)
+        sampler = _scripted_sampler(net, limits, case, rows=rows, max_prompt=prefix)
+        return cls(sampler, [prompt] * rows, _sampling(script), prefix, tokens)
 
     @classmethod
     def of_lanes(cls, net: Network, case: SamplerCase, prefix: int) -> Decode:
-        """One row that forks behind the prefix; every thread ends by its budget."""
+        """One row that forks after the prefix; every thread ends by its budget."""
         rng = np.random.default_rng(0)
         table = workloads.table()
         plan = workloads.outlines(rng, case.lanes, workloads.LEAST_OUTLINE)
-        # What each header forces: newline, tag, newline, number, colon.
+        # Forced tokens of each header: newline, tag, newline, number, colon.
         headers = sum(4 + len(table.label_ids(str(n + 1))) for n in range(case.lanes))
         prompt = workloads.text(rng, prefix - len(plan) - headers)
         budget = case.tokens + 1
@@ -113,11 +113,11 @@ class Decode:
         script = np.zeros((1, 1 + case.lanes, max(len(plan), budget)), np.int32)
         script[0, 0, : len(plan)] = plan
         script[0, 1:] = workloads.text(rng, script.shape[2])
-        sampler = _forced(net, limits, case, rows=1, max_prompt=len(prompt))
-        return cls(sampler, [prompt], _how(script), prefix, case.lanes * case.tokens)
+        sampler = _scripted_sampler(net, limits, case, rows=1, max_prompt=len(prompt))
+        return cls(sampler, [prompt], _sampling(script), prefix, case.lanes * case.tokens)
 
     def encoded(self, params: Params) -> State:
-        """The state whose cache holds the prefix, with room for all that follows."""
+        """The state after the prefix is encoded, with room in the cache for all later tokens."""
         sampler, chunk = self.sampler, self.sampler.sizes.chunk
         slots = self.prefix + max(self.tokens, chunk) + chunk
         state = sampler.empty(self.sampling, slots=slots)
@@ -142,12 +142,12 @@ class Decode:
         return state
 
 
-def _forced(
+def _scripted_sampler(
     net: Network, limits: ForkJoin, case: SamplerCase, *, rows: int, max_prompt: int
 ) -> ForkJoinSampler:
-    """A sampler that draws as always and then takes the token that its script has there."""
+    """A sampler that draws as usual and then takes the token of its script instead."""
 
-    def forced(
+    def draw_and_follow(
         logits: jax.Array,
         sampling: tuple[SamplingArrays, jax.Array],
         call: jax.Array,
@@ -159,16 +159,16 @@ def _forced(
 
     protocol = ThreadWeaver(workloads.table(), limits)
     cfg = Sampler(rows=rows, max_prompt=max_prompt, prefill_chunk=case.prefill_chunk)
-    return samplers.make_sampler(net, protocol, cfg, draw=forced)
+    return samplers.make_sampler(net, protocol, cfg, draw=draw_and_follow)
 
 
-def _how(script: np.ndarray) -> tuple[SamplingArrays, jax.Array]:
+def _sampling(script: np.ndarray) -> tuple[SamplingArrays, jax.Array]:
     given = sampling_arrays(len(script), temperature=1.0, top_p=1.0, top_k=0, seed=0)
     return given, jnp.asarray(script)
 
 
 def _recompiles(net: Network, params: Params, case: SamplerCase) -> int:
-    """Programs compiled by whole rollouts once one was made, whatever settings and prompts say."""
+    """Programs that later rollouts compile, although their settings and prompts differ."""
     rng = np.random.default_rng(0)
     limits = ForkJoin(max_new=case.tokens // 4 + 1, max_threads=case.lanes)
     protocol = ThreadWeaver(workloads.table(), limits)

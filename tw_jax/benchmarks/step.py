@@ -35,11 +35,11 @@ STEPS = 100
 def run(case: StepCase) -> BenchmarkReport:
     """Trains one trajectory as a trie and as one row per call, and a trie with dense attention.
 
-    Both ways train the same tokens by the same step; the calls stand in one row without padding,
-    which is kinder to them than any packing of whole calls into fixed rows. Blockwise attention is
-    compared with dense attention as the model stands, and once more with both under full remat: at
-    4,096 nodes the dense scores of all layers take 12 GiB, so that part of the first ratio is
-    memory traffic, which the second leaves out at the price of computing everything twice.
+    Both train the same tokens by the same step. The calls fill one row without padding, which costs
+    less than any packing of whole calls into fixed rows. Blockwise attention is compared with dense
+    attention twice, the second time with full remat on both sides. At 4,096 nodes the dense scores
+    of all layers take 12 GiB, so a part of the first ratio is memory traffic. The second ratio
+    leaves that out, but computes everything twice.
     """
     made = workloads.trajectory(case.shape, case.seed)
     trie, rows = tries.trajectory_trie(made), chains([made])
@@ -93,14 +93,14 @@ def run(case: StepCase) -> BenchmarkReport:
 
 
 def sharing(batches: Mapping[str, TrieBatch], model: Model) -> dict[str, float]:
-    """What the rows share and what attention walks of them: the ideals of a time ratio.
+    """The ideal values of a time ratio: how much the rows share.
 
-    A time ratio lies between `token_ratio`, the ideal of all that costs by the token, and
-    `block_ratio`, that of attention. rho = 1 - 1 / token_ratio is the share of tokens saved.
+    A time ratio lies between `token_ratio`, the ideal for work that is proportional to tokens, and
+    `block_ratio`, the ideal for attention. rho = 1 - 1 / token_ratio is the share of tokens saved.
 
     Args:
       batches: "trie" and "rows", one row each, without padding.
-      model: see `attention.backend`.
+      model: The model, see `attention.backend`.
     """
     tokens = {name: batch.tokens.size for name, batch in batches.items()}
     pairs = {name: walked_pairs(batch.span, model) for name, batch in batches.items()}
@@ -113,7 +113,7 @@ def sharing(batches: Mapping[str, TrieBatch], model: Model) -> dict[str, float]:
 
 
 def _full_token_ratio(case: StepCase) -> tuple[float, float]:
-    """Tokens of the calls over nodes of the tries, over all trajectories, and its deviation."""
+    """Tokens of the calls over nodes of the tries of all trajectories, and its deviation."""
     made = [workloads.trajectory(case.full_shape, seed) for seed in range(case.full_seeds)]
     full = [tries.trajectory_trie(one) for one in made]
     ratio = sum(trie.source_tokens for trie in full) / sum(map(len, full))
@@ -126,7 +126,7 @@ def _model(model: Model, attention: str, remat: str) -> Network:
 
 
 def chains(rollouts: Sequence[Trajectory]) -> list[Trie]:
-    """One for each call: its context and what was sampled, which alone has weight."""
+    """One chain for each call: its context, and its sampled tokens, which alone have a weight."""
     made = []
     for call in (call for rollout in rollouts for call in rollout.calls):
         weight = np.repeat(np.array([0, 1], np.float32), [len(call.context), len(call.sampled)])
@@ -135,14 +135,14 @@ def chains(rollouts: Sequence[Trajectory]) -> list[Trie]:
 
 
 def trainer(net: Network, params: Params, batch: TrieBatch) -> Callable[[Any], Any]:
-    """An SFT run on one batch, see `repeated`."""
+    """SFT steps on one batch, see `repeated`."""
     pure = sft.make_sft_step(net, OPTIM, steps=STEPS, chunk_tokens=CHUNK_TOKENS)
     return repeated(pure, params, batch)
 
 
 def repeated(pure: Step, params: Params, batch: Any) -> Callable[[Any], Any]:
-    """A run of `OPTIM`: each call takes a step, from the state that the one before left."""
-    # The state is donated, and params are used again.
+    """A function that takes one step of `OPTIM` at each call, from the state of the last call."""
+    # The step donates its state, so it gets a copy of the parameters.
     state = create(jax.tree.map(jnp.copy, params), OPTIM, key=jax.random.key(0))
     batch = jax.device_put(batch)
     step = jax.jit(pure, donate_argnums=0).lower(state, batch).compile()
@@ -158,17 +158,17 @@ def repeated(pure: Step, params: Params, batch: Any) -> Callable[[Any], Any]:
 def difference(
     objective: Objective, params: Params, batches: Mapping[str, Any], size: float | None = None
 ) -> tuple[float, float]:
-    """How far the loss and the gradient of "trie" are from those of "rows".
+    """Relative differences of loss and gradient between "trie" and "rows".
 
     Args:
-      objective: the loss, a sum over tokens.
-      params: where both are computed.
+      objective: The loss, a sum over tokens.
+      params: Parameters at which both are computed.
       batches: "trie" and "rows".
-      size: what the difference of the losses is a share of: the sum of the terms' sizes, where
-        terms of both signs cancel. The loss itself if None.
+      size: Divisor of the difference of the losses. If terms of both signs cancel, it should be the
+        sum of their sizes. None divides by the loss itself.
 
     Returns:
-      (share, relative L2).
+      (relative difference of the losses, relative L2 distance of the gradients).
     """
     with jax.default_matmul_precision("highest"):
         summed = jax.jit(jax.value_and_grad(objective, has_aux=True))

@@ -1,4 +1,4 @@
-"""`tw bench trie`: how fast a rollout's calls become one trie, and in how much memory."""
+"""`tw bench trie`: time and memory of building one trie from the calls of a rollout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(case: TrieCase) -> BenchmarkReport:
 
 
 def _peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory that was held at once for a run: its result, not what existed before."""
+    """Peak memory of a run, its result included, above the memory before the run."""
     gc.collect()
     tracemalloc.start()
     try:

@@ -1,9 +1,9 @@
-"""What benchmarks time and tests run in miniature: trajectories of a given shape, and cases.
+"""Inputs of benchmarks and tests: random trajectories of given lengths, and the sizes of each case.
 
-Trajectories have the lengths of ThreadWeaver's (arXiv:2512.07843) and random bytes for text. They
-are made by the protocol from what an engine would have drawn, so their calls, headers and joins are
-real; only the words mean nothing. A case holds the sizes of one benchmark. This file knows no
-clock; it hands `programs/bench.py` and the tests one set of arguments.
+Trajectories have the lengths of ThreadWeaver's (arXiv:2512.07843) and random bytes for text. The
+protocol makes them from the tokens that an engine would draw, so their calls, headers and joins are
+like those of a real rollout. A case holds the sizes of one benchmark; each has a tiny twin for
+tests.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from tw_jax.models.transformer import Model
 from tw_jax.tokenizer import Bytes, load_tokenizer
 
 _BYTES = 256
-"""Ids below are bytes of text, those above control tokens and ends of sequence."""
+"""Smaller ids are bytes of text, larger ids are control tokens and ends of sequence."""
 _EVEN_LOGP = -np.log(_BYTES)
-"""Nats of each of them, all equally likely."""
+"""Log-prob of a byte in nats if all bytes are equally likely."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Lengths of a trajectory, in tokens; a pair is the least and the most.
+    """Lengths of a trajectory in tokens; a pair holds the smallest and the largest value.
 
     Attributes:
-      prompt: ids of the prompt.
-      blocks: forks.
-      sequential: text before each fork and after the last.
-      outline: one outline, tags and number included.
-      threads: threads of a fork; a pair too.
-      thread: what one thread draws, its closing tag included.
+      prompt: Tokens of the prompt.
+      blocks: Number of forks.
+      sequential: Tokens of the text before each fork and after the last.
+      outline: Tokens of one outline, including tags and number.
+      threads: Threads of a fork.
+      thread: Tokens that one thread draws, including its closing tag.
     """
 
     prompt: int = 200
@@ -52,7 +52,7 @@ class Shape:
     thread: tuple[int, int] = (300, 800)
 
     def scaled(self, scale: float) -> Shape:
-        """Every length times `scale`; as many blocks and threads."""
+        """Every length times `scale`, with the same numbers of blocks and threads."""
 
         def size(tokens: int) -> int:
             return round(tokens * scale)
@@ -67,7 +67,7 @@ class Shape:
 
 
 LEAST_OUTLINE = 5
-"""`<Outline>`, a digit, the colon, a word, `</Outline>`."""
+"""Smallest length of an outline: `<Outline>`, a digit, a colon, a word, `</Outline>`."""
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def table() -> Table:
 
 
 def text(rng: np.random.Generator, length: int) -> np.ndarray:
-    """Random bytes, [length] int32: no control token and no end of sequence among them."""
+    """[length] int32 random bytes, without control tokens and ends of sequence."""
     return rng.integers(0, _BYTES, length, dtype=np.int32)
 
 
@@ -97,14 +97,14 @@ def trajectory(shape: Shape, seed: int) -> Trajectory:
 
 
 def rollouts(shape: Shape, seed: int, *, count: int) -> list[Trajectory]:
-    """Rollouts of one prompt: the protocol's calls around random text.
+    """Rollouts of one prompt with random text.
 
-    Recorded log-probs are about those of bytes drawn evenly.
+    Recorded log-probs are close to those of uniformly drawn bytes.
 
     Args:
-      shape: their lengths; each joined path must fit `ForkJoin`'s default limits.
-      seed: lengths, ids and log-probs follow from it.
-      count: K.
+      shape: Lengths; each joined path must fit the default limits of `ForkJoin`.
+      seed: Seed of lengths, ids and log-probs.
+      count: K, number of rollouts.
     """
     rng = np.random.default_rng(seed)
     prompt = text(rng, shape.prompt)
@@ -135,9 +135,9 @@ class TrieCase:
     """`tw bench trie`.
 
     Attributes:
-      shape: of the one trajectory whose trie is built.
-      seed: of that trajectory.
-      repeats: measured rounds.
+      shape: Lengths of the trajectory whose trie is built.
+      seed: Seed of that trajectory.
+      repeats: Measured rounds.
     """
 
     shape: Shape
@@ -150,9 +150,9 @@ class PackedRow:
     """Whole tries of trajectories, side by side in one row.
 
     Attributes:
-      shape: of each trajectory.
-      seeds: of the trajectories.
-      tokens: T; what the tries leave is padding.
+      shape: Lengths of each trajectory.
+      seeds: Seeds of the trajectories.
+      tokens: T, tokens of the row; the rest of the row is padding.
     """
 
     shape: Shape
@@ -165,11 +165,11 @@ class AttentionCase:
     """`tw bench attention`.
 
     Attributes:
-      rows: timed one after the other, each against one causal sequence of its length.
-      model: whose heads and backend are taken.
-      full_shape: trajectories whose pairs are counted, and nothing more.
-      full_seeds: how many of them.
-      repeats: measured rounds.
+      rows: Rows that are timed, each against one causal sequence of its length.
+      model: Model whose heads and backend are used.
+      full_shape: Lengths of trajectories whose pairs are only counted.
+      full_seeds: Number of these trajectories.
+      repeats: Measured rounds.
     """
 
     rows: tuple[PackedRow, ...]
@@ -184,13 +184,13 @@ class StepCase:
     """`tw bench step`.
 
     Attributes:
-      shape: of the trajectory that the step trains on.
-      seed: of that trajectory.
-      model: the decoder.
-      dense_nodes: nodes of the trie on which dense attention is timed.
-      full_shape: trajectories whose tokens are counted, and nothing more.
-      full_seeds: how many of them.
-      repeats: measured rounds.
+      shape: Lengths of the trajectory that the step trains on.
+      seed: Seed of that trajectory.
+      model: The decoder.
+      dense_nodes: Nodes of the trie on which dense attention is timed.
+      full_shape: Lengths of trajectories whose tokens are only counted.
+      full_seeds: Number of these trajectories.
+      repeats: Measured rounds.
     """
 
     shape: Shape
@@ -207,11 +207,11 @@ class RowsCase:
     """`tw bench rows`.
 
     Attributes:
-      shape: of each rollout that the step trains on.
-      seed: of the rollouts and of what they are worth.
-      rollouts: K, all of one prompt.
-      model: the decoder.
-      repeats: measured rounds.
+      shape: Lengths of each rollout that the step trains on.
+      seed: Seed of the rollouts and of their rewards.
+      rollouts: K, rollouts of one prompt.
+      model: The decoder.
+      repeats: Measured rounds.
     """
 
     shape: Shape
@@ -226,13 +226,13 @@ class SamplerCase:
     """`tw bench sampler`.
 
     Attributes:
-      model: the decoder.
-      prefixes: tokens in the cache before decoding starts; one lane decodes after the first alone.
-      lanes: threads of the fork, or rows without one.
-      tokens: what each lane decodes.
-      prefill_chunk: of the sampler.
-      prompts: lengths of the prompts with which recompilations are counted, all in one bucket.
-      repeats: measured rounds.
+      model: The decoder.
+      prefixes: Tokens in the cache before decoding starts. A single lane is timed with the first.
+      lanes: Threads of the fork, or rows without a fork.
+      tokens: Tokens that each lane decodes.
+      prefill_chunk: Chunk size of the sampler's prefill.
+      prompts: Lengths of prompts of one bucket, with which recompilations are counted.
+      repeats: Measured rounds.
     """
 
     model: Model
@@ -249,9 +249,9 @@ class CutTrie:
     """A trie of a rollout, cut to a round number of nodes.
 
     Attributes:
-      shape: of the trajectory, whose trie has a little more than `nodes`.
-      seed: of that trajectory.
-      nodes: that are kept.
+      shape: Lengths of the trajectory, whose trie has slightly more than `nodes` nodes.
+      seed: Seed of that trajectory.
+      nodes: Nodes that are kept.
     """
 
     shape: Shape
@@ -264,9 +264,9 @@ class ParityCase:
     """`tw bench parity`.
 
     Attributes:
-      tries: what both frameworks train on, one after the other, the largest last.
-      model: the decoder.
-      repeats: measured rounds.
+      tries: Tries that both frameworks train on, the largest last.
+      model: The decoder.
+      repeats: Measured rounds.
     """
 
     tries: tuple[CutTrie, ...]
@@ -286,9 +286,9 @@ SMALL = Model(
     tie_embeddings=True,
     rope=Rope(),
 )
-"""7 million parameters: large enough that two CPU cores compute rather than dispatch."""
+"""7 million parameters, so that two CPU cores spend their time on computation, not dispatch."""
 MINUTE = dataclasses.replace(SMALL, vocab_size=320, num_layers=1, width=32, mlp_width=32)
-"""A decoder for tests of programs, where only shapes matter."""
+"""A decoder for tests in which only shapes matter."""
 
 TRIE = TrieCase(shape=Shape().scaled(1.5), seed=2, repeats=30)
 ATTENTION = AttentionCase(
@@ -296,7 +296,7 @@ ATTENTION = AttentionCase(
         PackedRow(shape=Shape().scaled(0.4), seeds=(20,), tokens=8192),
         PackedRow(shape=Shape().scaled(0.4), seeds=(20, 12), tokens=16_384),
     ),
-    # A quarter of its heads, which is one device's share of four: a CPU takes minutes for these.
+    # A quarter of the heads, the share of one of four devices. A CPU takes minutes even so.
     model=dataclasses.replace(presets.QWEN3_0_6B, num_heads=4, num_kv_heads=2),
     full_shape=Shape(),
     full_seeds=16,
@@ -315,7 +315,7 @@ ROWS = RowsCase(
     shape=Shape().scaled(0.075),
     seed=0,
     rollouts=4,
-    # Half the layers, and only products are kept: one row holds every call of four rollouts.
+    # Half the layers, and only products are saved, because one row holds all calls of 4 rollouts.
     model=dataclasses.replace(SMALL, num_layers=4, remat="dots"),
     repeats=2,
 )
@@ -333,7 +333,7 @@ PARITY = ParityCase(
         CutTrie(shape=Shape().scaled(0.2), seed=0, nodes=4096),
         CutTrie(shape=Shape().scaled(0.45), seed=1, nodes=8192),
     ),
-    # Products are kept and all else is computed anew: no slower here than keeping everything.
+    # Saves products and recomputes everything else, which is not slower here than saving all.
     model=dataclasses.replace(SMALL, remat="dots"),
     repeats=3,
 )

@@ -1,8 +1,7 @@
-"""Two sides of one computation, stage by stage: errors, tolerances, the first stage that leaves it.
+"""Compares two sides of one computation by stage, and finds the first stage out of tolerance.
 
-A side is a dict of stages in the order in which numbers flow: constants, weights, hidden states,
-logits, losses, gradients, a step, a curve. This file knows arrays only: neither framework, nor how
-they were made. It hands `programs/parity.py` a `ParityReport`.
+A side is a dict of stages in the order of the computation: constants, weights, hidden states,
+logits, losses, gradients, a step, a curve. This module sees numpy arrays only.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 Stage = np.ndarray | float | Mapping[str, np.ndarray]
-"""What one side says of a stage: an array, a number, or an array for each parameter by name."""
+"""The result of one side for a stage: an array, a number, or arrays by name of parameter."""
 
 Side = Mapping[str, Stage]
 """Stages by name, in order."""
 
 BANDS = (0.001, 0.01, 0.05)
-"""Half widths of the bands around 1 in which ratios of probabilities are counted."""
+"""Half widths of the bands around 1 within which ratios of probabilities are counted."""
 
 MEANING = {
     "rope": "inverse frequencies",
@@ -38,11 +37,11 @@ MEANING = {
     "step": "parameters after one AdamW step",
     "curve": "loss of every training step",
 }
-"""What a stage is, for whoever reads the table; "block.3" is a "block"."""
+"""Descriptions of the stages for the table; "block.3" is a "block"."""
 
 
 class Tolerance(NamedTuple):
-    """How a stage is measured and how much it may differ.
+    """The measure of a stage and its upper bound.
 
     "absolute" is the largest difference; "relative" divides it by the largest magnitude; "l2" is
     the norm of the difference over the norm of the reference.
@@ -94,11 +93,11 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
         "curve": Tolerance("absolute", 5e-2),
     },
 }
-"""By dtype of activations and by stage; from the roundings, the same for every model and run."""
+"""By dtype of activations and by stage. They follow from roundings, so all models share them."""
 
 
 class Error(NamedTuple):
-    """How far one array is from another; what the measures of a `Tolerance` mean."""
+    """Distances between two arrays, by the measures of a `Tolerance`."""
 
     absolute: float
     relative: float
@@ -106,14 +105,14 @@ class Error(NamedTuple):
 
 
 def error(ours: Any, theirs: Any) -> Error:
-    """Compares two arrays of one shape in float64; what is not finite is infinitely far.
+    """Compares two arrays of one shape in float64. Values that are not finite are infinitely far.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: If the shapes differ.
     """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
-        raise ValueError(f"Shapes {ours.shape} and {theirs.shape}: want the same on both sides.")
+        raise ValueError(f"The shapes {ours.shape} and {theirs.shape} must be equal.")
     if not ours.size:
         return Error(0.0, 0.0, 0.0)
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
@@ -128,7 +127,7 @@ def error(ours: Any, theirs: Any) -> Error:
 
 
 def _over(difference: float, size: float) -> float:
-    """0 / 0 is no difference."""
+    """The quotient, where 0 / 0 is 0."""
     if not difference:
         return 0.0
     return difference / size if size else math.inf
@@ -153,8 +152,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def bands(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """Share of tokens whose ratio of probabilities lies within each band around 1.
 
-    What a policy gradient would see as its importance ratio if one side sampled and the other
-    trained.
+    The ratio is the importance ratio of a policy gradient if one side samples and the other trains.
 
     Args:
       ours: [n] log-probs.
@@ -169,10 +167,10 @@ class Line:
     """One compared stage.
 
     Attributes:
-      name: of the stage.
-      worst: where it has parameters, the one that is furthest off; else "".
-      error: of the stage, or of the worst parameter.
-      tolerance: what it may be.
+      name: Name of the stage.
+      worst: The parameter with the largest error; "" if the stage has no parameters.
+      error: Error of the stage, or of that parameter.
+      tolerance: Bound of the error.
     """
 
     name: str
@@ -182,17 +180,17 @@ class Line:
 
     @property
     def is_within(self) -> bool:
-        """Whether the measured error is at most the tolerated one."""
+        """Whether the measured error is at most the tolerance."""
         return self.measured <= self.tolerance.most
 
     @property
     def measured(self) -> float:
-        """The error that counts for this stage."""
+        """The error in the measure of the tolerance."""
         return getattr(self.error, self.tolerance.measure)
 
     @property
     def place(self) -> str:
-        """The stage, and the parameter in it."""
+        """The stage and its worst parameter."""
         return f"{self.name}: {self.worst}" if self.worst else self.name
 
 
@@ -205,16 +203,16 @@ class ParityReport:
 
     @property
     def first(self) -> str | None:
-        """The first place that leaves its tolerance; None where none does."""
+        """The first place out of tolerance; None if there is none."""
         return next((line.place for line in self.lines if not line.is_within), None)
 
     def worst(self, name: str, measure: str) -> float | None:
-        """One error of a stage; None where the stage was not compared."""
+        """One error of a stage; None if the stage was not compared."""
         found = (getattr(line.error, measure) for line in self.lines if line.name == name)
         return next(found, None)
 
     def table(self) -> str:
-        """The stages as text, a line for each."""
+        """A table of the stages as text, one line each."""
         head = ("stage", "max abs", "max rel", "rel L2", "tolerance", "", "")
         rows = [head, *(self._row(line) for line in self.lines)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -229,7 +227,7 @@ class ParityReport:
         return (line.name, *errors, allowed, verdict, about)
 
     def json(self) -> dict[str, Any]:
-        """The stages for a program; an infinite error is null."""
+        """The stages as JSON values; an infinite error is None."""
         return {
             "stages": [
                 {
@@ -249,12 +247,12 @@ def report(ours: Side, theirs: Side, dtype: str) -> ParityReport:
     """Compares two sides.
 
     Args:
-      ours: the stages of the one.
-      theirs: the same stages of the reference.
-      dtype: of the activations; a row of `TOLERANCES`.
+      ours: Stages of one side.
+      theirs: Stages of the reference.
+      dtype: Dtype of the activations, a key of `TOLERANCES`.
 
     Raises:
-      ValueError: the sides have other stages, or a stage other parameters, than each other.
+      ValueError: If the sides have different stages, or a stage has different parameters.
     """
     _require_same("stages", ours, theirs)
     return ParityReport(dtype, tuple(_lines(ours, theirs, TOLERANCES[dtype])))
@@ -270,7 +268,7 @@ def _lines(ours: Side, theirs: Side, tolerances: Mapping[str, Tolerance]) -> Ite
         assert isinstance(mine, Mapping)
         _require_same(f"parameters of {name}", mine, stage)
         lines = [
-            # Tensors of another shape are of another model: no number can be put on them.
+            # Tensors of different shapes belong to different models, so `error` raises.
             Line(name, parameter, error(mine[parameter], array), tolerance)
             for parameter, array in stage.items()
         ]
@@ -281,8 +279,8 @@ def _require_same(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any])
     odd = sorted(set(ours) ^ set(theirs))
     if odd:
         raise ValueError(
-            f"The two sides have other {what}: {', '.join(odd[:6])} on one side only. Want the "
-            "same model and the same material on both."
+            f"The two sides have different {what}: {', '.join(odd[:6])} on one side only. Compare "
+            "the same model and the same material on both sides."
         )
 
 
@@ -291,5 +289,5 @@ def _kind(name: str) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where JSON has no number for it."""
+    """The value, or None if JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None

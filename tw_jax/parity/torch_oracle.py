@@ -1,8 +1,9 @@
 """The PyTorch side of a comparison: transformers' model, the reference's losses, torch's AdamW.
 
-The door to torch and transformers; numpy in, numpy out. It imports nothing of ours and shares no
-idea with it: who sees whom is found by walking parents, the reference's labels are those of stock
-transformers, P-GRPO runs one row a call, and threads are decoded by a plain loop.
+This is the only importer of torch and transformers; arguments and results are numpy arrays. It
+imports no other module of this package and computes everything differently: visibility by walking
+parents, the reference's labels by stock transformers, P-GRPO with one row per call, and threads by
+a plain loop.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 transformers.utils.logging.disable_progress_bar()
 
 IGNORED = -100
-"""The label that transformers' loss leaves out."""
+"""The label that the loss of transformers ignores."""
 
 
 # Folders of models.
 
 
 def write_random(folder: str | Path, fields: Mapping[str, Any], *, seed: int) -> None:
-    """Makes a random model of given `config.json` fields and saves it in float32.
+    """Makes a random model from fields of a `config.json` and saves it in float32.
 
-    Norm scales are random too, lest one that is never applied go unnoticed.
+    Norm scales are random as well, so that a scale that is never applied is noticed.
 
     Args:
-      folder: where `config.json` and `model.safetensors` go.
-      fields: those of the config; `model_type` says which.
-      seed: of the weights.
+      folder: Folder of `config.json` and `model.safetensors`.
+      fields: Fields of the config, `model_type` among them.
+      seed: Seed of the weights.
     """
     kinds = dict(fields)
     cfg = transformers.AutoConfig.for_model(kinds.pop("model_type"), **kinds)
@@ -54,14 +55,14 @@ def write_random(folder: str | Path, fields: Mapping[str, Any], *, seed: int) ->
 
 
 def write_gguf(file: str | Path, folder: str | Path) -> None:
-    """Dequantises a GGUF file by transformers; saves the model in float32, and its tokenizer.
+    """Dequantises a GGUF file with transformers; saves the model in float32 and its tokenizer.
 
     Args:
-      file: the .gguf file.
-      folder: where `config.json`, `model.safetensors` and `tokenizer.json` go.
+      file: The .gguf file.
+      folder: Folder of `config.json`, `model.safetensors` and `tokenizer.json`.
 
     Raises:
-      ValueError: the file lacks a tensor of its model, or has one too many.
+      ValueError: If the file lacks a tensor of its model, or has an unknown tensor.
     """
     home, name = os.path.split(os.path.abspath(file))
     cfg = transformers.AutoConfig.from_pretrained(home, gguf_file=name)
@@ -69,12 +70,14 @@ def write_gguf(file: str | Path, folder: str | Path) -> None:
     read = load_gguf_checkpoint(os.fspath(file), return_tensors=True, model_to_load=model)
     missing, spare = model.load_state_dict(read["tensors"], strict=False)
     if spare or set(missing) - {"lm_head.weight"} or (missing and not cfg.tie_word_embeddings):
-        raise ValueError(f"{file}: the model lacks {missing} and the file has {spare} to spare.")
+        raise ValueError(
+            f"{file}: the file lacks the tensors {missing} and has the unknown tensors {spare}."
+        )
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(home, gguf_file=name).save_pretrained(folder)
 
 
-# What both sides are given.
+# Input of both sides.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class Rows:
 
 
 def visible(parent: np.ndarray) -> np.ndarray:
-    """[T, T] bool: row i is node i and whatever its parent sees. Parents stand before children."""
+    """[T, T] bool: node i sees itself and what its parent sees. Parents come before children."""
     sees = np.eye(len(parent), dtype=bool)
     for node, above in enumerate(parent.tolist()):
         if above != node:
@@ -107,17 +110,17 @@ def visible(parent: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """AdamW as HF's Trainer runs it.
+    """AdamW as the Trainer of transformers runs it.
 
     Attributes:
-      rate: the peak of the schedule.
-      schedule: a name of `transformers.get_scheduler`.
-      warmup: steps of the warm-up.
-      steps: steps of the schedule.
-      betas: of AdamW.
-      epsilon: of AdamW.
-      decay: on all but norms and biases.
-      clip: largest norm of a gradient; None clips nothing.
+      rate: Peak learning rate.
+      schedule: A name of `transformers.get_scheduler`.
+      warmup: Steps of the warm-up.
+      steps: Steps of the schedule.
+      betas: Betas of AdamW.
+      epsilon: Epsilon of AdamW.
+      decay: Weight decay of all parameters but norms and biases.
+      clip: Largest norm of a gradient; None disables clipping.
     """
 
     rate: float
@@ -132,12 +135,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """What training left.
+    """The result of training.
 
     Attributes:
-      losses: [steps] before each update.
-      gradients: of the first step, before clipping, by parameter.
-      params: after the last step, float32, by parameter.
+      losses: [steps] losses before each update.
+      gradients: Gradients of the first step before clipping, by parameter.
+      params: Parameters after the last step in float32, by name.
     """
 
     losses: np.ndarray
@@ -146,7 +149,7 @@ class Trained:
 
 
 class Oracle:
-    """A folder's model in transformers; eager attention for numbers, "sdpa" for speed.
+    """The model of a folder in transformers; eager attention for numbers, "sdpa" for speed.
 
     In bfloat16 the model computes in bfloat16 and keeps float32 weights for the optimiser, as mixed
     precision does.
@@ -169,14 +172,14 @@ class Oracle:
         self._load = load
         self.model: Any = load(self._dtype)
 
-    # What the model is made of.
+    # Constants and weights.
 
     def frequencies(self) -> np.ndarray:
-        """[H / 2] radians that each pair of a head turns by from one token to the next."""
+        """[H / 2] radians by which each pair of a head rotates from one token to the next."""
         return self.model.model.rotary_emb.inv_freq.float().numpy()
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Every parameter in float32, by name; a tied head is its embedding and left out."""
+        """Every parameter in float32, by name; a tied output head is left out."""
         model = self.model if self._dtype == torch.float32 else self._load(torch.float32)
         return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
@@ -184,7 +187,7 @@ class Oracle:
 
     @torch.no_grad()
     def walk(self, rows: Rows) -> Iterator[tuple[str, np.ndarray]]:
-        """("embed", "block.0", ..., "norm", "logits") and what each put out, [B, T, ...]."""
+        """The names "embed", "block.0", ..., "norm", "logits" with their outputs [B, T, ...]."""
         seen: list[tuple[str, np.ndarray]] = []
 
         def keep(name: str) -> Callable[..., None]:
@@ -252,7 +255,7 @@ class Oracle:
 
     @torch.no_grad()
     def flat_loss(self, rows: Rows) -> float:
-        """Stock transformers on the flattened trie: `labels` shifted by one place in the row."""
+        """The loss of stock transformers on the flattened trie, with `labels` shifted by one."""
         return self._flat_loss(rows).item()
 
     def flat_gradients(self, rows: Rows) -> dict[str, np.ndarray]:
@@ -273,26 +276,26 @@ class Oracle:
         *,
         clip: tuple[float, float] = (0.2, 0.28),
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """P-GRPO's loss with one row a call, and its gradients.
+        """The loss of P-GRPO with one row per call, and its gradients.
 
         Args:
           rows: (context, sampled) ids of each call.
-          advantages: of each call's rollout.
-          old: log-probs of each call's sampled ids when they were drawn.
-          clip: how far the ratio may go below and above 1.
+          advantages: The advantage of each call's rollout.
+          old: Log-probs of each call's sampled ids when they were drawn.
+          clip: Distances of the ratio's bounds below and above 1.
 
         Returns:
           (the mean over all sampled tokens of all rows, gradients by parameter).
         """
         self.model.zero_grad(set_to_none=True)
-        said = [self._said(context, sampled) for context, sampled in rows]
+        current = [self._sampled_logp(context, sampled) for context, sampled in rows]
         before = [torch.from_numpy(np.asarray(logp, np.float32)) for logp in old]
-        loss = policy_loss(said, before, advantages, clip=clip)
+        loss = policy_loss(current, before, advantages, clip=clip)
         loss.backward()
         return loss.item(), self._gradients()
 
-    def _said(self, context: np.ndarray, sampled: np.ndarray) -> torch.Tensor:
-        """[m] log-probs of what was sampled after a context, by a plain causal pass."""
+    def _sampled_logp(self, context: np.ndarray, sampled: np.ndarray) -> torch.Tensor:
+        """[m] log-probs of the sampled ids after a context, by a plain causal pass."""
         ids = _long(np.concatenate([context, sampled]))[None]
         logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
         logp = functional.log_softmax(logits.float(), dim=-1)
@@ -362,7 +365,7 @@ class Oracle:
 
     @torch.no_grad()
     def greedy(self, context: Sequence[int], *, stops: Sequence[int], limit: int) -> list[int]:
-        """The likeliest ids after a context, one by one, up to and with a stop id."""
+        """Greedy ids after a context, up to and including a stop id."""
         cache = transformers.DynamicCache(config=self.model.config)
         given, made = torch.tensor([list(context)]), []
         while len(made) < limit:
@@ -375,7 +378,7 @@ class Oracle:
 
 
 def policy_loss(
-    said: Sequence[torch.Tensor],
+    logp: Sequence[torch.Tensor],
     old: Sequence[torch.Tensor],
     advantages: Sequence[float],
     *,
@@ -385,18 +388,18 @@ def policy_loss(
     """The clipped policy loss, a mean over all sampled tokens of all rows.
 
     L = max(-A r, -A clip(r, 1 - low, 1 + high)), for A < 0 at most -A dual, where
-    r = exp(said - old). Source: the released actor of ThreadWeaver (arXiv:2512.07843).
+    r = exp(logp - old). Source: the released actor of ThreadWeaver (arXiv:2512.07843).
 
     Args:
-      said: log-probs of each row's sampled tokens.
-      old: the same when they were drawn.
-      advantages: of each row.
-      clip: low and high.
-      dual: bounds the loss of a bad token whose probability rose.
+      logp: Log-probs of each row's sampled tokens.
+      old: Their log-probs when they were drawn.
+      advantages: The advantage of each row.
+      clip: Low and high.
+      dual: Bounds the loss of a token with a negative advantage whose probability rose.
     """
     low, high = clip
     losses = []
-    for now, before, advantage in zip(said, old, advantages, strict=True):
+    for now, before, advantage in zip(logp, old, advantages, strict=True):
         ratio = torch.exp((now - before).clamp(-20, 20))
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
         if advantage < 0:
@@ -423,7 +426,7 @@ def _optimizer(masters: Mapping[str, torch.Tensor], recipe: Recipe) -> tuple[Any
 
 
 def _groups(masters: Mapping[str, torch.Tensor], decay: float) -> Iterator[dict[str, Any]]:
-    """Decay on all but norms and biases, as the Trainer parts them."""
+    """Parameter groups of the Trainer: norms and biases have no weight decay."""
     for rate, is_bare in ((decay, False), (0.0, True)):
         names = [n for n in masters if ("norm" in n or n.endswith("bias")) == is_bare]
         yield {"params": [masters[n] for n in names], "weight_decay": rate}
@@ -438,16 +441,16 @@ def _long(array: np.ndarray) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Threads:
-    """What a loop over threads must know of a vocabulary and of its limits.
+    """Vocabulary and limits of a loop over threads.
 
     Attributes:
-      encode: text to ids, control strings to their ids.
-      decode: ids to text, control ids to their strings.
-      eos: ids that end a sequence.
-      max_new: ids after the prompt, forced ones too.
-      max_thread: ids that one thread may draw.
-      max_threads: threads of a fork.
-      max_rounds: forks.
+      encode: Text to ids, including control tokens.
+      decode: Ids to text, including control tokens.
+      eos: Ids that end a sequence.
+      max_new: Limit of ids after the prompt, forced ones included.
+      max_thread: Limit of ids that one thread draws.
+      max_threads: Limit of threads of a fork.
+      max_rounds: Limit of forks.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -462,13 +465,14 @@ class Threads:
 def fork_join(oracle: Oracle, prompt: Sequence[int], threads: Threads) -> list[int]:
     """Decodes one rollout greedily, as the released controller does with text and stop tokens.
 
-    The model writes until `</Outlines>`; each number gets its own call on the shared prefix and the
-    header; threads are joined in the order of their outlines, and the model reads it all again.
+    The model writes until `</Outlines>`. Each outline number gets its own call on the shared prefix
+    and its header. Threads are joined in the order of their outlines, and the model reads the whole
+    text again.
 
     Args:
-      oracle: the model.
-      prompt: ids.
-      threads: vocabulary and limits.
+      oracle: The model.
+      prompt: Ids.
+      threads: Vocabulary and limits.
 
     Returns:
       The joined ids after the prompt.
@@ -503,7 +507,7 @@ def fork_join(oracle: Oracle, prompt: Sequence[int], threads: Threads) -> list[i
 
 
 def _numbers(text: str) -> list[str]:
-    """Outline numbers behind the last `<Outlines>`, each once."""
+    """Outline numbers after the last `<Outlines>`, without repetitions."""
     _, tag, tail = text.rpartition("<Outlines>")
     found = re.findall(r"<Outline>\s*([0-9]+(?:\.[0-9]+)*)\s*:", tail if tag else "")
     return list(dict.fromkeys(found))

@@ -1,8 +1,7 @@
-"""`tw bench`: times tries, attention, the train steps, the sampler, each against what it replaces.
+"""`tw bench`: times tries, attention, train steps and the sampler against what they replace.
 
-A bar is a number that this code is expected to reach on two quiet cores; a missed one is printed
-and is no error, for machines differ. The sizes are in `data/workloads.py`, the runs in
-`benchmarks/`.
+A bar is a value that is expected on two idle CPU cores. A missed bar is printed but is not an
+error, because machines differ. The sizes are in `data/workloads.py`, the runs in `benchmarks/`.
 """
 
 from __future__ import annotations
@@ -33,28 +32,28 @@ CASES = {
     "sampler": workloads.SAMPLER,
     "parity": workloads.PARITY,
 }
-"""By name of a benchmark, which is a module of `benchmarks` with `run(case) -> BenchmarkReport`."""
+"""Cases by name; a benchmark is a module of `benchmarks` with `run(case) -> BenchmarkReport`."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one benchmark and prints its table; with `--json`, one object on the last line.
 
     Raises:
-      ValueError: no benchmark has this name.
+      ValueError: If no benchmark has this name.
     """
     parser = argparse.ArgumentParser(prog="tw bench", description=__doc__)
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(CASES)}")
     parser.add_argument("--json", action="store_true", help="a JSON object on the last line too")
     args = parser.parse_args(argv)
     if args.name not in CASES:
-        raise ValueError(f"{args.name!r} is no benchmark. Benchmarks: {', '.join(CASES)}.")
-    # Only the one asked for is imported: one of them needs PyTorch.
+        raise ValueError(f"{args.name!r} is not a benchmark. Choose one of {', '.join(CASES)}.")
+    # Only this benchmark is imported, because another one needs PyTorch.
     benchmark = importlib.import_module(f"{benchmarks.__name__}.{args.name}")
     report, where = benchmark.run(CASES[args.name]), _circumstances()
     print(f"tw bench {args.name}: {where['device']}, jax {where['versions']['jax']}")
     print(_table(report))
     if args.json:
-        found = {
+        result = {
             "bench": args.name,
             **report.values,
             "times": {name: dataclasses.asdict(times) for name, times in report.times.items()},
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             },
             **where,
         }
-        print(json.dumps(found))
+        print(json.dumps(result))
     return 0
 
 
@@ -99,7 +98,7 @@ def _circumstances() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with "+" behind it where files differ; None outside of one."""
+    """The commit of this checkout, followed by "+" if files differ; None outside a checkout."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -108,7 +107,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed package may lie inside another project's checkout, which says nothing of it.
+        # An installed package may lie inside the checkout of another project.
         if Path(git("rev-parse", "--show-toplevel")) != package.parent:
             return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")

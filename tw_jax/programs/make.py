@@ -1,7 +1,8 @@
 """`tw make`: problems, their gold trajectories, and a tokenizer that fits them.
 
-Writes train and held-out examples, which share no question, and a SentencePiece file trained on the
-training texts. What it prints is the length of the texts, as users size rows and budgets by it.
+It writes training and held-out examples, which share no question, and a SentencePiece model that is
+trained on the training texts. It prints the lengths of the texts, which help to choose the sizes of
+rows and budgets.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tw_jax.tokenizer import SentencePiece, load_tokenizer, train_sentencepiece
 
 _THRESHOLDS = (4_096, 8_192, 16_384, 24_576, 32_768)
 _CORPUS = 5_000
-"""Texts that the tokenizer is trained on; more change nothing in so narrow a language."""
+"""Texts that the tokenizer is trained on; more texts would not change it."""
 
 
 @configurable
@@ -31,14 +32,14 @@ class Make:
     """Problems and gold trajectories of a task.
 
     Attributes:
-      workdir: where the files go.
-      task: the problems and the layout of their trajectories.
-      train: number of training examples.
-      held_out: number of held-out examples; none of their questions is trained on.
-      seed: of the training problems.
-      held_out_seed: of the held-out problems.
-      format: of the example files.
-      vocab_size: of the SentencePiece file trained on the training texts.
+      workdir: Folder of the files.
+      task: The problems and the layout of their trajectories.
+      train: Number of training examples.
+      held_out: Number of held-out examples; no training example has one of their questions.
+      seed: Seed of the training problems.
+      held_out_seed: Seed of the held-out problems.
+      format: Format of the example files.
+      vocab_size: Vocabulary size of the SentencePiece model.
     """
 
     workdir: str
@@ -57,8 +58,8 @@ class Make:
         require(self, "seed", "held_out_seed", least=0)
         if self.seed == self.held_out_seed:
             raise ValueError(
-                f"Make.seed = Make.held_out_seed = {self.seed}: want different seeds, or the "
-                "held-out problems are the training problems."
+                f"Make.seed = Make.held_out_seed = {self.seed}: the held-out problems would be the "
+                "training problems. Set different seeds."
             )
 
 

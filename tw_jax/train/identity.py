@@ -1,9 +1,8 @@
-"""What makes a run the run it is: its config, what its files held, the parameters it began with.
+"""The identity of a run: its config, the content of its files, and its initial parameters.
 
-Every checkpoint holds this as its note. A run is resumed only with the same identity, so that no
-number of it means two things. The fields that may change are listed in `MAY_CHANGE`; every other
-field of every config must keep its value. This file does not know which programs there are; it
-compares texts.
+Every checkpoint stores it as its note. A run is resumed only with the same identity, so that all
+its numbers belong to one experiment. `MAY_CHANGE` lists the fields that may change; every other
+field of every config must keep its value.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
         *("Sft.steps", "Pgrpo.steps"),
         *("Optim.decay_steps", "Optim.warmup_ratio", "Optim.warmup_steps"),
     ),
-    # What is saved, reported and guarded. No parameter depends on it.
+    # Saving, reporting and guards. No parameter depends on them.
     "report": (
         *("Sft.save_every", "Pgrpo.save_every", "Sft.keep", "Pgrpo.keep"),
         *("Evaluation.every", "Grader.workers", "Pgrpo.max_mismatch"),
@@ -51,14 +50,14 @@ MAY_CHANGE: Mapping[str, str] = {name: kind for kind, names in _KINDS.items() fo
 
 
 class Origin(NamedTuple):
-    """The parameters that a run began with: a checkpoint of another run."""
+    """The initial parameters of a run: a checkpoint of another run."""
 
     step: int
     identity: str
 
 
 class Identity(NamedTuple):
-    """What a run is, and how the present config differs from that of the newest checkpoint."""
+    """The identity of a run, and the changes since its newest checkpoint."""
 
     config: str
     contents: dict[str, str]
@@ -67,13 +66,13 @@ class Identity(NamedTuple):
 
     @property
     def note(self) -> dict[str, Any]:
-        """What every checkpoint of the run keeps, as JSON holds it."""
+        """The JSON value that every checkpoint of the run stores."""
         origin = None if self.origin is None else self.origin._asdict()
         return {"config": self.config, "contents": self.contents, "origin": origin}
 
     @property
     def digest(self) -> str:
-        """16 hex digits of all that may not change."""
+        """16 hexadecimal digits of a hash of everything that must not change."""
         kept = {name: value for name, value in _fields(self.config).items() if not _may(name)}
         text = json.dumps([kept, self.contents, self.origin], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -82,24 +81,24 @@ class Identity(NamedTuple):
 def establish(
     cfg: Any, checkpoints: Checkpoints, *, needs_init: bool = False, **contents: str
 ) -> Identity:
-    """The identity of a run that starts, or that is resumed with the same one.
+    """Returns the identity of a run, and refuses to resume a run with another identity.
 
     Args:
-      cfg: root config with `workdir`, `steps` and `init`.
-      checkpoints: of the run.
-      needs_init: whether a resumed run reads the parameters of `init` again.
-      contents: what tells the content of the files that the config names from another content.
+      cfg: Root config with `workdir`, `steps` and `init`.
+      checkpoints: Checkpoints of the run.
+      needs_init: Whether a resumed run reads the parameters of `init` again.
+      contents: Fingerprints of the files that the config names.
 
     Returns:
-      The identity; `changed` has the fields that differ from the newest checkpoint's.
+      The identity; `changed` lists the fields that differ from the newest checkpoint's.
 
     Raises:
-      ValueError: in every process, if the run was started with another identity, has taken more
+      ValueError: In every process, if the run was started with another identity, has taken more
         steps than the config asks for, or needs parameters that are gone or changed.
-      FileNotFoundError: the run starts and `init` has no checkpoint.
+      FileNotFoundError: If the run starts and `init` has no checkpoint.
     """
     now = Identity(operative(cfg), dict(contents), None)
-    # All processes judge what process 0 has read, so that all of them stop or none.
+    # All processes judge what process 0 has read, so that either all or none of them stop.
     before, taken = hosts.gather([checkpoints.note(), checkpoints.latest() or 0])[0]
     if before is None:
         now = now._replace(origin=hosts.together(lambda: _origin_of(cfg.init), ValueError, OSError))
@@ -115,38 +114,40 @@ def establish(
 
 
 def origin_params(init: str, origin: Origin, abstract: Params) -> Params:
-    """The parameters that a run began with, without adapters if the checkpoint has none.
+    """The initial parameters of a run, without adapters if the checkpoint has none.
 
     Args:
-      init: folder of checkpoints.
-      origin: the step to read.
-      abstract: the tree of the run's parameters, with shardings.
+      init: Folder of checkpoints.
+      origin: The checkpoint to read.
+      abstract: The tree of the run's parameters, with shardings.
 
     Raises:
-      FileNotFoundError: the checkpoint is gone.
-      ValueError: its parameters do not fit `abstract`.
+      FileNotFoundError: If the checkpoint does not exist any more.
+      ValueError: If its parameters do not fit `abstract`.
     """
     core = without_adapters(abstract)
     return restore_params(init, step=origin.step, abstract=abstract, core=core)
 
 
 def standing(who: Identity, *, first: int, steps: int) -> str:
-    """Lines that tell a user where a run stands: what changed, and whether it is finished."""
-    told = ""
+    """Lines for the user: the changed fields, and whether the run is finished."""
+    lines = ""
     if first and who.changed:
-        told = (
+        lines = (
             f"Resumed with {'; '.join(who.changed)}. Another mesh, backend or chunk size changes "
             "numbers by rounding.\n"
         )
-    return told + (f"The run is finished: all {steps} steps are taken.\n" if first >= steps else "")
+    return lines + (
+        f"The run is finished: all {steps} steps are taken.\n" if first >= steps else ""
+    )
 
 
 def differences(before: str, now: str) -> dict[str, tuple[str | None, str | None]]:
     """The fields whose values differ between two configs as `operative` writes them.
 
     Returns:
-      (old, new) by field, as gin text; None where a config lacks the field. Of a class that one of
-      the two does not have only the field that refers to it is told.
+      (old, new) by field, as gin text; None if a config lacks the field. If only one of the two has
+      a class, only the field that refers to that class is listed.
     """
     old, new = _fields(before), _fields(now)
     common = {_holder(name) for name in old} & {_holder(name) for name in new}
@@ -160,19 +161,19 @@ def differences(before: str, now: str) -> dict[str, tuple[str | None, str | None
 def _refuse_changes(
     cfg: Any, now: Identity, before: Mapping[str, Any], *, taken: int
 ) -> dict[str, str]:
-    """The changes that are allowed, by field; raises one sentence about all that are not."""
+    """The allowed changes by field; raises one error about all others."""
     root = type(cfg).__name__
     found = differences(before.get("config", ""), now.config)
-    told = {name: f"{name} = {new} (was {old})" for name, (old, new) in found.items()}
-    # To begin with a checkpoint, or with none, are two runs.
+    changes = {name: f"{name} = {new} (was {old})" for name, (old, new) in found.items()}
+    # A run that begins with a checkpoint and one that begins without are different runs.
     is_place = {name for name in found if MAY_CHANGE.get(name) == "place"}
     allowed = {
         name: text
-        for name, text in told.items()
+        for name, text in changes.items()
         if _may(name) and not (name in is_place and {None, "None"} & {*found[name]})
     }
-    refused = [text for name, text in told.items() if name not in allowed]
-    # Two verbs may agree in all configs that both have, and their positions mean different things.
+    refused = [text for name, text in changes.items() if name not in allowed]
+    # Two verbs can agree in all configs that they share, but their step numbers differ in meaning.
     root_then = _holder(next(iter(_fields(before.get("config", ""))), "")) or "none recorded"
     if root_then != root:
         refused.insert(0, f"root config: {root} (was {root_then})")
