@@ -191,7 +191,7 @@ class PolicyBatch(struct.PyTreeNode):
     advantage: jax.Array  # [R, T] float32, of the rollout that sampled the node
     sampler_logp: jax.Array  # [R, T] float32 nats, as recorded
     rollout: jax.Array  # [R, T] int32, from 0 in each row; also 0 on prompts and padding
-    old_logp: jax.Array | None = None  # [R, T] float32 nats, before the first inner step
+    old_logp: jax.Array | None = None  # [R, T] float32 nats; None: the current policy's
     ref_logp: jax.Array | None = None  # [R, T] float32 nats of a reference model
 
 
