@@ -204,7 +204,7 @@ def test_a_row_that_does_not_divide_over_the_devices_is_refused():
     span = Span(enter=jnp.arange(12)[None], exit=jnp.full((1, 12), 12))
     with (
         sharding.use(mesh, Rules()),
-        pytest.raises(ValueError, match="tokens = 12: want a multiple of 8"),
+        pytest.raises(ValueError, match="tokens = 12, which must be a multiple of 8"),
     ):
         NETWORK.apply(fresh().params, jnp.zeros((1, 12), int), span.enter, span)
 

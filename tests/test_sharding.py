@@ -48,18 +48,18 @@ def test_minus_one_takes_the_rest_of_the_devices() -> None:
     [
         (
             {"data": 3},
-            "Mesh.data = 3: want a divisor of 8 devices. Set Mesh.data to 1, 2, 4 or 8.",
+            "Mesh.data = 3 does not divide the 8 available devices. Set it to 1, 2, 4 or 8.",
         ),
         (
             {"data": 2, "fsdp": 2},
-            "data 2 x fsdp 2 x sequence 1 x tensor 1: want 8 devices together",
+            "data 2 x fsdp 2 x sequence 1 x tensor 1 is not the 8 available devices",
         ),
         (
             {"data": 4, "tensor": 4},
-            "data 4 x fsdp -1 x sequence 1 x tensor 4: want 8 devices together",
+            "data 4 x fsdp -1 x sequence 1 x tensor 4 is not the 8 available devices",
         ),
-        ({"data": -1}, "Mesh.data = -1 and Mesh.fsdp = -1: want at most one -1"),
-        ({"tensor": 0}, "Mesh.tensor = 0: want at least 1, or -1 for the rest"),
+        ({"data": -1}, "Mesh.data = -1 and Mesh.fsdp = -1, but only one axis"),
+        ({"tensor": 0}, "Mesh.tensor = 0 must be at least 1, or -1 for the rest"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message) -> None:
@@ -83,10 +83,10 @@ def test_a_dimension_goes_where_its_rule_says_and_size_one_stays_whole() -> None
     [
         (("heads", "kv_heads"), (8, 4), "heads and kv_heads both go to mesh axis 'tensor'"),
         (("embed", "embed"), (8, 8), "embed and embed both go to mesh axis 'fsdp'"),
-        (("heads",), (3,), "w has heads = 3: want a multiple of 2 (mesh tensor 2)"),
-        (("rows",), (6,), "w has rows = 6: want a multiple of 4 (mesh data 2 x fsdp 2)"),
-        (("haeds",), (8,), "w has axis 'haeds': want one of layer, embed, vocab, heads"),
-        (("heads",), (8, 8), "w has 2 dimensions and axes ('heads',): want one for each"),
+        (("heads",), (3,), "w has heads = 3, which must be a multiple of 2 (mesh tensor 2)"),
+        (("rows",), (6,), "w has rows = 6, which must be a multiple of 4 (mesh data 2 x fsdp 2)"),
+        (("haeds",), (8,), "w has axis 'haeds'. It must be one of layer, embed, vocab, heads"),
+        (("heads",), (8, 8), "w has 2 dimensions and 1 axes ('heads',)"),
     ],
 )
 def test_an_array_that_does_not_fit_is_refused_by_name(axes, shape, message) -> None:
@@ -97,7 +97,9 @@ def test_an_array_that_does_not_fit_is_refused_by_name(axes, shape, message) -> 
 def test_a_parameter_that_does_not_divide_is_named_by_its_path() -> None:
     net = network(dataclasses.replace(MODEL, mlp_width=60))
     shapes = jax.eval_shape(net.init, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"blocks\.mlp\.down has mlp = 60: want a multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.mlp\.down has mlp = 60, which must be a multiple of 8"
+    ):
         shardings(net.axes(), shapes, make_mesh(Mesh(fsdp=1, tensor=8)), Rules())
 
 
@@ -105,7 +107,7 @@ def test_a_head_is_not_cut_in_two_though_its_entries_would_divide() -> None:
     net, mesh = network(MODEL), make_mesh(Mesh(fsdp=1, tensor=8))
     one = jnp.zeros((1, 16), jnp.int32)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
-    message = "has kv_heads = 4: want a multiple of 8 .* Rules.kv_heads = \\(\\)"
+    message = "has kv_heads = 4, which must be a multiple of 8 .* Rules.kv_heads = \\(\\)"
     with use(mesh, Rules()), pytest.raises(ValueError, match=message):
         jax.eval_shape(net.apply, shapes, one, one, Span(enter=one, exit=one))
 
@@ -131,7 +133,9 @@ def test_constrain_acts_inside_use_alone_and_follows_its_rules() -> None:
 def test_an_activation_that_does_not_divide_is_refused() -> None:
     with (
         use(make_mesh(Mesh()), Rules()),
-        pytest.raises(ValueError, match="An activation has rows = 3: want a multiple of 8"),
+        pytest.raises(
+            ValueError, match="An activation has rows = 3, which must be a multiple of 8"
+        ),
     ):
         jax.jit(lambda x: constrain(x, ("rows", "width")))(jnp.ones((3, 2)))
 
@@ -148,7 +152,9 @@ def test_a_host_batch_becomes_a_global_one_split_by_rows() -> None:
     assert {shard.data.shape for shard in made["tokens"].addressable_shards} == {(2, 3)}
     accumulated = to_global(batch["tokens"].reshape(2, 4, 3), mesh, Rules(), rows_axis=1)
     assert {shard.data.shape for shard in accumulated.addressable_shards} == {(2, 1, 3)}
-    with pytest.raises(ValueError, match="tokens has 6 rows on this host: want a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="tokens has 6 rows on this host, which must be a multiple of 4"
+    ):
         to_global({"tokens": np.ones((6, 3))}, mesh, Rules())
 
 
@@ -158,7 +164,7 @@ def test_rows_that_every_host_has_are_split_over_the_mesh_in_use() -> None:
     alone = put_rows(batch)
     with use(make_mesh(CUBE), Rules()):
         made = put_rows(batch)
-        with pytest.raises(ValueError, match="tokens has rows = 6: want a multiple of 4"):
+        with pytest.raises(ValueError, match="tokens has rows = 6, which must be a multiple of 4"):
             put_rows({"tokens": np.ones((6, 3))})
     for name, array in batch.items():
         np.testing.assert_array_equal(made[name], array)

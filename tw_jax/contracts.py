@@ -1,9 +1,9 @@
-"""What the rooms hand each other: parameters, spans, the key/value cache and the network.
+"""Types that the packages share: parameters, spans, the key/value cache and the network.
 
-Ownership, in one line: `Trajectory` of `Call`s (ids, host) -> `Trie` (numpy, host) -> `TrieBatch`
-(arrays, device). This file knows shapes and nothing else.
+Data is converted in one direction: `Trajectory` of `Call`s (ids, host) -> `Trie` (numpy, host) ->
+`TrieBatch` (arrays, device).
 
-Shape letters, used in every docstring and einsum (there in lower case):
+Shape letters, used in every docstring and, in lower case, in every einsum:
 
     B  rows of a batch                     L  layers
     T  tokens of a row = nodes of its      D  model width
@@ -28,12 +28,12 @@ Params = dict[str, Any]
 
 
 class Span(struct.PyTreeNode):
-    """Where each token stands in its trie: i sees j iff `enter[j] <= enter[i] < exit[j]`.
+    """The interval of each token in its trie: i attends to j iff `enter[j] <= enter[i] < exit[j]`.
 
-    In a packed row `enter` is the index itself, which makes this the stated `j <= i < end[j]`.
-    In the sampler's cache the numbers are logical: a fork reserves a range for each thread.
-    Padding stands alone: its `exit` is `enter + 1` as a query row, and an unused cache slot has
-    `exit <= enter`, so nothing sees it.
+    In a packed row `enter` is the index of the token, so the condition is `j <= i < end[j]`: j is i
+    or one of its ancestors. In the sampler's cache the numbers are logical, because a fork reserves
+    a range of numbers for each thread. A padding token has `exit = enter + 1`, so it attends only
+    to itself. An unused slot of a cache has `exit <= enter`, so no query attends to it.
     """
 
     enter: jax.Array  # [B, T] int32
@@ -41,31 +41,31 @@ class Span(struct.PyTreeNode):
 
 
 class KV(struct.PyTreeNode):
-    """Keys (already rotated) and values of every layer; a loop carry, never scanned in and out."""
+    """Keys (already rotated) and values of every layer. Loops carry it; no scan slices it."""
 
     k: jax.Array  # [L, B, G, S, H]
     v: jax.Array  # [L, B, G, S, H]
 
 
 class Network(NamedTuple):
-    """A language model as pure functions. Steps, losses and the sampler know no more of it.
+    """A language model as pure functions, the only form in which steps and the sampler use it.
 
     `apply(params, tokens, depth, span, kv=None, keys=None, start=None) -> (hidden, kv)`
 
     - tokens: [B, T] int32 ids. depth: [B, T] int32 positions, 0 at a root. span: [B, T].
-    - Without `kv` the tokens attend among themselves. With `kv`, the T new entries of row b are
-      written to the slots `start[b] .. start[b] + T - 1` (start: [B] int32; the caller guarantees
-      `start + T <= S`, because an update slice would be clamped silently) and the queries attend to
-      all S slots through `keys` ([B, S] spans, which already describe the new slots).
+    - Without `kv` the tokens attend to each other. With `kv`, the T new entries of row b are
+      written to the slots `start[b] .. start[b] + T - 1`, start: [B] int32, and the queries attend
+      to all S slots through `keys`, [B, S] spans that already describe the new slots. The caller
+      guarantees `start + T <= S`, because JAX would silently clamp the start of the update.
     - hidden: [B, T, D] in the compute dtype, after the final norm.
 
-    `unembed(params, hidden [..., D]) -> logits [..., V] float32`, of all parameters reads `table`
-    alone, a name of their outermost level. Only the first `num_ids` logits belong to tokens. A
-    table may have more rows, so that a mesh divides them; their logits are a finite floor, so a
-    softmax gives them probability 0 and their rows get no gradient. Sampler and losses therefore
-    use one distribution.
-    `init(key) -> Params`, unboxed. `axes() -> Params`-shaped tree of tuples of logical axis names.
-    `empty_kv(rows, slots) -> KV` of zeros.
+    `unembed(params, hidden [..., D]) -> logits [..., V] float32` reads only the parameters `head`,
+    names of the outermost level of `params`: the table and, if `Lora.token_rows` are trained, their
+    rows. The first `num_ids` logits belong to tokens. A table may have more rows so that its size
+    is divisible over a mesh; their logits are a finite floor, so a softmax gives them probability 0
+    and their rows get no gradient. The sampler and the losses therefore use the same distribution.
+    `init(key) -> Params`, unboxed. `axes()` returns a tree like `Params` of tuples of logical axis
+    names. `empty_kv(rows, slots) -> KV` of zeros.
     """
 
     apply: Callable[..., tuple[jax.Array, KV | None]]

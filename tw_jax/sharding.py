@@ -1,10 +1,9 @@
-"""Mesh and logical axes: one table says which array dimension is split over which devices.
+"""The device mesh, and the table that maps logical axes of arrays to axes of the mesh.
 
-Parameters and activations carry logical axis names ("heads", "rows", ...); `Rules` maps a name to
+Parameters and activations have logical axis names ("heads", "rows", ...). `Rules` maps each name to
 axes of the mesh ("data", "fsdp", "sequence", "tensor"). The mesh is automatic: programs put
-shardings on the arguments and results of `jax.jit`, `constrain` pins a few activations, and the
-compiler does the rest. This file knows no model and no optimiser; it hands shardings to `programs/`
-and `train/state.py`.
+shardings on the arguments and results of `jax.jit`, `constrain` fixes the sharding of a few
+activations, and the compiler chooses the rest.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ MeshAxis = Literal["data", "fsdp", "sequence", "tensor"]
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 LogicalAxes = tuple[str | None, ...]
-"""One logical name for each dimension of an array; None leaves the dimension to the compiler."""
+"""A logical name for each dimension of an array. None lets the compiler choose the sharding."""
 
 
 @configurable
 class Mesh:
-    """How many devices each axis of the mesh has; -1 takes the rest.
+    """Number of devices along each axis of the mesh; -1 takes the remaining devices.
 
     Attributes:
-      data: devices over which rows are split and parameters copied.
-      fsdp: devices over which rows and parameters are split.
-      sequence: devices over which the tokens of a row are split, and parameters too, for rows that
-        are too long for one device.
-      tensor: devices over which heads, the MLP and the vocabulary are split.
+      data: Devices over which rows are split. Parameters are copied to each of them.
+      fsdp: Devices over which both rows and parameters are split.
+      sequence: Devices over which the tokens of a row are split, for rows that are too long for one
+        device. Parameters are split over them as well.
+      tensor: Devices over which heads, the MLP and the vocabulary are split.
     """
 
     data: int = 1
@@ -49,38 +48,38 @@ class Mesh:
     tensor: int = 1
 
     def check(self) -> None:
-        """Raises ValueError for sizes that no number of devices can satisfy."""
+        """Raises ValueError for sizes that fit no number of devices."""
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(f"Mesh.{axis} = {size}: want at least 1, or -1 for the rest.")
+                raise ValueError(f"Mesh.{axis} = {size} must be at least 1, or -1 for the rest.")
         require(self, *MESH_AXES, least=-1)
         rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             raise ValueError(
-                f"Mesh.{rest[0]} = -1 and Mesh.{rest[1]} = -1: want at most one -1, for only one "
-                "axis can take the rest."
+                f"Mesh.{rest[0]} = -1 and Mesh.{rest[1]} = -1, but only one axis can take the "
+                "remaining devices. Set one of them to a number."
             )
 
 
 @configurable
 class Rules:
-    """Over which mesh axes each logical axis is split; () keeps it whole on every device.
+    """The mesh axes over which each logical axis is split; () keeps it whole on every device.
 
     Attributes:
-      layer: stacked layers.
-      embed: model width of parameters.
-      vocab: vocabulary, of the tables and of logits.
-      heads: query heads.
-      kv_heads: key/value heads.
+      layer: Stacked layers.
+      embed: Model width of parameters.
+      vocab: Vocabulary of the tables and of logits.
+      heads: Query heads.
+      kv_heads: Key/value heads.
       mlp: MLP width.
-      norm: scales of the norms.
-      rank: rank of adapters.
-      rows: rows of a batch.
-      tokens: tokens of a row.
-      slots: slots of a cache.
-      head: entries of one head in a cache.
-      width: model width of activations.
+      norm: Scales of the norms.
+      rank: Rank of adapters, and the rows of `Lora.token_rows`.
+      rows: Rows of a batch.
+      tokens: Tokens of a row.
+      slots: Slots of a cache.
+      head: Entries of one head in a cache.
+      width: Model width of activations.
     """
 
     layer: tuple[MeshAxis, ...] = ()
@@ -98,7 +97,7 @@ class Rules:
     width: tuple[MeshAxis, ...] = ()
 
     def check(self) -> None:
-        """Refuses an axis of the mesh that would split the same dimension twice."""
+        """Raises ValueError if a rule names an axis of the mesh twice."""
         for field in dataclasses.fields(self):
             axes = getattr(self, field.name)
             if len(set(axes)) < len(axes):
@@ -106,14 +105,14 @@ class Rules:
 
 
 def sampling(rules: Rules) -> Rules:
-    """The rules under which rollouts are sampled: what splits tokens splits rows as well.
+    """The rules for sampling rollouts: mesh axes that split tokens split rows instead.
 
-    A row decodes a few tokens at a time, which are not worth splitting.
+    A row decodes a few tokens at a time, so there is no gain in splitting them.
     """
     return dataclasses.replace(rules, rows=(*rules.rows, *rules.tokens), tokens=())
 
 
-# A user context is part of jit's cache key, so a function traced under other rules is traced again.
+# A user context is part of the cache key of jit, so a function is traced again under other rules.
 _USED = jax.make_user_context(None)
 
 
@@ -121,15 +120,15 @@ def make_mesh(
     cfg: Mesh,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> jax.sharding.Mesh:
-    """Lays devices out as the mesh ("data", "fsdp", "sequence", "tensor").
+    """Arranges devices in the mesh ("data", "fsdp", "sequence", "tensor").
 
     Args:
-      cfg: sizes.
-      devices: all devices of the job by default.
+      cfg: Sizes of the axes.
+      devices: Devices to use; by default all devices of the job.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or the devices are those of
-        a job that this process has not joined.
+      ValueError: If the product of the sizes is not the number of devices, or if the devices belong
+        to a job that this process has not joined.
     """
     if devices is None:
         hosts.require_joined()
@@ -141,16 +140,17 @@ def make_mesh(
             fits = [str(n) for n in range(1, count + 1) if count % n == 0]
             choice = " or ".join(filter(None, [", ".join(fits[:-1]), fits[-1]]))
             raise ValueError(
-                f"Mesh.{axis} = {size}: want a divisor of {count} devices. "
-                f"Set Mesh.{axis} to {choice}."
+                f"Mesh.{axis} = {size} does not divide the {count} available devices. "
+                f"Set it to {choice}."
             )
     known = math.prod(size for size in sizes.values() if size != -1)
     filled = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
     if math.prod(filled.values()) != count:
         product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ValueError(
-            f"Mesh of {product}: want {count} devices together. Set one size to -1, which takes "
-            "the rest, and let the others multiply to a divisor."
+            f"The product of the mesh {product} is not the {count} available devices. Set one size "
+            "to -1, which takes the rest, and choose the others so that their product divides "
+            f"{count}."
         )
     return jax.make_mesh(
         tuple(filled.values()),
@@ -162,22 +162,22 @@ def make_mesh(
 
 @contextlib.contextmanager
 def use(mesh: jax.sharding.Mesh, rules: Rules) -> Iterator[None]:
-    """Makes `constrain` act: code traced inside pins its activations to this mesh."""
+    """Activates a mesh: in code that is traced inside, `constrain` shards activations over it."""
     with jax.set_mesh(mesh), _USED((rules, mesh.devices.flat[0].platform)):
         yield
 
 
 def current() -> tuple[AbstractMesh, Rules] | None:
-    """The mesh and the rules of the enclosing `use`, or None outside of it."""
+    """The mesh and the rules of the enclosing `use`; None outside of it."""
     used = _USED.value
     return None if used is None else (jax.sharding.get_abstract_mesh(), used[0])
 
 
 def platform() -> str:
-    """What the devices are for which code is traced: "cpu", "gpu" or "tpu".
+    """The platform for which code is traced: "cpu", "gpu" or "tpu".
 
-    Those of the enclosing `use`, which need not be there when a program is compiled ahead of time;
-    those of the process outside of it.
+    Inside `use` it is the platform of that mesh, whose devices need not be present when a program
+    is compiled ahead of time. Outside it is the platform of this process.
     """
     used = _USED.value
     return jax.default_backend() if used is None else used[1]
@@ -191,26 +191,27 @@ def spec(
     *,
     name: str = "array",
 ) -> PartitionSpec:
-    """Where each dimension of one array goes.
+    """The partition spec of one array.
 
-    A dimension of size 1 stays whole, whatever its rule.
+    A dimension of size 1 is never split.
 
     Args:
-      axes: a logical name for each dimension, or None to leave it to the compiler.
-      shape: the array's shape.
-      mesh: the mesh.
-      rules: the table.
-      name: what errors call the array.
+      axes: A logical name for each dimension, or None to let the compiler choose.
+      shape: Shape of the array.
+      mesh: The mesh.
+      rules: The mesh axes of each logical axis.
+      name: Name of the array in error messages.
 
     Raises:
-      ValueError: an unknown name, two dimensions on one mesh axis, or a size that does not divide.
+      ValueError: If a name is unknown, two dimensions use one mesh axis, or a size is not divisible
+        by its number of devices.
     """
     table = dataclasses.asdict(rules)
     if len(axes) != len(shape):
-        raise ValueError(f"{name} has {len(shape)} dimensions and axes {axes}: want one for each.")
+        raise ValueError(f"{name} has {len(shape)} dimensions and {len(axes)} axes {axes}.")
     unknown = [axis for axis in axes if axis is not None and axis not in table]
     if unknown:
-        raise ValueError(f"{name} has axis {unknown[0]!r}: want one of {', '.join(table)}.")
+        raise ValueError(f"{name} has axis {unknown[0]!r}. It must be one of {', '.join(table)}.")
     taken: dict[str, str] = {}
     for axis in filter(None, axes):
         for mesh_axis in table[axis]:
@@ -229,21 +230,21 @@ def spec(
         if split > 1 and size > 1 and size % split:
             over = " x ".join(f"{mesh_axis} {mesh.shape[mesh_axis]}" for mesh_axis in table[axis])
             raise ValueError(
-                f"{name} has {axis} = {size}: want a multiple of {split} (mesh {over}). Change the "
-                f"size or the mesh, or set Rules.{axis} = () to keep it whole."
+                f"{name} has {axis} = {size}, which must be a multiple of {split} (mesh {over}). "
+                f"Change the size or the mesh, or set Rules.{axis} = () to keep it whole."
             )
         parts.append(table[axis] if split > 1 and size > 1 else None)
     return PartitionSpec(*parts)
 
 
 def mesh_axes(where: PartitionSpec) -> tuple[str, ...]:
-    """The mesh axes that a spec splits over, in its order: the manual ones of `jax.shard_map`."""
+    """The mesh axes that a spec splits over, in its order, as manual axes of `jax.shard_map`."""
     parts = [part for part in where if part not in (None, PartitionSpec.UNCONSTRAINED)]
     return tuple(axis for part in parts for axis in ((part,) if isinstance(part, str) else part))
 
 
 def only(where: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
-    """A spec without mesh axes other than `axes`, as `jax.shard_map` over just these wants it."""
+    """A spec restricted to the mesh axes `axes`, as `jax.shard_map` over these axes needs it."""
     kept = (
         tuple(axis for axis in mesh_axes(PartitionSpec(part)) if axis in axes) for part in where
     )
@@ -251,19 +252,19 @@ def only(where: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
 
 
 def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh | AbstractMesh, rules: Rules) -> Any:
-    """A sharding for each array of a tree, from its logical axes and abstract shape.
+    """The sharding of each array of a tree, from its logical axes and its shape.
 
     Args:
-      axes: tree of tuples of logical names, such as `Network.axes()`.
-      shapes: tree of the same structure, of arrays or `jax.ShapeDtypeStruct`s.
-      mesh: the mesh.
-      rules: the table.
+      axes: Tree of tuples of logical names, such as `Network.axes()`.
+      shapes: Tree of the same structure, of arrays or `jax.ShapeDtypeStruct`s.
+      mesh: The mesh.
+      rules: The mesh axes of each logical axis.
 
     Returns:
       Tree of `NamedSharding`.
 
     Raises:
-      ValueError: as `spec`, naming the array by its path.
+      ValueError: As `spec`; the message names the array by its path.
     """
 
     def one(path: Any, names: LogicalAxes, array: Any) -> NamedSharding:
@@ -276,14 +277,14 @@ def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh | AbstractMesh, ru
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Pins an activation to the mesh in `use`; outside of it, returns `x` untouched.
+    """Fixes the sharding of an activation on the mesh of `use`; outside of it, returns `x`.
 
     Args:
-      x: an array.
-      axes: a logical name for each dimension, or None to leave it to the compiler.
+      x: An array.
+      axes: A logical name for each dimension, or None to let the compiler choose.
 
     Raises:
-      ValueError: as `spec`.
+      ValueError: As `spec`.
     """
     found = current()
     if found is None:
@@ -293,15 +294,15 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
 
 
 def put_rows(tree: Any) -> Any:
-    """Puts host arrays on the devices of the enclosing `use`, split by rows; outside, on one.
+    """Puts host arrays on devices: split by rows over the mesh of `use`, outside of it on one.
 
-    No two arrays of the result share memory, so all may be donated.
+    The arrays of the result share no memory, so all of them may be donated.
 
     Args:
-      tree: host arrays [R, ...], whole and the same on every host.
+      tree: Host arrays [R, ...], complete and equal on every host.
 
     Raises:
-      ValueError: R does not divide over the devices.
+      ValueError: If R is not divisible by the number of devices that rows are split over.
     """
     found = current()
     if found is None:
@@ -323,40 +324,40 @@ def row_split() -> int:
 
 
 def check_split(name: str, rows: int, mesh: jax.sharding.Mesh, rules: Rules) -> None:
-    """Refuses a number of rows that the devices cannot share evenly.
+    """Checks that rows can be split evenly over the devices.
 
     Args:
-      name: of the config field, for the message.
-      rows: the number.
-      mesh: devices.
-      rules: the table; `Rules.rows` says how rows are split.
+      name: Name of the config field, for the message.
+      rows: Number of rows.
+      mesh: The mesh.
+      rules: `Rules.rows` says over which axes rows are split.
 
     Raises:
-      ValueError: it is no multiple of the devices.
+      ValueError: If the number of rows is not a multiple of these devices.
     """
     split = math.prod(mesh.shape[axis] for axis in rules.rows)
     if rows % split:
         raise ValueError(
-            f"{name} = {rows}: want a multiple of {split}, the devices that rows are split "
-            "over. Change the rows, or Mesh."
+            f"{name} = {rows} must be a multiple of {split}, the number of devices that rows are "
+            f"split over. Change {name} or Mesh."
         )
 
 
 def row_share(mesh: jax.sharding.Mesh, rules: Rules) -> tuple[int, int]:
-    """Which share of a batch's rows this process holds, and how many shares there are.
+    """The share of a batch's rows that this process holds, and the number of shares.
 
-    Processes whose devices hold the same rows (a mesh axis outside of `Rules.rows` spans them) have
-    the same share.
+    Processes have the same share if their devices hold the same rows. That happens where a mesh
+    axis that does not split rows spans several processes.
 
     Args:
-      mesh: the mesh.
-      rules: the table; `Rules.rows` says how rows are split.
+      mesh: The mesh.
+      rules: `Rules.rows` says over which axes rows are split.
 
     Returns:
-      (share, number of shares); all shares have as many rows.
+      (share, number of shares). All shares have the same number of rows.
 
     Raises:
-      ValueError: the rows of two processes overlap in part.
+      ValueError: If two processes have some rows in common, but not all.
     """
     held: dict[int, set[int]] = {}
     for place, device in np.ndenumerate(mesh.devices):
@@ -369,30 +370,29 @@ def row_share(mesh: jax.sharding.Mesh, rules: Rules) -> tuple[int, int]:
     split = math.prod(mesh.shape[axis] for axis in rules.rows)
     if sum(map(len, shares)) != split or len(set(map(len, shares))) > 1:
         raise ValueError(
-            f"The mesh {dict(mesh.shape)} gives two hosts rows of which they share only some: want "
-            "hosts that hold the same rows or none in common. Let Mesh.tensor divide the devices "
-            "of a host, or be a multiple of them."
+            f"The mesh {dict(mesh.shape)} gives two hosts rows of which they share only some. Hosts "
+            "must hold either the same rows or no common rows. Set Mesh.tensor to a divisor or to "
+            "a multiple of the number of devices of a host."
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def to_global(batch: Any, mesh: jax.sharding.Mesh, rules: Rules, *, rows_axis: int = 0) -> Any:
-    """Makes one global batch of the rows that each host holds.
+    """Combines the rows that each host holds into one global batch.
 
-    Hosts whose devices hold the same rows (a mesh axis outside of `Rules.rows` spans them) hand
-    over the same rows.
+    Hosts whose devices hold the same rows must pass the same rows, see `row_share`.
 
     Args:
-      batch: tree of host arrays with the rows of this host; every host has as many.
-      mesh: the mesh.
-      rules: the table; `Rules.rows` says how rows are split.
-      rows_axis: which dimension is rows; 1 when [A, B, T] holds A batches to accumulate.
+      batch: Tree of host arrays with the rows of this host. All hosts have the same number of rows.
+      mesh: The mesh.
+      rules: `Rules.rows` says over which axes rows are split.
+      rows_axis: The dimension of rows; 1 for [A, B, T] with A batches to accumulate.
 
     Returns:
-      The tree with global `jax.Array`s, of the rows of all hosts.
+      The tree with global `jax.Array`s, which have the rows of all hosts.
 
     Raises:
-      ValueError: the rows of a host do not divide over its share of the devices.
+      ValueError: If the rows of a host are not divisible by its share of the devices.
     """
     where = NamedSharding(mesh, PartitionSpec(*(None,) * rows_axis, rules.rows))
     split = math.prod(mesh.shape[axis] for axis in rules.rows)
@@ -404,8 +404,9 @@ def to_global(batch: Any, mesh: jax.sharding.Mesh, rules: Rules, *, rows_axis: i
         if rows % held:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"{name or 'The batch'} has {rows} rows on this host: want a multiple of {held}, "
-                "its share of the devices that rows are split over. Change the rows or the mesh."
+                f"{name or 'The batch'} has {rows} rows on this host, which must be a multiple of "
+                f"{held}, its share of the devices that rows are split over. Change the number of "
+                "rows or the mesh."
             )
         shape = list(local.shape)
         shape[rows_axis] = rows // held * split

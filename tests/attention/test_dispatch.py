@@ -126,7 +126,7 @@ def test_an_error_that_is_no_refusal_is_not_swallowed(monkeypatch):
 def test_an_unknown_backend_is_answered_with_the_known_ones():
     qkv, rest = inputs(4, 8)
     with pytest.raises(
-        ValueError, match="'flash': want auto or one of reference, blockwise, pallas_tpu"
+        ValueError, match="'flash' must be auto or one of reference, blockwise, pallas_tpu"
     ):
         dispatch.attend(*qkv, impl="flash", **rest)
 

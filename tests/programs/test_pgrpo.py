@@ -365,10 +365,10 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
         ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),
-        ("Pgrpo.max_mismatch=1e-30", "nats of KL apart, want at most 1e-30"),
+        ("Pgrpo.max_mismatch=1e-30", "Pgrpo.max_mismatch allows 1e-30"),
         ("Evaluation.temperature=0.0", "or all samples are the same"),
         ("Pgrpo.inner_steps=3", "Pgrpo.inner_steps = 3 must be at least 1 and at most 2"),
-        ("Pgrpo.microbatch_rows=4", "want a multiple of 8, the devices that rows are split over"),
+        ("Pgrpo.microbatch_rows=4", "must be a multiple of 8, the number of devices"),
     ],
 )
 def test_bad_settings_end_in_a_sentence(trained, tmp_path, capsys, word, sentence):

@@ -43,7 +43,9 @@ def test_an_advantage_of_what_is_no_number_is_refused(bad):
 
 
 def test_one_rollout_has_nothing_to_be_compared_with():
-    with pytest.raises(ValueError, match="K = 1 rollouts for each prompt: want at least 2"):
+    with pytest.raises(
+        ValueError, match="K = 1 rollouts for each prompt; there must be at least 2"
+    ):
         advantages(np.ones((3, 1)))
 
 
@@ -206,7 +208,7 @@ def test_nothing_to_train_weighs_nothing(mean, two_groups):
 
 def test_a_call_longer_than_a_micro_batch_is_refused(two_groups):
     cfg = Aggregation(mean="micro_batch", micro_batch_tokens=5)
-    with pytest.raises(ValueError, match="micro_batch_tokens = 5: want at least 6"):
+    with pytest.raises(ValueError, match="micro_batch_tokens = 5 must be at least 6"):
         token_weights(two_groups, cfg)
 
 

@@ -181,7 +181,7 @@ def test_gradients_of_a_bfloat16_table_add_up_over_chunks_in_float32(
 
 
 def test_a_chunk_of_no_tokens_is_refused(network, params, packed):
-    with pytest.raises(ValueError, match="chunk_tokens = 0: want at least 1"):
+    with pytest.raises(ValueError, match="chunk_tokens = 0 must be at least 1"):
         said(network, params, packed[-1], chunk_tokens=0)
 
 
@@ -286,7 +286,7 @@ def test_gradients_of_bfloat16_parameters_add_up_in_float32():
 
 @pytest.mark.parametrize("accumulation_steps", [0, 4])
 def test_parts_that_do_not_divide_the_rows_are_refused(accumulation_steps):
-    with pytest.raises(ValueError, match="want a divisor of the batch's 6 rows"):
+    with pytest.raises(ValueError, match="does not divide the batch's 6 rows"):
         accumulate(
             lambda p, b: (b.sum(), {}),
             {},

@@ -34,7 +34,7 @@ def sampled_by(params, group):
     ("kl", "near", "advice"),
     [
         (float("nan"), 0.0, "the parameters have diverged"),
-        (0.02, 0.99, "a few that the sampler thought improbable"),
+        (0.02, 0.99, "a few to which the sampler gave a low probability"),
         (0.057, 0.1, "Most tokens disagree"),
     ],
 )

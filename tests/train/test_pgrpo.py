@@ -343,7 +343,7 @@ def test_an_update_without_signal_has_no_part_in_the_numbers_of_its_step(close):
         )
     assert told["skipped"] == 0.5
     close.norm("equality_gradient", state.params, alone.params)
-    with pytest.raises(ValueError, match="nats of KL apart, want at most"):
+    with pytest.raises(ValueError, match="nats, and Pgrpo.max_mismatch allows"):
         refuse_mismatch(0.02, 1, told)
 
 
@@ -551,7 +551,7 @@ def test_bounds_without_sense_are_refused(kwargs, sentence):
 @pytest.mark.parametrize(
     ("cfg", "temperature", "sentence"),
     [
-        (PolicyLoss(), 0.0, "temperature = 0.0: want above 0"),
+        (PolicyLoss(), 0.0, "temperature = 0.0 must be above 0"),
         (PolicyLoss(kl_coef=0.1), 1.0, "kl_coef = 0.1 and the batch has no ref_logp"),
     ],
 )

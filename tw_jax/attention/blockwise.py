@@ -1,16 +1,32 @@
-"""Attention block by block, in plain XLA: linear memory, and no work for blocks nobody sees.
+"""Attention by blocks, in plain XLA: memory is linear in T, and hidden blocks cost nothing.
 
-A packed row of tries is mostly hidden from itself. Per block of queries, `trie/mask.py` lists the
-key blocks that it needs; a loop with that many steps, known only at run time, folds them into an
-online softmax. A loop of unknown length has no derivative, so the backward pass is written here
-too: it walks the same list once, with five products per pair of blocks. Between the passes only the
-output and one log-sum per query are kept. No array is as large as T x S.
+In a packed row of tries most pairs of tokens are hidden. For each block of queries, `trie/mask.py`
+lists the key blocks with a visible pair. A loop over this list, whose length is known only at run
+time, adds one key block after another to an online softmax. JAX cannot differentiate a loop of
+unknown length, so the backward pass is written here too. It walks the same list once, with five
+matrix products for each pair of blocks. Between the two passes only the output and one log-sum for
+each query are kept. No array has size T x S.
 
-The file knows the interval mask and nothing of models or devices; it runs wherever XLA does.
-Source: the online softmax of FlashAttention (arXiv:2205.14135, 2307.08691); the mask is ours.
+Worked example. A row holds a prompt p q, a thread a b and a sibling thread c d. Query i sees key j
+iff enter[j] <= i < exit[j]:
 
-Layout inside, after `_fold`: one leading index per block, and the queries of a group's M heads are
-stacked into the R = M * block rows of one matrix, so that keys and values are read once per group.
+    token      p q a b c d             keys:  p q a b c d
+    enter      0 1 2 3 4 5         query p    x
+    exit       6 6 4 4 6 6         query q    x x
+                                   query a    x x x
+                                   query b    x x x x
+                                   query c    x x     x
+                                   query d    x x     x x
+
+With blocks of 2, a pair of blocks is needed iff the smallest `enter` of its keys is at most the
+largest query, and the smallest query is below the largest `exit` of its keys. Queries p q need key
+block 0 only; a b need blocks 0 and 1; c d need blocks 0 and 2, because 4 < 4 fails for block 1. So
+index = [[0, ..], [0, 1, ..], [0, 2, ..]] and count = [1, 2, 2]: 5 pairs of blocks instead of 9.
+
+Layout inside, after `_fold`: the leading dimension counts blocks. The queries of the M = N / G heads
+that share a key head are stacked into the R = M * block rows of one matrix, so that keys and values
+are read once for all of them.
+Source: the online softmax of FlashAttention (arXiv:2205.14135, 2307.08691), with our mask.
 """
 
 from __future__ import annotations
@@ -26,9 +42,9 @@ from tw_jax.contracts import Span
 from tw_jax.trie.mask import HIDDEN, LOWEST, needed, sees, visits
 
 KEPT = "attention"
-"""Name, for remat policies, of the output and the log-sums that the backward pass reads."""
+"""Name of the output and the log-sums in remat policies; the backward pass reads both."""
 BLOCK = 256
-_GRAIN = 32
+_GRAIN = 32  # Sizes of blocks are multiples of this.
 
 
 def attend(
@@ -41,29 +57,30 @@ def attend(
     scale: float,
     block: int = BLOCK,
 ) -> jax.Array:
-    """Softmax attention over the blocks of pairs that the mask allows.
+    """Softmax attention over the pairs of blocks that the mask needs.
 
-    The same function as `reference.attend`, zeros for queries that see nothing included. A block of
-    keys and values takes no part in the answer of a block of queries that does not need it.
+    Computes the same function as `reference.attend`, with zeros for queries that see nothing. Keys
+    and values of a block that is not needed are not read, so even NaN there has no effect.
 
-    Rows are cut into the fewest equal blocks of at most `block` tokens, rounded up to a multiple of
-    32; what is missing at the end is padded with keys that nobody sees.
+    A row is cut into the smallest number of equal blocks of at most `block` tokens, rounded up to a
+    multiple of 32. Missing tokens at the end are padded with keys that no query sees.
 
     Args:
       q: [B, N, T, H] floating, N a multiple of G.
       k: [B, G, S, H] floating.
       v: [B, G, S, H] floating.
-      at: [B, T] int32, where the queries stand.
+      at: [B, T] int32, the number of each query, which keys' intervals are compared with.
       keys: [B, S] int32 spans.
-      scale: factor on the scores, usually H ** -0.5.
-      block: most queries, and most keys, of a block; a multiple of 32.
+      scale: Factor of the scores, usually H ** -0.5.
+      block: Largest number of queries and of keys in a block; a multiple of 32.
 
     Returns:
       [B, N, T, H] in the dtype of `q`.
     """
     groups, queries = k.shape[1], q.shape[2]
     query_block, key_block = blocks(queries, k.shape[2], block=block)
-    # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
+    # Queries are padded with copies of the last one, which need no further key block. Keys are
+    # padded with the interval (0, 0), which is empty.
     at = pad(at, 1, query_block, mode="edge")
     keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
     plan = visits(needed(at, keys, query_block=query_block, key_block=key_block))
@@ -82,7 +99,7 @@ def attend(
 
 
 def blocks(queries: int, slots: int, stack: int = 1, *, block: int = BLOCK) -> tuple[int, int]:
-    """Queries and keys of a block, see `attend`; `stack` = N / G changes nothing here."""
+    """Numbers of queries and keys in a block, see `attend`; `stack` = N / G has no effect here."""
 
     def size(tokens: int) -> int:
         count = -(-tokens // block)
@@ -92,7 +109,7 @@ def blocks(queries: int, slots: int, stack: int = 1, *, block: int = BLOCK) -> t
 
 
 def pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.Array:
-    """Appends to `axis` what it lacks to a multiple."""
+    """Pads `axis` at its end to a multiple."""
     missing = -x.shape[axis] % multiple
     if not missing:
         return x
@@ -100,24 +117,25 @@ def pad(x: jax.Array, axis: int, multiple: int, mode: str = "constant") -> jax.A
 
 
 def _fold(x: jax.Array, block: int, groups: int) -> jax.Array:
-    """Cuts [B, N, T, H] into blocks: [B, T / block, G, (N / G) * block, H]."""
+    """Cuts [B, N, T, H] into blocks [B, T / block, G, (N / G) * block, H]."""
     rows, heads, tokens, width = x.shape
     x = x.reshape(rows, groups, heads // groups, tokens // block, block, width)
     return x.transpose(0, 3, 1, 2, 4, 5).reshape(rows, tokens // block, groups, -1, width)
 
 
 def _unfold(x: jax.Array, block: int) -> jax.Array:
-    """Undoes `_fold`: [B, Q, G, M * block, H] to [B, G * M, Q * block, H]."""
+    """The inverse of `_fold`: [B, Q, G, M * block, H] to [B, G * M, Q * block, H]."""
     rows, blocks, groups, stack, width = x.shape
     x = x.reshape(rows, blocks, groups, stack // block, block, width)
     return x.transpose(0, 2, 3, 1, 4, 5).reshape(rows, -1, blocks * block, width)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Product with float32 sums; a float32 operand is rounded to the dtype of the other.
+    """A product with float32 sums. A float32 operand is rounded to the dtype of the other one.
 
-    On CPU both are widened instead: XLA there fails on some bfloat16 products whose left operand is
-    transposed ("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32", jax 0.10.2).
+    On CPU both are converted to float32 instead, because XLA for CPU fails on some bfloat16
+    products whose left operand is transposed ("Unsupported element type for DotThunk::Execute: BF16
+    x BF16 = F32", jax 0.10.2).
     """
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
 
@@ -135,32 +153,36 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(q: jax.Array, k: jax.Array, at: jax.Array, keys: Span, scale: float) -> jax.Array:
-    """Scores of one pair of blocks: q [G, R, H], k [G, b, H], at [R], keys [b] -> [G, R, b]."""
+    """Masked scores of a pair of blocks: q [G, R, H], k [G, b, H], at [R], keys [b] -> [G, R, b]."""
     scores = scale * _dot("grh,gbh->grb", q, k)
     return jnp.where(sees(at[:, None], keys), scores, HIDDEN)
 
 
 def nothing(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The online softmax of queries [..., H] that have met no keys; see `fold_in`."""
+    """The initial carry of `fold_in` for queries [..., H]: no keys have been added yet."""
     lowest = jnp.full(q.shape[:-1], LOWEST, jnp.float32)
     return jnp.zeros(q.shape, jnp.float32), lowest, jnp.zeros_like(lowest)
 
 
 def fold_in(carry, q, k, v, at, keys, scale) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lets a block of queries meet one more block of keys (arXiv:2205.14135, algorithm 1).
+    """Adds one block of keys to the online softmax of a block of queries.
+
+    The weights of earlier keys are relative to the largest score so far. If the new block has a
+    larger one, the sums are rescaled by exp(old maximum - new maximum). Source: arXiv:2205.14135,
+    algorithm 1.
 
     Args:
-      carry: sum of values [G, R, H], largest score and sum of weights [G, R], all float32; weights
-        are relative to the largest score.
+      carry: Weighted sum of values [G, R, H], largest score [G, R] and sum of weights [G, R], all
+        float32; weights are exp(score - largest score).
       q: [G, R, H].
       k: [G, b, H].
       v: [G, b, H].
       at: [R] int32.
       keys: [b] spans.
-      scale: factor on the scores.
+      scale: Factor of the scores.
 
     Returns:
-      The carry with these keys in it.
+      The carry with these keys added.
     """
     out, top, total = carry
     scores = _scores(q, k, at, keys, scale)
@@ -175,13 +197,14 @@ def _folded(scale, q, k, v, at, keys, plan) -> jax.Array:
     """Attention on folded arrays.
 
     Args:
-      scale: factor on the scores.
+      scale: Factor of the scores.
       q: [B, Q, G, R, H].
       k: [B, K, G, b, H].
       v: [B, K, G, b, H].
       at: [B, Q, R] int32.
       keys: [B, K, b] spans.
-      plan: index [B, Q, K] and count [B, Q] of the key blocks to visit.
+      plan: index [B, Q, K] and count [B, Q]: the key blocks that each query block visits are the
+        first `count` of `index`, see `trie.mask.visits`.
 
     Returns:
       [B, Q, G, R, H] in the dtype of `q`.
@@ -190,7 +213,7 @@ def _folded(scale, q, k, v, at, keys, plan) -> jax.Array:
 
 
 def _forward(scale, q, k, v, at, keys, plan):
-    """Returns the output and what the backward pass keeps."""
+    """Returns the output and the residuals of the backward pass."""
 
     def row(x):
         q, k, v, at, keys, plan = x
@@ -206,24 +229,27 @@ def _forward(scale, q, k, v, at, keys, plan):
             out, top, total = lax.fori_loop(0, count, visit, nothing(q))
             is_seeing = total > 0
             total = jnp.where(is_seeing, total, 1.0)
-            # A query that sees nothing gets 0: exp(HIDDEN - 0) is 0, so its gradients vanish.
+            # A query that sees nothing has log-sum 0. Its weights in the backward pass are then
+            # exp(HIDDEN - 0) = 0, so its gradients are 0.
             log_sum = jnp.where(is_seeing, top + jnp.log(total), 0.0)
             return (out / total[..., None]).astype(q.dtype), log_sum
 
         return lax.map(query_block, (q, at, plan))
 
     out, log_sum = lax.map(row, (q, k, v, at, keys, plan))
-    # A remat policy that keeps these two spares the backward pass this whole loop.
+    # With a remat policy that keeps these two, the backward pass does not run this loop again.
     out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
     return out, (q, k, v, at, keys, plan, out, log_sum)
 
 
 def _backward(scale, kept, d_out):
-    """One pass over the same pairs; dk and dv are carried, dq is local to its block.
+    """One pass over the same pairs of blocks.
 
-    With p = exp(scores - log_sum): dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
-    ds^T q. The last and the first are computed transposed, [H, b], from blocks of q and do that are
-    transposed once: XLA on CPU contracts the leading axis of a large left operand 1.7 times slower.
+    With p = exp(scores - log_sum), and d for gradients: dv = p^T do, ds = p (do v^T - sum(o do))
+    scale, dq = ds k, dk = ds^T q. dq is complete after the pairs of one query block. dk and dv get
+    contributions from many query blocks, so the loop over query blocks carries them for the whole
+    row. They are computed transposed, [H, b], from blocks of q and do that are transposed once,
+    because XLA on CPU contracts the leading axis of a large left operand 1.7 times more slowly.
     """
     q, k, v, at, keys, plan, out, log_sum = kept
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
@@ -260,7 +286,7 @@ def _backward(scale, kept, d_out):
 
 
 def _add_at(x: jax.Array, j: jax.Array, value: jax.Array) -> jax.Array:
-    """Adds to x[j] as a slice update, which loops do in place; a scatter is slower on CPU."""
+    """Adds to x[j] by a slice update, which a loop does in place; a scatter is slower on CPU."""
     return lax.dynamic_update_index_in_dim(x, x[j] + value, j, 0)
 
 

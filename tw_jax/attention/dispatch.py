@@ -1,9 +1,9 @@
-"""`attend`: one function for every attention of the project; it picks a backend and spreads it.
+"""`attend`, the only attention function that models call. It selects a backend and shards it.
 
-A backend is a function with the signature of `reference.attend`. It either computes exactly that
-or raises NotImplementedError with the reason; it never answers a different question. A new one (a
-GPU kernel) takes its place in `BACKENDS`, `BLOCKS` and `preferred`, adds its name to `Impl`, and
-sits the exam of `tests/attention/test_exam.py`. This file knows no kernel's inside and no model.
+A backend is a function with the signature of `reference.attend`. It either computes exactly the same
+function or raises NotImplementedError with the reason. To add one, for example a GPU kernel, put it
+into `BACKENDS`, `BLOCKS`, `preferred` and `Impl`, and into the tests that all backends pass,
+`tests/attention/test_exam.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ BLOCKS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
     "blockwise": blockwise.blocks,
     "pallas_tpu": pallas_tpu.blocks,
 }
-"""Queries and keys of the blocks that a backend walks, from T, S and N / G."""
+"""Sizes (queries, keys) of the blocks of a backend, as a function of T, S and N / G."""
 
-_FEW_PAIRS = 256 * 256
+_FEW_PAIRS = 256 * 256  # Up to this size dense attention is the fastest, see `preferred`.
 
 
 def attend(
@@ -60,19 +60,21 @@ def attend(
       q: [B, N, T, H] floating, N a multiple of G.
       k: [B, G, S, H] floating, of the dtype of `q`; with `layer`, [L, B, G, S, H].
       v: as `k`.
-      at: [B, T] int32, where the queries stand.
+      at: [B, T] int32, the number of each query, which keys' intervals are compared with.
       keys: [B, S] int32 spans.
-      layer: [] int32, which layer of a cache is read; "auto" then is `cached.attend`, which has no
+      layer: [] int32, the layer of a cache to read. With it "auto" is `cached.attend`, which has no
         gradient.
-      impl: a backend, or "auto": the first of `preferred` that does not refuse.
-      scale: factor on the scores, usually H ** -0.5.
+      impl: A backend, or "auto" for the first of `preferred` that does not raise
+        NotImplementedError.
+      scale: Factor of the scores, usually H ** -0.5.
 
     Returns:
       [B, N, T, H] in the dtype of `q`.
 
     Raises:
-      ValueError: no backend has this name.
-      NotImplementedError: the backend refuses, or under "auto" all do; with every reason.
+      ValueError: If no backend has this name.
+      NotImplementedError: If the backend cannot compute this, or with "auto" none can. The message
+        has the reason of each.
     """
     rows, heads, queries, width = q.shape
     groups, slots = k.shape[-3:-1]
@@ -85,7 +87,7 @@ def attend(
     chex.assert_equal(v.dtype, q.dtype)
 
     if impl != "auto" and impl not in BACKENDS:
-        raise ValueError(f"impl = {impl!r}: want auto or one of {', '.join(BACKENDS)}.")
+        raise ValueError(f"impl = {impl!r} must be auto or one of {', '.join(BACKENDS)}.")
     if layer is not None:
         if impl == "auto":
             return _per_device(cached.attend, q, k, v, at, keys, scale, layer)
@@ -98,15 +100,15 @@ def attend(
             return _per_device(BACKENDS[name], q, k, v, at, keys, scale)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
-    raise NotImplementedError("Every attention backend refuses. " + " ".join(refusals))
+    raise NotImplementedError("No attention backend can compute this. " + " ".join(refusals))
 
 
 def preferred(queries: int, slots: int) -> tuple[Impl, ...]:
-    """Names in the order in which "auto" tries them where there is no cache.
+    """Backends in the order in which "auto" tries them if there is no cache.
 
-    Time of `reference` over time of `blockwise`, forward and gradients, 8 rows of T tokens, 4 heads
-    of 32, 2 CPU cores, float32 (above 1: walk blocks): 1.05 at T = 128, 2.4 at 256, 3.4 at 512.
-    Many pairs written out would also make memory quadratic, so "auto" never falls back to that.
+    Time of `reference` divided by time of `blockwise`, forward and gradients, 8 rows of T tokens, 4
+    heads of 32, 2 CPU cores, float32: 1.05 at T = 128, 2.4 at 256, 3.4 at 512. For long rows
+    `reference` is not in the list, because its memory is quadratic.
     """
     if queries * slots <= _FEW_PAIRS:
         return ("reference", "blockwise")
@@ -123,19 +125,20 @@ def _per_device(
     scale: float,
     *layer: jax.Array,
 ) -> jax.Array:
-    """Runs a backend on each device's rows, heads and queries; outside of `use`, just runs it.
+    """Runs a backend on each device's own rows, heads and queries; outside of `use`, just runs it.
 
-    Left to itself, the compiler gathers every row on every device: it cannot split a loop whose
-    steps each read another row. Keys and values are split as the query heads are; where there are
-    fewer of them than devices, each is repeated until every device has its own. Where a row is
-    split over devices, each brings the keys and values of the row together for its own queries.
+    Without shard_map the compiler would gather all rows on every device, because it cannot split a
+    loop that reads another row in each iteration. Keys and values are split like the query heads.
+    If there are fewer key heads than devices, each is repeated so that every device has one. If a
+    row is split over devices, each device gathers the keys and values of the whole row for its own
+    queries.
     """
     current = sharding.current()
     if current is None:
         return backend(q, k, v, *layer, at=at, keys=keys, scale=scale)
     mesh, rules = current
     by_head = sharding.spec(("rows", "heads", "tokens"), q.shape[:3], mesh, rules, name="queries")
-    # The keys of a cache are whole on every device; those of the queries' own tokens are split.
+    # A cache is not split over tokens. The keys of the queries' own tokens are split like these.
     tokens = by_head[2] if not layer and k.shape[2] == q.shape[2] else None
     by_token = sharding.mesh_axes(PartitionSpec(tokens))
 
@@ -147,7 +150,7 @@ def _per_device(
     if by_head[1] is not None:
         split = math.prod(mesh.shape[axis] for axis in rules.heads)
         repeats = math.lcm(k.shape[-3], split) // k.shape[-3]
-        if layer and repeats > 1:  # One layer is repeated, not the whole cache.
+        if layer and repeats > 1:  # Repeat one layer instead of the whole cache.
             k, v = (jax.lax.dynamic_index_in_dim(x, *layer) for x in (k, v))
             layer = (jnp.zeros_like(*layer),)
         k, v = jnp.repeat(k, repeats, axis=-3), jnp.repeat(v, repeats, axis=-3)

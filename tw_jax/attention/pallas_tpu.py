@@ -1,16 +1,27 @@
-"""Flash attention over the interval mask as TPU kernels: forward, dq, and dk with dv.
+"""Flash attention with the interval mask as TPU kernels: forward, dq, and dk with dv.
 
-A kernel's grid is the list of block pairs that the mask needs and nothing else: pair by pair it
-reads from the list which blocks to fetch. The list is made on the device from the least and
-greatest numbers of each block, and its length is the size of the grid, known only at run time. So
-rows with other tries run the same program: nothing is padded, bucketed or compiled anew.
+The grid of a kernel is the list of pairs of blocks that the mask needs. Each grid step reads from
+the list which blocks to fetch. The list is computed on the device from the smallest and largest
+numbers of each block, and its length is the size of the grid, known only at run time. So rows with
+different tries run the same program, without padding, buckets or compiling again.
 
-Inside, a pair of blocks is [keys, queries], queries along the lanes: maxima, sums and log-sums are
-then rows of one sublane and need no copy per lane. The M query heads that share a key head lie
-side by side in R = M * block queries, so that keys and values are read once for all of them. The
-mask is computed only in pairs that it cuts.
+In the example of `blockwise.py` (blocks of 2, queries p q | a b | c d) the list in the order of
+queries is, as (query block, key block):
 
-The file knows the interval mask and nothing of models or devices but TPUs.
+    (0, 0) FIRST LAST CUT     the only key block of p q; the mask hides some of its pairs
+    (1, 0) FIRST              a b see all of p q, so no mask is computed
+    (1, 1)       LAST CUT
+    (2, 0) FIRST
+    (2, 2)       LAST CUT
+
+At FIRST a kernel clears its accumulators, and at LAST it writes its result. dk and dv need the same
+pairs in the order of keys: (0, 0), (1, 0), (2, 0), (1, 1), (2, 2).
+
+Inside a kernel the scores of a pair of blocks are [keys, queries], with queries along the lanes.
+Maxima, sums and log-sums over keys are then rows of one sublane, which need no copy for each lane.
+The M query heads that share a key head are adjacent in R = M * block queries, so that keys and
+values are read once for all of them.
+
 Source: FlashAttention (arXiv:2205.14135, 2307.08691); a grid of unknown size as in JAX's grouped
 matrix products (megablox); the mask is ours.
 """
@@ -33,12 +44,14 @@ from tw_jax.contracts import Span
 from tw_jax.trie.mask import HIDDEN, LOWEST, needed, sees
 
 _LANES = 128
-_QUERIES = 1024
+_QUERIES = 1024  # Queries of a block, those of all heads that share a key head together.
 _KEYS = 512
-# A pair is one int32: query block, key block, and these.
+# A pair is one int32: query block (13 bits), key block (13 bits), and 4 flags. FIRST and LAST mark
+# the first and the last pair of a block; CUT a pair with hidden tokens, for which the mask is
+# computed; IDLE a pair of a block that needs no other, for which only zeros are written.
 _FIRST, _LAST, _CUT, _IDLE = 1, 2, 4, 8
 _FLAG_BITS, _BLOCK_BITS = 4, 13
-_MAX_PAIRS = 3 * 2**16  # the list lies in scalar memory, 1 MiB
+_MAX_PAIRS = 3 * 2**16  # The list is in scalar memory, which has 1 MiB.
 
 
 def attend(
@@ -53,28 +66,28 @@ def attend(
     key_block: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Softmax attention over the blocks of pairs that the mask allows.
+    """Softmax attention over the pairs of blocks that the mask needs.
 
-    The same function as `reference.attend`, zeros for queries that see nothing included.
+    Computes the same function as `reference.attend`, with zeros for queries that see nothing.
 
     Args:
       q: [B, N, T, H] floating, N a multiple of G.
       k: [B, G, S, H] floating.
       v: [B, G, S, H] floating.
-      at: [B, T] int32, where the queries stand.
+      at: [B, T] int32, the number of each query, which keys' intervals are compared with.
       keys: [B, S] int32 spans.
-      scale: factor on the scores, usually H ** -0.5.
-      query_block: queries of a block, a multiple of 128; as many as make 1024 with their heads, by
-        default.
-      key_block: keys of a block, a multiple of 128; 512 by default.
-      interpret: `pltpu.InterpretParams`, which runs the kernels anywhere, for tests.
+      scale: Factor of the scores, usually H ** -0.5.
+      query_block: Queries of a block, a multiple of 128. By default 1024 / (N / G), so that a block
+        has 1024 rows.
+      key_block: Keys of a block, a multiple of 128; 512 by default.
+      interpret: `pltpu.InterpretParams` to run the kernels on any device, for tests.
 
     Returns:
       [B, N, T, H] in the dtype of `q`.
 
     Raises:
-      NotImplementedError: the devices are no TPUs, or the rows are longer than a list of block
-        pairs can say.
+      NotImplementedError: If the devices are not TPUs, or if the rows have more pairs of blocks
+        than the list can hold.
     """
     if not interpret and (platform := sharding.platform()) != "tpu":
         raise NotImplementedError(f"the kernels are for TPUs and the devices are {platform}")
@@ -83,15 +96,16 @@ def attend(
     query_block, key_block = blocks(
         queries, slots, stack, query_block=query_block, key_block=key_block
     )
-    # Repeating the last query widens no block; the padded keys (0, 0) are empty intervals.
+    # Queries are padded with copies of the last one, which need no further key block. Keys are
+    # padded with the interval (0, 0), which is empty.
     at = pad(at, 1, query_block, mode="edge")
     keys = jax.tree.map(lambda x: pad(x, 1, key_block), keys)
     counts = at.shape[1] // query_block, keys.enter.shape[1] // key_block
     if rows * max(counts) >= 2**_BLOCK_BITS or rows * counts[0] * counts[1] > _MAX_PAIRS:
         raise NotImplementedError(
-            f"{rows} rows of {counts[0]} x {counts[1]} pairs of blocks are more than a list of "
-            f"{_MAX_PAIRS} in scalar memory: want shorter or fewer rows on a device, or larger "
-            "blocks"
+            f"{rows} rows of {counts[0]} x {counts[1]} pairs of blocks are more than the list of "
+            f"{_MAX_PAIRS} pairs in scalar memory can hold; use shorter rows, fewer rows on a "
+            "device, or larger blocks"
         )
 
     plan = _plan(at, keys, query_block, key_block)
@@ -117,7 +131,7 @@ def blocks(
     query_block: int | None = None,
     key_block: int | None = None,
 ) -> tuple[int, int]:
-    """Queries and keys of a block, see `attend`; `stack` = N / G."""
+    """Numbers of queries and keys in a block, see `attend`; `stack` = N / G."""
     query_block = query_block or max(_LANES, _QUERIES // stack // _LANES * _LANES)
     return min(query_block, _up(queries, _LANES)), min(key_block or _KEYS, _up(slots, _LANES))
 
@@ -127,10 +141,10 @@ def _up(tokens: int, multiple: int) -> int:
 
 
 def _plan(at: jax.Array, keys: Span, query_block: int, key_block: int):
-    """The pairs of blocks, once in the order of queries and once in that of keys.
+    """The list of pairs of blocks, in the order of queries and in the order of keys.
 
-    Blocks are counted through all rows. A block that needs no other gets one idle pair, in which
-    nothing is computed, so that its zeros are written.
+    Blocks are numbered through all rows. A block that needs no other gets one idle pair, so that
+    zeros are written to its part of the output.
 
     Returns:
       Twice (pairs [B Q K] int32, of which the first `count` are valid; count [] int32).
@@ -138,6 +152,7 @@ def _plan(at: jax.Array, keys: Span, query_block: int, key_block: int):
     need = needed(at, keys, query_block=query_block, key_block=key_block)
     by_query = at.reshape(len(at), -1, 1, query_block)
     enter, exit = (x.reshape(len(at), 1, -1, key_block) for x in (keys.enter, keys.exit))
+    # In a whole pair every query sees every key, so the kernel needs no mask.
     whole = (enter.max(-1) <= by_query.min(-1)) & (by_query.max(-1) < exit.min(-1))
     numbers = jnp.arange(need.size // need.shape[2]).reshape(*need.shape[:2], 1)
     others = jnp.arange(need.size // need.shape[1]).reshape(len(at), 1, -1)
@@ -164,7 +179,7 @@ def _key(pair: jax.Array) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
-    """Product a b, or a b^T, with float32 sums; float32 operands are not rounded."""
+    """The product a b, or a b^T, with float32 sums; float32 operands are not rounded."""
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
     precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
@@ -177,7 +192,7 @@ def _scores(pair, scale, at, enter, exit, q, k) -> jax.Array:
     scores = _dot(k[...], q, transposed=True) * scale
 
     def cut(scores: jax.Array) -> jax.Array:
-        # A row of lanes becomes a column: the transpose of a full tile is what the hardware has.
+        # Turns a row of lanes into a column. The hardware transposes full tiles only.
         column = lambda x: jnp.broadcast_to(x[...], (_LANES, x.shape[1])).T[:, :1]  # noqa: E731
         return jnp.where(sees(at[...], Span(column(enter), column(exit))), scores, HIDDEN)
 
@@ -209,17 +224,18 @@ def _forward_kernel(pairs, at, enter, exit, q, k, v, out, log_sum, acc, top, tot
         is_seeing = total[...] > 0
         safe = jnp.where(is_seeing, total[...], 1.0)
         out[...] = (acc[...] / safe).T.reshape(out.shape).astype(out.dtype)
-        # A query that sees nothing gets 0: exp(HIDDEN - 0) is 0, so its gradients vanish.
+        # A query that sees nothing has log-sum 0. Its weights in the backward pass are then
+        # exp(HIDDEN - 0) = 0, so its gradients are 0.
         log_sum[...] = jnp.where(is_seeing, top[...] + jnp.log(safe), 0.0)
 
 
 def _stacked(x) -> jax.Array:
-    """The query heads of a key head one behind the other: [M, queries, H] to [R, H]."""
+    """Stacks the query heads of a key head: [M, queries, H] to [R, H]."""
     return x[...].reshape(-1, x.shape[-1])
 
 
 def _pull(pair, scale, at, enter, exit, q, k, v, d_out, log_sum, delta):
-    """Weights and the gradients of scores, [keys, R] float32; q, d_out: [R, H]."""
+    """Weights, and gradients of the scores, [keys, R] float32; q, d_out: [R, H]."""
     weights = jnp.exp(_scores(pair, scale, at, enter, exit, q, k) - log_sum[...])
     d_weights = _dot(v[...], d_out, transposed=True)
     return weights, weights * (d_weights - delta[...]) * scale
@@ -269,14 +285,14 @@ def _key_kernel(
 
 
 def _by(number, *block):
-    """Blocks of an array [blocks, G, ...], or [blocks, ...] of what has no heads."""
+    """Blocks of an array [blocks, G, ...], or [blocks, ...] for arrays without heads."""
     if len(block) == 2:
         return pl.BlockSpec((None, None, *block), lambda g, p, pairs: (number(pairs[p]), g, 0, 0))
     return pl.BlockSpec((None, 1, *block), lambda g, p, pairs: (number(pairs[p]), 0, 0))
 
 
 def _by_query(count, *block):
-    """Blocks of queries in [B, G, M, T, H]; `count` of them make up a row."""
+    """Blocks of queries in [B, G, M, T, H]; a row has `count` of them."""
 
     def place(g, p, pairs):
         number = _query(pairs[p])
@@ -285,18 +301,18 @@ def _by_query(count, *block):
     return pl.BlockSpec((None, None, *block), place)
 
 
-def _by_key(count, *block, turned=False):
-    """Blocks of keys in [B, G, S, H], or turned in [B, G, H, S]; `count` of them make up a row."""
+def _by_key(count, *block, transposed=False):
+    """Blocks of keys in [B, G, S, H], or transposed in [B, G, H, S]; a row has `count` of them."""
 
     def place(g, p, pairs):
         row, here = lax.div(_key(pairs[p]), count), lax.rem(_key(pairs[p]), count)
-        return (row, g, 0, here) if turned else (row, g, here, 0)
+        return (row, g, 0, here) if transposed else (row, g, here, 0)
 
     return pl.BlockSpec((None, None, *block), place)
 
 
 def _call(kernel, options, plan, inputs, outputs, scratch, arrays):
-    """One kernel over all pairs of the plan, for each key head."""
+    """Runs a kernel for all pairs of the plan and each key head."""
     scale, interpret = options
     pairs, count = plan
     return pl.pallas_call(
@@ -333,7 +349,7 @@ def _folded(options, q, k, v, at, keys, plan) -> jax.Array:
 
 
 def _forward(options, q, k, v, at, keys, plan):
-    """Returns the output and what the backward pass keeps."""
+    """Returns the output and the residuals of the backward pass."""
     (_, groups, stack, queries, width), (blocks, _, lanes) = q.shape, at.shape
     slots = keys.enter.shape[2]
     count = k.shape[2] // slots
@@ -344,7 +360,7 @@ def _forward(options, q, k, v, at, keys, plan):
         _by(_key, slots),
         by_query,
         _by_key(count, slots, width),
-        _by_key(count, width, slots, turned=True),
+        _by_key(count, width, slots, transposed=True),
     ]
     outputs = [
         (by_query, jax.ShapeDtypeStruct(q.shape, q.dtype)),
@@ -356,15 +372,15 @@ def _forward(options, q, k, v, at, keys, plan):
     scratch = [(width, lanes), (1, lanes), (1, lanes)]
     arrays = (at, keys.enter, keys.exit, q, k, v.swapaxes(2, 3))
     out, log_sum = _call(_forward_kernel, options, plan[0], inputs, outputs, scratch, arrays)
-    # A remat policy that keeps these two spares the backward pass this whole kernel.
+    # With a remat policy that keeps these two, the backward pass does not run this kernel again.
     out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
     return out, (q, k, v, at, keys, plan, out, log_sum)
 
 
 def _backward(options, kept, d_out):
-    """Two kernels, for dq and for dk with dv, that both make p and ds anew.
+    """Two kernels, for dq and for dk with dv; both recompute p and ds.
 
-    With p = exp(scores - log_sum): dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
+    With p = exp(scores - log_sum), and d for gradients: dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
     ds^T q.
     """
     q, k, v, at, keys, plan, out, log_sum = kept
@@ -391,7 +407,7 @@ def _backward(options, kept, d_out):
         _query_kernel,
         options,
         plan[0],
-        [*inputs, _by_key(k.shape[2] // slots, width, slots, turned=True)],
+        [*inputs, _by_key(k.shape[2] // slots, width, slots, transposed=True)],
         [(by_query, jax.ShapeDtypeStruct(q.shape, q.dtype))],
         [(width, lanes)],
         (*arrays, k.swapaxes(2, 3)),

@@ -1,7 +1,7 @@
-"""Dense attention in a dozen lines: the truth that every other backend is examined against.
+"""Dense attention in a dozen lines, the definition that every other backend is tested against.
 
-It writes out all T x S scores, so its memory is quadratic in a row; for short rows that is also the
-fastest thing to do. It knows the interval mask and nothing of models, tries or devices.
+It computes all T x S scores, so its memory is quadratic in the length of a row. For short rows it is
+also the fastest backend.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ def attend(
 ) -> jax.Array:
     """Softmax attention over all pairs that the mask allows.
 
-    o[n, t] = sum_s softmax_s(scale q[n, t] . k[g, s] | s seen from t) v[g, s], g = n // (N / G).
+    o[n, t] = sum_s softmax_s(scale q[n, t] . k[g, s]) v[g, s], where s runs over the keys that
+    query t sees, and g = n // (N / G) is the key/value head of query head n.
 
-    Scores, softmax and sums are float32; the weights are rounded to the dtype of `v` before they
-    meet it. The query heads of a group are folded into the einsum, so neither keys nor values are
-    copied or transposed. A query that sees nothing returns zeros and gets zero gradients. Hidden
-    keys and values must be finite: their weight is 0, and 0 times NaN is NaN.
+    Scores, softmax and sums are float32; the weights are rounded to the dtype of `v` before the
+    product with it. The einsums have a dimension M = N / G for the query heads of a group, so keys
+    and values are neither copied nor transposed. A query that sees nothing returns zeros and has
+    zero gradients. Hidden keys and values must be finite, because their weight is 0, and 0 times
+    NaN is NaN.
 
     Args:
       q: [B, N, T, H] floating, N a multiple of G.
       k: [B, G, S, H] floating.
       v: [B, G, S, H] floating.
-      at: [B, T] int32, where the queries stand.
+      at: [B, T] int32, the number of each query, which keys' intervals are compared with.
       keys: [B, S] int32 spans.
-      scale: factor on the scores, usually H ** -0.5.
+      scale: Factor of the scores, usually H ** -0.5.
 
     Returns:
       [B, N, T, H] in the dtype of `q`.
@@ -40,6 +42,8 @@ def attend(
     groups = k.shape[1]
     grouped = q.reshape(rows, groups, heads // groups, queries, width)
     scores = scale * jnp.einsum("bgmth,bgsh->bgmts", grouped, k, preferred_element_type=jnp.float32)
+    # HIDDEN is finite, because in a row without visible keys the softmax would subtract -inf from
+    # -inf. With the maximum bounded below by LOWEST > HIDDEN, all weights of such a row are exactly 0.
     scores = jnp.where(dense(at, keys)[:, None, None], scores, HIDDEN)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(scores - jax.lax.stop_gradient(top))

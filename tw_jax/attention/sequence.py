@@ -1,16 +1,21 @@
-"""One row over several devices: which tokens of it each device works on.
+"""Sequence parallelism: how the tokens of one row are assigned to several devices.
 
-A device that had the last tokens of a long row would score most pairs of it, and one that had a
-short thread few. So the row is cut into blocks, and these are dealt out by the pairs that each one
-needs, as many blocks to every device. The mask asks for intervals, never for places in an array, so
-dealt tokens attend just as they stand; what comes out is put back in order.
+Splitting a row into contiguous shards would be unbalanced: later tokens have more visible keys than
+early ones, and tokens of a short thread have few. So the row is cut into blocks, and the blocks are
+assigned to devices so that each device has the same number of blocks and about the same number of
+visible pairs. The mask compares intervals and not positions in an array, so the network runs on the
+reordered tokens unchanged; the result is put back in order.
 
-Keys and values are gathered, not passed round a ring. Grouped heads make them small beside the
-queries (84 MB each for 40,960 tokens of 8 heads of 128 in bfloat16), one list of block pairs serves
-the whole kernel, and no device waits for another's share of a turn, which the uneven shape of a
-trie would force on a ring however well the sums are balanced (so does Llama 3, arXiv:2407.21783,
-section 3.3.2, for its documents' masks). The price: each device holds one layer's keys and values
-of the whole row. This file knows no kernel and no model.
+Example: 4 blocks with 1, 2, 3 and 4 visible pairs of blocks, as in a causal row, on 2 devices.
+Contiguous shards would have 3 and 7 pairs. `deal` sorts the blocks by cost and assigns the costs 4
+and 1 to the first device and 3 and 2 to the second, 5 pairs each.
+
+Each device gathers the keys and values of the whole row; they are not passed around a ring. Grouped
+heads make them small (84 MB each for 40,960 tokens of 8 heads of 128 in bfloat16), and one list of
+block pairs serves the whole kernel. In a ring every turn takes as long as the slowest device, and
+in a trie the devices' shares of a single turn differ even if their totals are balanced. Llama 3
+gathers for the same reason (arXiv:2407.21783, section 3.3.2). The cost is that each device holds
+one layer's keys and values of the whole row.
 """
 
 from __future__ import annotations
@@ -31,22 +36,24 @@ _BLOCK = 512
 
 
 def deal(span: Span, devices: int) -> jax.Array:
-    """Deals the blocks of each row to devices, so that all have about as many pairs to score.
+    """Assigns the blocks of each row to devices so that all compute about as many pairs.
 
-    The blocks with the most needed pairs of blocks go first, one to each device forth and then
-    back; a device keeps its own in their order.
+    Blocks are sorted by their number of needed block pairs, the largest first, and assigned in
+    turn to devices 0, 1, ..., D - 1, D - 1, ..., 1, 0, 0, 1, and so on. Each device keeps its blocks
+    in the order of the row.
 
     Args:
-      span: [B, T] int32, of packed rows; T a multiple of `devices`.
-      devices: D.
+      span: [B, T] int32 spans of packed rows; T must be a multiple of `devices`.
+      devices: Number of devices D.
 
     Returns:
-      [B, T] int32, for each place the token that goes there; the first T / D places are those of
-      the first device.
+      [B, T] int32, the token at each place of the new order. The first T / D places belong to the
+      first device.
     """
     rows, tokens = span.enter.shape
     block = math.gcd(tokens // devices, _BLOCK)
     cost = needed(span.enter, span, query_block=block, key_block=block).sum(-1)  # [B, blocks]
+    # argsort of argsort is the rank of each block: 0 for the most expensive.
     rank = jnp.argsort(jnp.argsort(-cost, axis=-1, stable=True), axis=-1)
     round_, seat = rank // devices, rank % devices
     device = jnp.where(round_ % 2 == 0, seat, devices - 1 - seat)
@@ -56,7 +63,7 @@ def deal(span: Span, devices: int) -> jax.Array:
 
 
 def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    """Brings together what devices hold of a dimension; inside `jax.shard_map` over `axes`."""
+    """Gathers a dimension that is split over mesh axes; call it inside `jax.shard_map` over them."""
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
 
 
@@ -66,20 +73,20 @@ def spread(
     depth: jax.Array,
     span: Span,
 ) -> jax.Array:
-    """Runs a network on dealt tokens, where rows are split over devices; else just runs it.
+    """Runs a network on reordered tokens if rows are split over devices; otherwise just runs it.
 
     Args:
-      function: (tokens, depth, span) -> [B, T, D]; what it does with a token may depend on the
-        token's depth and span and on what it sees, not on its place in the arrays.
+      function: (tokens, depth, span) -> [B, T, D]. Its result for a token may depend on the token,
+        its depth and span, and on the tokens that it sees, but not on positions in the arrays.
       tokens: [B, T] int32.
       depth: [B, T] int32.
-      span: [B, T] int32, of packed rows.
+      span: [B, T] int32 spans of packed rows.
 
     Returns:
-      [B, T, D] of the function, in the order of `tokens`.
+      [B, T, D], the result of the function in the order of `tokens`.
 
     Raises:
-      ValueError: T does not divide over the devices.
+      ValueError: If T is not divisible by the number of devices.
     """
     found = sharding.current()
     if found is None:
@@ -91,7 +98,7 @@ def spread(
     places = deal(span, math.prod(found[0].shape[axis] for axis in by_token))
     dealt = jax.tree.map(lambda x: jnp.take_along_axis(x, places, axis=1), (tokens, depth, span))
 
-    # Left to itself, the compiler would exchange rows too.
+    # Without shard_map the compiler would exchange whole rows too.
     @functools.partial(
         jax.shard_map,
         in_specs=(split, split),

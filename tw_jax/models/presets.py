@@ -1,8 +1,8 @@
-"""Named sizes: a tiny decoder for two CPU cores, and published Qwen3, Llama and SmolLM2 models.
+"""Configs of named models: a tiny decoder for two CPU cores, and Qwen3, Llama and SmolLM2 models.
 
-Each is a `Model`; change fields with `dataclasses.replace`. `configs/models/` says the same in gin,
-file by file. Sizes are those of the `config.json` that each named checkpoint publishes. This file
-loads no weights.
+Each is a `Model`; change fields with `dataclasses.replace`. Sizes are those of the `config.json` of
+the published checkpoint. `configs/models/` has the same configs as gin files. No weights are loaded
+here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TINY = Model(
     tie_embeddings=False,
     rope=Rope(),
 )
-"""1.1 million parameters for bytes or a small vocabulary; trains from scratch on two cores."""
+"""1.1 million parameters, for bytes or a small vocabulary. It trains from scratch on two cores."""
 
 
 def _qwen3(
@@ -128,7 +128,7 @@ LLAMA2_7B = _llama(
     rope=Rope(theta=10_000.0),
     vocab_size=32_000,
 )
-"""meta-llama/Llama-2-7b-hf; transformers' defaults of LlamaConfig but for the norms' epsilon."""
+"""meta-llama/Llama-2-7b-hf: the defaults of transformers' LlamaConfig, except norm_epsilon."""
 SMOLLM2_135M = _llama(
     30,
     576,

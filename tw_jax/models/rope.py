@@ -1,9 +1,7 @@
 """Rotary position embedding: plain, with Llama-3 scaling, and YaRN; float32 throughout.
 
-Frequencies are constants of the config, angles come from a token's depth in its trie, and the
-rotation pairs entry i of a head with entry i + H/2 (the convention of Hugging Face's checkpoints).
-This file knows no parameters and no cache; it hands cosines, sines and rotated heads to
-`models/transformer.py`.
+The config determines the frequencies, and the depth of a token in its trie is its position. The
+rotation pairs entry i of a head with entry i + H/2, as Hugging Face's checkpoints do.
 """
 
 from __future__ import annotations
@@ -24,28 +22,28 @@ class Rope:
     """Plain rotary embedding. Source: RoFormer (arXiv:2104.09864).
 
     Attributes:
-      theta: base of the wavelengths; pair i turns by theta^(-2i/H) radians a token.
+      theta: Base of the wavelengths; pair i rotates by theta^(-2i/H) radians per token.
     """
 
     theta: float = 10_000.0
 
     def check(self) -> None:
-        """Raises ValueError for a base that gives no wavelengths."""
+        """Raises ValueError for a base of at most 1."""
         _check_base(self)
 
 
 @configurable
 class Llama3Rope:
-    """Llama 3.1's scaling: long wavelengths are stretched, short ones kept, those between blended.
+    """Llama 3.1's scaling: long wavelengths are stretched, short ones kept, others interpolated.
 
     Source: transformers, `_compute_llama3_parameters`; Llama 3 report (arXiv:2407.21783).
 
     Attributes:
-      theta: base of the wavelengths.
-      factor: by how much wavelengths above original_tokens / low_freq_factor are stretched.
-      low_freq_factor: turns within original_tokens below which a pair is stretched in full.
-      high_freq_factor: turns within original_tokens above which a pair is left alone.
-      original_tokens: context length before the stretch.
+      theta: Base of the wavelengths.
+      factor: Factor by which wavelengths above original_tokens / low_freq_factor are stretched.
+      low_freq_factor: A pair with fewer rotations within original_tokens is fully stretched.
+      high_freq_factor: A pair with more rotations within original_tokens is not changed.
+      original_tokens: Context length before the stretch.
     """
 
     theta: float = 500_000.0
@@ -67,17 +65,18 @@ class Llama3Rope:
 
 @configurable
 class YarnRope:
-    """YaRN: pairs that turn seldom are interpolated, fast ones kept, and attention sharpened.
+    """YaRN: low frequencies are interpolated, high ones kept, and attention is sharpened.
 
     Source: YaRN (arXiv:2309.00071), section 3; transformers, `_compute_yarn_parameters`.
 
     Attributes:
-      theta: base of the wavelengths.
-      factor: by how much the context is extended.
-      original_tokens: context length before the extension.
-      beta_fast: turns within original_tokens from which on a pair is left alone.
-      beta_slow: turns within original_tokens up to which a pair is interpolated in full.
-      attention_factor: what cosines and sines are multiplied with; None = 0.1 ln(factor) + 1.
+      theta: Base of the wavelengths.
+      factor: Factor by which the context is extended.
+      original_tokens: Context length before the extension.
+      beta_fast: A pair with at least this many rotations within original_tokens is not changed.
+      beta_slow: A pair with at most this many rotations within original_tokens is fully
+        interpolated.
+      attention_factor: Factor of cosines and sines; None is 0.1 ln(factor) + 1.
     """
 
     theta: float = 1_000_000.0
@@ -101,7 +100,7 @@ class YarnRope:
 def _check_base(rope: Rope | Llama3Rope | YarnRope) -> None:
     name = type(rope).__name__
     if rope.theta <= 1:
-        raise ValueError(f"{name}.theta = {rope.theta}: want a base above 1, such as 10000.")
+        raise ValueError(f"{name}.theta = {rope.theta} must be above 1, for example 10000.")
     if isinstance(rope, Rope):
         return
     require(rope, "factor", "original_tokens", least=1)
@@ -110,17 +109,17 @@ def _check_base(rope: Rope | Llama3Rope | YarnRope) -> None:
 def frequencies(
     rope: Rope | Llama3Rope | YarnRope, head_width: int
 ) -> tuple[np.ndarray, np.float32]:
-    """The angle each pair turns by from one token to the next.
+    """The angle by which each pair rotates from one token to the next.
 
     Args:
-      rope: which wavelengths.
+      rope: The kind of scaling.
       head_width: H, even.
 
     Returns:
-      [H / 2] float32, radians a token; and the factor of cosines and sines (1 except for YaRN).
+      [H / 2] float32, radians per token; and the factor of cosines and sines (1 except for YaRN).
     """
-    # In float32 like the checkpoints' own code: at depth 40000 the rounding of a frequency is
-    # visible in the angle, so the trained rounding is the right one.
+    # Computed in float32, as in the code that the checkpoints were trained with. At depth 40000 the
+    # rounding of a frequency is visible in the angle, so both must round in the same way.
     exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     plain = np.float32(1) / np.float32(rope.theta) ** exponent
     match rope:
@@ -142,12 +141,12 @@ def _stretch_llama3(rope: Llama3Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _stretch_yarn(rope: YarnRope, plain: np.ndarray, head_width: int) -> np.ndarray:
-    def pair_that_turns(turns: float) -> float:
+    def pair_with(turns: float) -> float:
         ratio = rope.original_tokens / (2 * math.pi * turns)
         return head_width * math.log(ratio) / (2 * math.log(rope.theta))
 
-    first = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
-    last = min(math.ceil(pair_that_turns(rope.beta_slow)), head_width - 1)
+    first = max(math.floor(pair_with(rope.beta_fast)), 0)
+    last = min(math.ceil(pair_with(rope.beta_slow)), head_width - 1)
     ramp = (np.arange(head_width // 2, dtype=np.float32) - first) / max(last - first, 1e-3)
     return _blend(plain, rope.factor, 1 - ramp)
 
@@ -164,7 +163,7 @@ def rotation(
     """Cosines and sines of the angles at each depth.
 
     Args:
-      rope: which wavelengths.
+      rope: The kind of scaling.
       head_width: H, even.
       depth: [B, T] int32 positions, 0 at a root.
 
@@ -177,7 +176,7 @@ def rotation(
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair (x[i], x[i + H/2]) by its angle.
+    """Rotates each pair (x[i], x[i + H/2]) by its angle.
 
     Args:
       x: [B, N, T, H], queries or keys of any float dtype.
@@ -189,5 +188,5 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     chex.assert_rank(x, 4)
     cos, sin = (part[:, None] for part in cos_sin)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned_x = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned_x.astype(x.dtype)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)

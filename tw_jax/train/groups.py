@@ -1,10 +1,12 @@
-"""A step's groups on the host: advantages, what each token weighs, and rows for the device.
+"""Groups of rollouts on the host: advantages, token weights, and rows for the device.
 
-One advantage for a rollout, on every token that its calls drew. How tokens are averaged is decided
-here, where all rollouts of a step are known: each token gets a weight, the loss is the weighted
-sum, and the device divides nothing. So padding, the order of rows, their packing and the number of
-parts cannot change a step. This file knows no reward and no loss; it is given groups of rollouts
-and their rewards, and hands `train/pgrpo.py` a batch.
+A group is all rollouts of one prompt. Each rollout has one advantage, which applies to every token
+that it sampled. All denominators are computed here, where all rollouts of a step are known: each
+token gets a weight, the loss is the weighted sum, and the device divides nothing. Therefore
+padding, the order of rows, their packing and the number of microbatches cannot change a step.
+
+For example, with `mean = "token"` and rollouts of 3 and 5 tokens, every token has weight 1 / 8.
+With "sequence_mean" the tokens of the first have weight 1 / 6 and those of the second 1 / 10.
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ from tw_jax.trie.tree import Trie
 
 @configurable
 class Aggregation:
-    """How the losses of a step's tokens become one number; see `token_weights`.
+    """How the losses of a step's tokens are averaged; see `token_weights`.
 
     Attributes:
       mean: "token" is the mean over all tokens of the step (the paper's formula), "sequence_mean"
         the mean over rollouts of their token means, "sequence_sum" the mean over rollouts of their
-        sums, "micro_batch" what ThreadWeaver's trainer computes.
-      norm_tokens: what "sequence_sum" divides a rollout's sum by; the longest response makes it
-        Dr. GRPO's (arXiv:2503.20783).
-      micro_batch_tokens: tokens of a micro-batch in "micro_batch", contexts included.
+        sums, and "micro_batch" the mean that ThreadWeaver's trainer computes.
+      norm_tokens: Divisor of a rollout's sum in "sequence_sum". The longest allowed response gives
+        Dr. GRPO's mean (arXiv:2503.20783).
+      micro_batch_tokens: Tokens of a micro-batch in "micro_batch", contexts included.
     """
 
     mean: Literal["token", "sequence_mean", "sequence_sum", "micro_batch"] = "token"
@@ -45,38 +47,40 @@ class Aggregation:
     micro_batch_tokens: int = 10_240
 
     def check(self) -> None:
-        """Refuses sizes that cannot be divided by."""
+        """Raises ValueError for sizes below 1."""
         require(self, "norm_tokens", "micro_batch_tokens", least=1)
 
 
 def advantages(reward: np.ndarray, normalise: Literal["mean", "std"] = "mean") -> np.ndarray:
     """Group advantages.
 
-    mean: A[p, k] = r[p, k] - mean_k r[p, k]. No division by the standard deviation: where every
-    rollout is right, it would blow the acceleration up to unit size. Source: ThreadWeaver
-    (arXiv:2512.07843), P-GRPO.
+    mean: A[p, k] = r[p, k] - mean_k r[p, k]. It is not divided by the standard deviation, because
+    in a group where every rollout is correct that would scale the small differences in acceleration
+    up to unit size. Source: ThreadWeaver (arXiv:2512.07843), P-GRPO.
     std: A[p, k] / (s[p] + 1e-6) with the unbiased standard deviation s. Source: GRPO
     (arXiv:2402.03300), as in ThreadWeaver's trainer.
 
     Args:
-      reward: [P, K], one for each rollout, all finite.
+      reward: [P, K], one finite reward for each rollout.
       normalise: "mean" or "std".
 
     Returns:
-      [P, K] float32, zero mean over K.
+      [P, K] float32, with zero mean over K.
 
     Raises:
-      ValueError: a reward is not finite, or K is 1 and there is nothing to compare with.
+      ValueError: If a reward is not finite, or if K is 1, so that there is nothing to compare with.
     """
     chex.assert_rank(reward, 2)
     if not np.isfinite(reward).all():
         group, rollout = np.argwhere(~np.isfinite(reward))[0]
         raise ValueError(
-            f"The reward of rollout {rollout} of group {group} is {reward[group, rollout]}: want a "
-            "finite number. Count such groups and leave them out."
+            f"The reward of rollout {rollout} of group {group} is {reward[group, rollout]}, which "
+            "is not a finite number. Leave such groups out, and count them."
         )
     if reward.shape[1] < 2:
-        raise ValueError(f"K = {reward.shape[1]} rollouts for each prompt: want at least 2.")
+        raise ValueError(
+            f"K = {reward.shape[1]} rollouts for each prompt; there must be at least 2."
+        )
     reward = reward.astype(np.float64)
     centred = reward - reward.mean(axis=1, keepdims=True)
     if normalise == "std":
@@ -85,51 +89,53 @@ def advantages(reward: np.ndarray, normalise: Literal["mean", "std"] = "mean") -
 
 
 def has_signal(reward: np.ndarray) -> np.ndarray:
-    """Groups whose rewards vary, [P, K] -> [P] bool; all others have advantage 0 throughout.
+    """Groups whose rewards vary, [P, K] -> [P] bool; in all others every advantage is 0.
 
-    It is the variance that counts, not a mean of 0 or 1: where all are right, what they saved still
-    differs. Compared are the extremes, for a computed variance of equal numbers need not be 0.
+    A group in which all rollouts are correct can still have signal, because their acceleration
+    differs. The extremes are compared, because the computed variance of equal numbers need not be 0.
     """
     chex.assert_rank(reward, 2)
     return reward.max(axis=1) > reward.min(axis=1)
 
 
 class Scored(NamedTuple):
-    """A group, or a part of one, and what its rollouts are worth."""
+    """A group, or a part of one, with the advantages of its rollouts."""
 
     group: Group
-    advantage: np.ndarray  # [K] float32, by `Group.rollout`
-    is_trained: np.ndarray | None = None  # [K] bool, False leaves a rollout out; None trains all
+    advantage: np.ndarray  # [K] float32, indexed by `Group.rollout`
+    is_trained: np.ndarray | None = None  # [K] bool, False excludes a rollout; None trains all
 
     def drawn(self) -> np.ndarray:
-        """The nodes to train, [n] bool."""
+        """Nodes to train, [n] bool."""
         drawn = self.group.trie.weight > 0
         return drawn if self.is_trained is None else drawn & self.is_trained[self.group.rollout]
 
 
 def token_weights(scored: Sequence[Scored], cfg: Aggregation) -> list[np.ndarray]:
-    """What each token weighs in the loss of a step: loss = sum over tokens of weight * L.
+    """The weight of each token in the loss of a step: loss = sum over tokens of weight * L.
 
-    With N tokens, R rollouts and n_r tokens of rollout r, counting only what is trained:
+    With N trained tokens, R rollouts and n_r trained tokens of rollout r:
     token: 1 / N. sequence_mean: 1 / (R n_r). sequence_sum: 1 / (R norm_tokens).
     micro_batch: (calls in the micro-batch / calls) / tokens in the micro-batch.
 
-    The last is ThreadWeaver's trainer (arXiv:2512.07843), whose rows are engine calls and whose
-    means depend on the company of a token. Its number of micro-batches is kept, the least one for
-    `micro_batch_tokens`; calls go, the longest first, to the shortest micro-batch, where the
-    trainer balances by Karmarkar-Karp, over ranks, and lets its padding rows count as calls. Which
-    of two calls of one length goes where depends on the order of the groups. The trainer's sequence
-    means are over calls, and its normalised sum has no 1 / R; docs/decisions.md has all factors.
+    The last is that of ThreadWeaver's trainer (arXiv:2512.07843), whose rows are engine calls. In
+    it the weight of a token depends on the other calls of its micro-batch. The number of
+    micro-batches is the trainer's, the smallest that `micro_batch_tokens` allows. Calls are
+    assigned from the longest to the shortest, each to the micro-batch with the fewest tokens; the
+    trainer balances by Karmarkar-Karp and over ranks, and counts its padding rows as calls. The
+    assignment of calls of equal length depends on the order of the groups. The trainer's sequence
+    means are over calls, and its normalised sum has no factor 1 / R; docs/decisions.md lists all
+    factors.
 
     Args:
-      scored: all groups of the step. Parts of a group count as if they were whole.
-      cfg: `Aggregation`.
+      scored: All groups of the step. A part of a group counts as a group.
+      cfg: The kind of mean.
 
     Returns:
-      For each group [n] float32, 0 on nodes that are not trained.
+      For each group [n] float32, 0 for nodes that are not trained.
 
     Raises:
-      ValueError: a call is longer than a micro-batch.
+      ValueError: If a call is longer than a micro-batch.
     """
     if not scored:
         return []
@@ -154,24 +160,24 @@ def token_weights(scored: Sequence[Scored], cfg: Aggregation) -> list[np.ndarray
 
 
 def _numbers(major: np.ndarray, minor: np.ndarray) -> np.ndarray:
-    """Counts the distinct pairs of two arrays of numbers; for each place, which pair it has."""
+    """Numbers the distinct pairs of two arrays, and returns the number of each element's pair."""
     pairs = major * (minor.max(initial=0) + 1) + minor.astype(np.int64)
     return np.unique(pairs, return_inverse=True)[1]
 
 
 def _micro_batch_weights(call: np.ndarray, depth: np.ndarray, limit: int) -> np.ndarray:
-    """For tokens with the number of their call and their depth in it, [n] float64."""
+    """Weights of tokens, [n] float64, from the number of their call and their depth in it."""
     tokens = np.bincount(call)
     length = np.zeros_like(tokens)
     np.maximum.at(length, call, depth + 1)
     if length.max(initial=0) > limit:
         raise ValueError(
-            f"Aggregation.micro_batch_tokens = {limit}: want at least {length.max()}, the longest "
-            "call with its context."
+            f"Aggregation.micro_batch_tokens = {limit} must be at least {length.max()}, the length "
+            "of the longest call with its context. Raise it."
         )
     load = np.zeros(min(len(length), math.ceil(length.sum() / limit)))
     part = np.zeros(len(length), np.int64)
-    # Equal lengths in the order of their tokens, so that fewer ties depend on the order of calls.
+    # Calls of equal length are ordered by their tokens, so that fewer ties depend on their order.
     for number in np.lexsort((-tokens, -length)):
         part[number] = load.argmin()
         load[part[number]] += length[number]
@@ -181,13 +187,13 @@ def _micro_batch_weights(call: np.ndarray, depth: np.ndarray, limit: int) -> np.
 
 
 class PolicyBatch(struct.PyTreeNode):
-    """Rows of groups for one step. What is not trained has weight 0, and no other field matters."""
+    """Rows of groups for one step. Where the weight is 0 no other field has an effect."""
 
-    trie: TrieBatch  # its weight is the one of `token_weights`
-    advantage: jax.Array  # [R, T] float32, of the rollout that drew the node
+    trie: TrieBatch  # with the weights of `token_weights`
+    advantage: jax.Array  # [R, T] float32, of the rollout that sampled the node
     sampler_logp: jax.Array  # [R, T] float32 nats, as recorded
-    rollout: jax.Array  # [R, T] int32, counted from 0 in each row; 0 on prompts and padding too
-    old_logp: jax.Array | None = None  # [R, T] float32 nats before the first inner step; None: now
+    rollout: jax.Array  # [R, T] int32, from 0 in each row; also 0 on prompts and padding
+    old_logp: jax.Array | None = None  # [R, T] float32 nats; None: the current policy's
     ref_logp: jax.Array | None = None  # [R, T] float32 nats of a reference model
 
 
@@ -199,24 +205,24 @@ def pack_groups(
     microbatch_rows: int,
     stats: PackingStats,
 ) -> PolicyBatch:
-    """Weighs the tokens of a step's groups and lays the groups into rows.
+    """Computes the token weights of a step's groups and packs the groups into rows.
 
     Args:
-      updates: for each inner step its groups; those without signal left out.
-      cfg: how tokens are averaged, within an inner step.
-      packing: only `row_tokens` is read.
-      microbatch_rows: rows that are run at a time, one part of an inner step. All inner steps have
-        as many parts, a power of two; those behind the last group hold nothing. So a few programs
-        serve batches of every size.
-      stats: totals to add to.
+      updates: The groups of each inner step, without those that have no signal.
+      cfg: The mean over the tokens of an inner step.
+      packing: Only `row_tokens` is read.
+      microbatch_rows: Rows that run at a time, one part of an inner step. All inner steps have the
+        same number of parts, a power of two, and parts after the last group are empty. So a few
+        compiled programs serve batches of all sizes.
+      stats: Totals to add to.
 
     Returns:
       A batch of numpy arrays, [R, row_tokens], without `old_logp` and `ref_logp`. Row
-      (slot * parts + part) * inner steps + i stands for inner step i, as `split_rows` takes them
-      apart again.
+      (slot * parts + part) * inner steps + i belongs to inner step i, which is the order in which
+      `split_rows` separates them.
 
     Raises:
-      ValueError: a trie is longer than a row.
+      ValueError: If a trie is longer than a row.
     """
     laid: dict[Trie, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     packed = []
@@ -247,7 +253,7 @@ def pack_groups(
         for trie in tries:
             here = (b, slice(at, at + len(trie)))
             advantages[here], logps[here], rollout = laid[trie]
-            # Counted anew, so that a row never has more rollouts than tokens.
+            # Rollouts are numbered again from 0, so that a row never has more of them than tokens.
             found, local = np.unique(rollout, return_inverse=True)
             rollouts[here] = np.maximum(local - int(found[0] < 0), 0) + before
             at, before = at + len(trie), before + len(found)

@@ -1,9 +1,9 @@
-"""Log-probs of trie nodes, read at their parents, and sums that name their denominators.
+"""Log-probs of trie nodes, and gradient accumulation. Every objective is built from these two.
 
-Every objective is built from two pieces: `token_logp`, which turns the network's hidden states into
-one log-prob per node without ever holding [B, T, V] logits, and `accumulate`, which adds an
-objective and its gradient over parts of a batch before anything is divided. This file knows no
-optimiser and no algorithm; it hands `train/sft.py` and `train/pgrpo.py` sums.
+`token_logp` computes one log-prob for each node from the hidden state of its parent, without ever
+building the [B, T, V] logits. `accumulate` adds an objective and its gradient over parts of a
+batch. It divides nothing: a mean over the global batch needs its numerator and its denominator
+summed over all parts first.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tw_jax.models.lora import overlay, trained
 from tw_jax.trie.batch import TrieBatch
 
 Sums = dict[str, jax.Array]
-"""Scalars, float32, that add up over parts of a batch: numerators and denominators, never means.
+"""Float32 scalars that add up over parts of a batch: numerators and denominators, never means.
 
-What is combined in another way, such as a maximum, is named to `accumulate`.
+Scalars that are combined in another way, such as a maximum, are named in `accumulate`.
 """
 
 Objective = Callable[[Params, Any], tuple[jax.Array, Sums]]
-"""(params, batch) -> (total, sums): a scalar to differentiate, not yet divided, and its company."""
+"""(params, batch) -> (total, sums): the scalar to differentiate, before division, and sums to log."""
 
 
 class TokenLogp(struct.PyTreeNode):
-    """What the model said of each node, given the hidden state of its parent."""
+    """The model's prediction of each node from the hidden state of its parent."""
 
     logp: jax.Array  # [B, T] float32 nats
-    is_argmax: jax.Array  # [B, T] bool, the node is the likeliest token after its parent
+    is_argmax: jax.Array  # [B, T] bool, the node is the most likely token after its parent
     entropy: jax.Array | None  # [B, T] float32 nats of the distribution that predicts the node
 
 
@@ -52,41 +52,41 @@ def token_logp(
     temperature: jax.Array | float = 1.0,
     with_entropy: bool = False,
 ) -> TokenLogp:
-    """Log-probs of all nodes of packed tries, each predicted from its parent.
+    """The log-prob of each node of packed tries, predicted from its parent.
 
     logp[b, i] = log_softmax(unembed(hidden[b, parent[b, i]]) / temperature)[tokens[b, i]]
 
-    Hidden states are gathered at `parent` and unembedded `chunk_tokens` nodes of every row at a
-    time, under remat: the largest array with V in its shape is [B * chunk_tokens, V], forward and
-    backward. The unembedding's gradients add up over chunks in float32. Under `sharding.use`, each
-    device scores its own rows, and these gradients are exchanged once.
-    Roots and padding point at themselves; what they score means nothing and has weight 0.
-    Source: ThreadWeaver (arXiv:2512.07843) with labels along trie edges, where its collator shifts
-    them in flat order.
+    Hidden states are gathered at `parent` and unembedded in chunks of `chunk_tokens` nodes of every
+    row, with rematerialisation, so that in both passes the largest array with a dimension V is
+    [B * chunk_tokens, V]. Gradients of the unembedding are added over chunks in float32. Under
+    `sharding.use` each device scores its own rows, and these gradients are exchanged once.
+    The parent of a root and of padding is the node itself; these log-probs are meaningless and have
+    weight 0. Source: ThreadWeaver (arXiv:2512.07843), with labels along the edges of the trie;
+    its collator shifts labels in flat order.
 
     Args:
-      network: only `unembed` is used.
-      params: the parameters that made `hidden`.
+      network: `unembed` and `axes` are used.
+      params: The parameters that computed `hidden`.
       hidden: [B, T, D], after the final norm.
       batch: `tokens` and `parent` are read, [B, T] int32.
-      chunk_tokens: nodes per row and chunk, at least 1; T need not be a multiple.
-      temperature: divides the logits, above 0; may be traced.
-      with_entropy: also computes the entropy, at the price of one more pass over the logits.
+      chunk_tokens: Nodes of a row in a chunk, at least 1. T need not be a multiple of it.
+      temperature: Divides the logits; above 0; may be traced.
+      with_entropy: Also computes the entropy, which needs one more pass over the logits.
 
     Raises:
-      ValueError: `chunk_tokens` is below 1.
+      ValueError: If `chunk_tokens` is below 1.
     """
     chex.assert_rank(hidden, 3)
     chex.assert_shape([batch.tokens, batch.parent], hidden.shape[:2])
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens = {chunk_tokens}: want at least 1, for example 1024.")
+        raise ValueError(f"chunk_tokens = {chunk_tokens} must be at least 1, for example 1024.")
 
     def score(head: Params, piece: tuple[jax.Array, jax.Array]) -> TokenLogp:
         source, tokens = piece  # [n, D], [n]
         logits = network.unembed(params | head, source).astype(jnp.float32) / temperature
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum, not a gather: it stays elementwise over a sharded vocabulary, and its
-        # transpose is a select where a gather's would be a scatter into [n, V].
+        # A masked sum instead of a gather. It is elementwise over a vocabulary that is split over
+        # devices, and its transpose is a select; that of a gather would scatter into [n, V].
         is_token = jnp.arange(logits.shape[-1], dtype=tokens.dtype) == tokens[:, None]
         logp = jnp.where(is_token, logits, 0).sum(-1) - log_z
         entropy = None
@@ -97,16 +97,18 @@ def token_logp(
 
     def score_rows(head: Params, hidden: jax.Array, batch: TrieBatch) -> TokenLogp:
         head = jax.tree.map(_gathered, head, places)
-        hidden = sequence.gather(hidden, by_token, 1)  # a parent may stand anywhere in its row
+        hidden = sequence.gather(hidden, by_token, 1)  # A parent may be anywhere in its row.
         source = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
-        # The scan already keeps forward and backward apart: remat needs no barrier against CSE.
+        # The loop over chunks already separates forward from backward, so remat needs no barrier
+        # against common subexpression elimination.
         chunk = jax.checkpoint(partial(score, head), prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
         return _by_chunks(chunk, (source, batch.tokens), chunk_tokens)
 
     head = {name: params[name] for name in network.head}
     places = jax.tree.map(lambda _: PartitionSpec(), head)
-    # A float32 copy has a float32 cotangent: a scan adds up in the dtype of what it closes over.
-    # (And XLA for CPU aborts on bfloat16 collectives under shard_map.)
+    # A loop adds the cotangent of an array that it closes over in the dtype of that array, so the
+    # trained part of the head is copied to float32. (XLA for CPU also aborts on bfloat16
+    # collectives under shard_map.)
     moving = jax.tree.map(
         lambda x: x.astype(jnp.float32), {k: v for k, v in head.items() if k in trained(params)}
     )
@@ -125,7 +127,7 @@ def token_logp(
             places |= jax.tree.map(lambda place: sharding.only(place.spec, axes), where)
             moving, hidden = jax.lax.optimization_barrier((moving, hidden))
             head |= moving
-        # Left to itself, the compiler would sum that gradient over devices in every chunk.
+        # Without shard_map the compiler would sum that gradient over devices in every chunk.
         score_rows = jax.shard_map(
             score_rows,
             in_specs=(places, split, split),
@@ -146,10 +148,10 @@ def _gathered(x: jax.Array, place: PartitionSpec) -> jax.Array:
 def _by_chunks(
     function: Callable[[Any], Any], arrays: tuple[jax.Array, ...], chunk_tokens: int
 ) -> Any:
-    """Maps [n, ...] -> [n] over arrays [B, T, ...], a chunk of every row at a time; [B, T]."""
+    """Applies [n, ...] -> [n] to arrays [B, T, ...] in chunks of nodes of every row; [B, T]."""
     rows, length = arrays[0].shape[:2]
     num_chunks = -(-length // chunk_tokens)
-    size = -(-length // num_chunks)  # equal chunks, so that at most num_chunks - 1 nodes are padded
+    size = -(-length // num_chunks)  # Equal chunks need at most num_chunks - 1 nodes of padding.
 
     def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B * size, ...]
         pad = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2)
@@ -166,13 +168,13 @@ def _by_chunks(
 def weighted_mean(total: jax.Array, *, denominator: jax.Array) -> jax.Array:
     """Divides a sum by its denominator in float32; 0 where the denominator is 0.
 
-    The denominator is an argument because it belongs to the whole global batch: sum both over
-    all rows and accumulation steps first, divide once. A mean of means would weigh a token by the
-    company it happens to be packed with.
+    The denominator is an argument because it is that of the global batch: both must be summed over
+    all rows and accumulation steps before the division. In a mean of means the weight of a token
+    would depend on the tokens that it happens to be packed with.
 
     Args:
-      total: a weighted sum, or a gradient of one; any shape.
-      denominator: [] the sum of the weights, at least 0.
+      total: A weighted sum, or the gradient of one; any shape.
+      denominator: [] sum of the weights, at least 0.
     """
     safe = jnp.where(denominator == 0, 1, denominator)
     return jnp.where(denominator == 0, 0, total.astype(jnp.float32) / safe)
@@ -190,27 +192,27 @@ def accumulate(
 ) -> tuple[Params, jax.Array, Sums]:
     """Adds an objective, its gradient and its sums over parts of a batch, in float32.
 
-    Nothing is divided here, so the result does not depend on `accumulation_steps` but for rounding.
+    Nothing is divided here, so `accumulation_steps` changes the result only by rounding.
 
     Args:
-      objective: differentiated in what `lora.trained` says of `params`, once per part; see
-        `Objective`.
-      params: any dtype.
-      batch: a pytree of arrays [R, ...]; every part is one of [R / accumulation_steps, ...].
-      accumulation_steps: number of parts that are run one after another, a divisor of R.
-      axes: `Network.axes()`. The accumulator is a loop carry, which the compiler would otherwise be
-        free to copy to every device.
-      extremes: for scalars that do not add up over parts, by name, what makes one of two and the
-        number that changes no other: `(jnp.maximum, -jnp.inf)`.
-      count: [] int32, the first so many parts are run; None runs all. One program then serves
-        batches of many sizes, and what is not run costs nothing.
+      objective: Evaluated and differentiated once for each part, with respect to the trained part
+        of `params` (`lora.trained`); see `Objective`.
+      params: Parameters of any dtype.
+      batch: A pytree of arrays [R, ...]; a part has arrays [R / accumulation_steps, ...].
+      accumulation_steps: Number of parts, which run one after another. It must divide R.
+      axes: `Network.axes()`. The sum of gradients is carried by a loop. Without these axes the
+        compiler could copy it to every device.
+      extremes: Scalars that do not add up over parts: the function that combines two of them, and
+        its neutral element, for example `(jnp.maximum, -jnp.inf)`.
+      count: [] int32, number of parts to run, counted from the first; None runs all of them. With
+        it one program serves batches of many sizes, and the other parts cost nothing.
 
     Returns:
-      (gradients of the summed total, float32, shaped like `trained(params)`; the summed total; the
-      sums).
+      (gradients, total, sums): the gradients of the summed total, float32, shaped like
+      `trained(params)`; the summed total; and the sums.
 
     Raises:
-      ValueError: `accumulation_steps` does not divide R.
+      ValueError: If `accumulation_steps` does not divide R.
     """
     parts = split_rows(batch, accumulation_steps)
 
@@ -218,12 +220,12 @@ def accumulate(
     combine = {name: (jnp.add, 0.0) for name in names} | dict(extremes or {})
     moving, axes = trained(params), trained(axes)
 
-    def of_moving(moving: Params, part: Any) -> tuple[jax.Array, Sums]:
+    def objective_of(moving: Params, part: Any) -> tuple[jax.Array, Sums]:
         return objective(overlay(params, moving), part)
 
     def add(number: jax.Array, carry: Any) -> Any:
         gradients, total, sums = carry
-        (new_total, new_sums), new = jax.value_and_grad(of_moving, has_aux=True)(
+        (new_total, new_sums), new = jax.value_and_grad(objective_of, has_aux=True)(
             moving, part_of(parts, number)
         )
         added = jax.tree.map(lambda old, g: old + g.astype(jnp.float32), gradients, new)
@@ -240,18 +242,19 @@ def accumulate(
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """Splits a batch into parts of as many rows, [R, ...] -> [parts, R / parts, ...].
+    """Splits a batch into parts of equal size, [R, ...] -> [parts, R / parts, ...].
 
-    Strided, not in blocks: part p has rows p, p + parts, ..., so that each device's rows are spread
-    over all parts and none moves.
+    Part p has the rows p, p + parts, p + 2 parts, and so on. So every part has rows of every
+    device, and no row moves between devices.
 
     Raises:
-      ValueError: `parts` does not divide R.
+      ValueError: If `parts` does not divide R.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     if parts < 1 or rows % parts:
         raise ValueError(
-            f"accumulation_steps = {parts}: want a divisor of the batch's {rows} rows."
+            f"accumulation_steps = {parts} does not divide the batch's {rows} rows. Set it to a "
+            "divisor of them."
         )
 
     def split(x: jax.Array) -> jax.Array:
@@ -261,5 +264,5 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def part_of(parts: Any, number: jax.Array | int) -> Any:
-    """One of the parts that `split_rows` made, [parts, ...] -> [...]."""
+    """One part of the result of `split_rows`, [parts, ...] -> [...]."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), parts)

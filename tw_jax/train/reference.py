@@ -1,7 +1,6 @@
-"""The reference of the KL term: the model that a run began with, as far as training moves it.
+"""The reference model of the KL term: the model with which a run started.
 
-This file knows neither configs nor batches of rollouts; it is given parameters and a way to score
-tokens with parameters.
+Only the trained part of its parameters is kept. The frozen part is that of the current parameters.
 """
 
 from __future__ import annotations
@@ -15,22 +14,19 @@ from tw_jax.models.lora import overlay, trained_before
 from tw_jax.trie.batch import TrieBatch
 
 Logp = Callable[[Params, TrieBatch], jax.Array]
-"""(parameters, batch [R, T]) -> [R, T] float32 nats, as `make_logp` builds it."""
+"""(parameters, batch [R, T]) -> [R, T] float32 log-probs in nats, as `make_logp` builds it."""
 
 
 def reference_logp(logp: Logp, began: Params, current: Params) -> Logp:
-    """Scores tokens with the parameters that the run began with.
-
-    What training moves is kept of them, and the rest is read from the current parameters, which
-    the reference shares.
+    """Builds a function that scores tokens with the parameters at the start of the run.
 
     Args:
-      logp: scores with any parameters; it is compiled here.
-      began: parameters before the first step, without adapters if these were fresh.
-      current: the present parameters, for the shapes and places of adapters.
+      logp: Scores with any parameters; it is compiled here.
+      began: Parameters before the first step. They may lack the adapters if these were fresh.
+      current: The current parameters; shapes, dtypes and shardings of adapters are read.
 
     Returns:
-      (current parameters, batch) -> log-probabilities of the reference.
+      (current parameters, batch) -> log-probs of the reference model.
     """
     kept = trained_before(began, current)
     compiled = jax.jit(logp)

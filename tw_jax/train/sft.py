@@ -1,9 +1,9 @@
 """Supervised training on packed tries: the mean negative log-likelihood of the weighted nodes.
 
-What is trained is written in the batch: `weight` says which nodes, `parent` from where each is
-predicted. So the fork-join loss, the reference's flat labels and the sequential baseline on chain
-tries are the same step on other batches (`trie/tree.py` makes all three). This file knows no mesh
-and no data; it hands `train/loop.py` a pure step.
+The batch determines the objective: `weight` selects the trained nodes, and `parent` is the node
+from which each is predicted. The fork-join loss, the flat labels of the PyTorch reference and the
+sequential baseline on chain tries are therefore the same step on different batches, all of which
+`trie/tree.py` builds.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from tw_jax.trie.batch import TrieBatch
 def nll_sums(
     network: Network, params: Params, batch: TrieBatch, *, chunk_tokens: int
 ) -> tuple[jax.Array, Sums]:
-    """The weighted negative log-likelihood of a batch, not yet divided.
+    """The weighted negative log-likelihood of a batch, before division.
 
     total = sum over rows and nodes of -weight * logp
 
     Args:
-      network: the model.
-      params: its parameters; the only argument to differentiate in.
-      batch: [B, T]; weights at least 0.
-      chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
+      network: The model.
+      params: Its parameters; the only argument with a gradient.
+      batch: [B, T]; weights of at least 0.
+      chunk_tokens: Nodes of a row that are unembedded at a time, see `token_logp`.
 
     Returns:
-      (total, sums): `weight`, of all weights; `tokens`, nodes of weight above 0; `correct`, those
-      of them that are the likeliest token after their parent.
+      (total, sums). The sums are `weight`, the sum of all weights; `tokens`, the number of nodes
+      with a weight above 0; and `correct`, how many of these nodes are the most likely token after
+      their parent.
     """
     hidden, _ = network.apply(params, batch.tokens, batch.depth, batch.span)
-    said = token_logp(network, params, hidden, batch=batch, chunk_tokens=chunk_tokens)
+    scores = token_logp(network, params, hidden, batch=batch, chunk_tokens=chunk_tokens)
     is_trained = batch.weight > 0
-    return -(batch.weight * said.logp).sum(), {
+    return -(batch.weight * scores.logp).sum(), {
         "weight": batch.weight.sum(),
         "tokens": is_trained.sum(),
-        "correct": (is_trained & said.is_argmax).sum(),
+        "correct": (is_trained & scores.is_argmax).sum(),
     }
 
 
@@ -48,21 +49,22 @@ def make_sft_step(
 ) -> Step:
     """Builds the train step.
 
-    loss = sum(weight * nll) / sum(weight), both sums over every row of the global batch, whatever
-    `accumulation_steps` and the mesh; 0 where no node has weight. Source: ThreadWeaver
-    (arXiv:2512.07843), whose mean is over the tokens of one device.
+    loss = sum(weight * nll) / sum(weight). Both sums are over all rows of the global batch, for any
+    `accumulation_steps` and any mesh; the loss is 0 if no node has weight. Source: ThreadWeaver
+    (arXiv:2512.07843), which takes the mean over the tokens of one device.
 
     Args:
-      network: the model.
-      optim: optimiser and schedule.
-      steps: steps of the whole run, for the schedule.
-      chunk_tokens: nodes per row unembedded at a time, see `token_logp`.
-      accumulation_steps: parts of the batch run one after another; divides its rows.
+      network: The model.
+      optim: Optimiser and schedule.
+      steps: Number of steps of the whole run, for the schedule.
+      chunk_tokens: Nodes of a row that are unembedded at a time, see `token_logp`.
+      accumulation_steps: Number of parts of the batch that run one after another. It must divide
+        the number of rows.
 
     Returns:
-      step(state, batch: `TrieBatch` [R, T]) -> (state, metrics). Deterministic: no key is used.
-      Metrics are float32 scalars: loss (nats per unit of weight), accuracy (share of trained nodes
-      that are the likeliest token), tokens, weight, and those of `state.update`.
+      step(state, batch: `TrieBatch` [R, T]) -> (state, metrics). It is deterministic and uses no
+      key. Metrics are float32 scalars: loss (nats per unit of weight), accuracy (share of trained
+      nodes that are the most likely token), tokens, weight, and those of `state.update`.
     """
     axes = network.axes()
 
@@ -75,13 +77,13 @@ def make_sft_step(
         )
         weight = sums["weight"]
         gradients = jax.tree.map(lambda g: weighted_mean(g, denominator=weight), gradients)
-        state, moved = update(state, gradients, optim, steps=steps)
+        state, applied = update(state, gradients, optim, steps=steps)
         return state, {
             "loss": weighted_mean(total, denominator=weight),
             "accuracy": weighted_mean(sums["correct"], denominator=sums["tokens"]),
             "tokens": sums["tokens"],
             "weight": weight,
-            **moved,
+            **applied,
         }
 
     return step

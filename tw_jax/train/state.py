@@ -1,8 +1,8 @@
-"""What training carries from step to step, and what moves it: AdamW as HF's Trainer, or Muon.
+"""The train state and its update, by AdamW as in Hugging Face's Trainer or by Muon.
 
-The only importer of optax. This file knows no loss: it is given gradients, already divided, and
-hands back the next state. A state is born abstract (shapes and shardings, no arrays), so that it
-can be compiled for, or restored onto, any mesh before memory is spent.
+The only importer of optax. It receives gradients that are already divided, and returns the next
+state. `abstract_state` describes a state by shapes and shardings without allocating arrays, so that
+a step can be compiled for a mesh, or a checkpoint restored onto it, before memory is used.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from tw_jax.sharding import Rules, shardings
 class Optim:
     """AdamW or Muon with decoupled weight decay, a warm-up and a schedule.
 
-    The defaults are those of ThreadWeaver's SFT, whose peak was 1e-5 for an 8B model.
+    The defaults are those of ThreadWeaver's SFT, whose peak learning rate was 1e-5 for an 8B model.
 
     Attributes:
-      algorithm: "adamw", or "muon": the momentum of each layer's matrices is orthogonalised, and
-        all else (embeddings, unembedding, norms, biases) moves by AdamW. It is for training from
-        scratch; models that AdamW pretrained are usually finetuned by AdamW.
-      peak_lr: learning rate at the end of the warm-up.
-      schedule: what follows the warm-up until the end of the schedule: "cosine" or "linear" down to
-        end_lr, or "constant".
+      algorithm: "adamw", or "muon", which orthogonalises the momentum of each layer's matrices and
+        updates all other parameters (embeddings, unembedding, norms, biases) by AdamW. Muon is for
+        training from scratch; models that AdamW pretrained are usually finetuned by AdamW.
+      peak_lr: Learning rate at the end of the warm-up.
+      schedule: Learning rate after the warm-up: "cosine" or "linear" decay to end_lr, or
+        "constant".
       decay_steps: Length of the schedule in steps, warm-up included, as in optax. After it the rate
         stays at end_lr. None takes the steps of the run.
-      end_lr: learning rate that "cosine" and "linear" reach at the end of the schedule.
-      warmup_ratio: share of the schedule in which the rate rises linearly from 0; rounded up.
-      warmup_steps: the same as a number of steps; where it is set, warmup_ratio is not used.
-      beta1: decay of the mean of the gradient; Muon's momentum, where 0.95 is usual.
-      beta2: decay of the mean of its square.
-      epsilon: added to the root of the second moment, after bias correction.
-      weight_decay: times the learning rate; not on norms and biases, on all else, embeddings too.
-      clip_norm: the global norm that gradients are scaled down to; None never scales.
+      end_lr: Learning rate that "cosine" and "linear" reach at the end of the schedule.
+      warmup_ratio: Share of the schedule in which the rate rises linearly from 0; rounded up.
+      warmup_steps: The same as a number of steps. If it is set, warmup_ratio is ignored.
+      beta1: Decay rate of the first moment. It is Muon's momentum, for which 0.95 is usual.
+      beta2: Decay rate of the second moment.
+      epsilon: Added to the root of the second moment, after bias correction.
+      weight_decay: Multiplied by the learning rate. It applies to all parameters, embeddings
+        included, except norms and biases.
+      clip_norm: Gradients with a larger global norm are scaled down to it. None disables clipping.
     """
 
     algorithm: Literal["adamw", "muon"] = "adamw"
@@ -64,7 +65,7 @@ class Optim:
     clip_norm: float | None = 1.0
 
     def check(self) -> None:
-        """Refuses what no step can run with."""
+        """Raises ValueError for values with which no step can run."""
         require(self, "peak_lr", "epsilon", "clip_norm", above=0)
         require(self, "end_lr", least=0)
         if self.end_lr > self.peak_lr:
@@ -78,33 +79,32 @@ class Optim:
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step reads and writes, and all that a checkpoint must hold besides the data."""
+    """Everything that a step reads and writes, and that a checkpoint stores."""
 
-    step: jax.Array  # [] int32, steps taken; a skipped update is a step too
+    step: jax.Array  # [] int32, steps taken, those with a skipped update included
     params: Params
-    opt_state: Any  # counts and moments; the moments are float32, one for each trained parameter
-    key: jax.Array  # [] typed key; derive with fold_in(key, step), never replaced
+    opt_state: Any  # Counts and moments. Moments are float32 and exist only for trained parameters.
+    key: jax.Array  # [] typed key, never replaced; derive keys with fold_in(key, step)
 
 
 Numbers = dict[str, jax.Array]
-"""Scalars by name, float32."""
+"""Float32 scalars by name."""
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Numbers]]
-"""(state, batch) -> (next state, metrics): pure, whatever the algorithm."""
+"""(state, batch) -> (next state, metrics); a pure function for every algorithm."""
 
 
 def create(params: Params, optim: Optim, *, key: jax.Array) -> TrainState:
-    """A state at step 0 around given parameters.
+    """A state at step 0 with given parameters.
 
-    Moments are float32 whatever the dtype of `params`, and there are none of what is frozen, see
-    `lora.trained`. Parameters themselves are updated in their own dtype: bfloat16 ones lose every
-    update below 2^-9 of their size, so keep them in float32 and compute in bfloat16 unless memory
-    forbids it.
+    Moments are float32 for any dtype of `params`. Frozen parameters have none, see `lora.trained`.
+    Parameters are updated in their own dtype. A bfloat16 parameter loses every update below 2^-9 of
+    its size, so keep parameters in float32 and compute in bfloat16 unless memory does not allow it.
 
     Args:
-      params: fresh, or of a pretrained model.
-      optim: the optimiser whose moments are made.
-      key: [] typed key, kept as it is.
+      params: Fresh parameters, or those of a pretrained model.
+      optim: The optimiser, which determines the moments.
+      key: [] typed key, stored unchanged.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -117,18 +117,19 @@ def create(params: Params, optim: Optim, *, key: jax.Array) -> TrainState:
 def abstract_state(
     network: Network, optim: Optim, *, mesh: jax.sharding.Mesh, rules: Rules
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without an array.
+    """Shapes, dtypes and shardings of a state, without arrays.
 
-    Moments lie where their parameters lie; the rest is on every device.
+    Moments have the sharding of their parameters. Everything else is replicated on all devices.
 
     Args:
-      network: says shapes and logical axes.
-      optim: the optimiser.
-      mesh: the mesh.
-      rules: the table from logical to mesh axes.
+      network: Its `init` and `axes` determine shapes and logical axes.
+      optim: The optimiser.
+      mesh: The mesh.
+      rules: The mesh axes of each logical axis.
 
     Returns:
-      A state of `jax.ShapeDtypeStruct`s with shardings: what a compiler or a checkpoint wants.
+      A state of `jax.ShapeDtypeStruct`s with shardings, to compile a step or to restore a
+      checkpoint.
     """
     state = jax.eval_shape(lambda key: create(network.init(key), optim, key=key), jax.random.key(0))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -164,15 +165,15 @@ def initial_state(
     key: jax.Array,
     params: Params | None = None,
 ) -> TrainState:
-    """A state at step 0, laid out over the mesh from birth.
+    """A state at step 0 that is created with its shardings, never on a single device.
 
     Args:
-      network: makes the parameters where none are given.
-      optim: the optimiser.
-      mesh: the mesh.
-      rules: the table from logical to mesh axes.
-      key: [] typed key, consumed: half of it for the parameters, half of it for the run.
-      params: pretrained parameters, with the network's adapters or without; without, these are
+      network: Initialises the parameters that are not given.
+      optim: The optimiser.
+      mesh: The mesh.
+      rules: The mesh axes of each logical axis.
+      key: [] typed key, consumed: it is split into one for the parameters and one for the run.
+      params: Pretrained parameters. They may lack the adapters of the network, which are then
         fresh. They are donated.
     """
     for_params, for_run = jax.random.split(key)
@@ -191,29 +192,29 @@ def initial_state(
 
 
 def jit_step(step: Step, abstract: TrainState, *, mesh: jax.sharding.Mesh, rules: Rules) -> Step:
-    """Compiles a step for a mesh; the state is donated, batches are split by rows.
+    """Compiles a step for a mesh. The state is donated, and batches are split by rows.
 
-    Call it, or lower it, inside `sharding.use(mesh, rules)`.
+    Call or lower the result inside `sharding.use(mesh, rules)`.
 
     Args:
-      step: pure.
+      step: A pure step.
       abstract: `abstract_state` of the same mesh and rules.
-      mesh: the mesh.
-      rules: the table; `Rules.rows` splits the leading dimension of the batch.
+      mesh: The mesh.
+      rules: `Rules.rows` splits the leading dimension of the batch.
 
     Returns:
       The result of `jax.jit`: (state, batch) -> (state, metrics on every device).
 
     Raises:
-      ValueError: when traced outside of `sharding.use(mesh, rules)`.
+      ValueError: If it is traced outside of `sharding.use(mesh, rules)`.
     """
 
     def traced(state: TrainState, batch: Any) -> tuple[TrainState, Numbers]:
-        # Outside of `use`, activations would silently go unconstrained.
+        # Outside of `use`, `constrain` would silently do nothing.
         if jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
             raise ValueError(
-                "A step was traced outside of its mesh: want `with sharding.use(mesh, rules):` "
-                "around the call, with the mesh that jit_step was given."
+                "A step was traced outside of its mesh. Call it inside `with sharding.use(mesh, "
+                "rules):`, with the mesh that was passed to jit_step."
             )
         return step(state, batch)
 
@@ -227,17 +228,19 @@ def jit_step(step: Step, abstract: TrainState, *, mesh: jax.sharding.Mesh, rules
 
 
 def learning_rate(step: jax.Array | int, optim: Optim, *, steps: int) -> jax.Array:
-    """The rate of the update that makes step `step` + 1.
+    """The learning rate of the update from `step` to `step` + 1.
 
-    With w warm-up steps it is peak * step / w for step < w: the first update of a warm-up has rate
-    0, as in HF's schedulers. After that, with x = (step - w) / (n - w) cut to [0, 1] and n the
-    length of the schedule, constant: peak; linear: end + (peak - end) (1 - x); cosine:
-    end + (peak - end) (1 + cos(pi x)) / 2.
+    With w warm-up steps it is peak * step / w for step < w, so the first update of a warm-up has
+    rate 0, as in Hugging Face's schedulers. After the warm-up, with n the length of the schedule
+    and x = (step - w) / (n - w) clipped to [0, 1], it is
+    constant: peak; linear: end + (peak - end) (1 - x);
+    cosine: end + (peak - end) (1 + cos(pi x)) / 2.
 
     Args:
       step: [] int32, steps taken before this one.
-      optim: `Optim`.
-      steps: steps of the whole run; the length of the schedule if `Optim.decay_steps` is None.
+      optim: The optimiser's config.
+      steps: Number of steps of the whole run; the length of the schedule if `Optim.decay_steps` is
+        None.
 
     Returns:
       [] float32.
@@ -251,11 +254,11 @@ def learning_rate(step: jax.Array | int, optim: Optim, *, steps: int) -> jax.Arr
 
 
 def schedule(optim: Optim, *, steps: int) -> str:
-    """The learning rate's course in words, equal for configs of the same lengths.
+    """The schedule in words; two configs with equal lengths have the same text.
 
     Args:
-      optim: `Optim`.
-      steps: steps of the whole run.
+      optim: The optimiser's config.
+      steps: Number of steps of the whole run.
     """
     length, warmup = _lengths(optim, steps)
     after = "" if optim.schedule == "constant" else f" until step {length}"
@@ -263,7 +266,7 @@ def schedule(optim: Optim, *, steps: int) -> str:
 
 
 def _lengths(optim: Optim, steps: int) -> tuple[int, int]:
-    """Steps of the schedule, and of its warm-up."""
+    """Number of steps of the schedule and of its warm-up."""
     length = steps if optim.decay_steps is None else optim.decay_steps
     warmup = optim.warmup_steps
     return length, math.ceil(length * optim.warmup_ratio) if warmup is None else warmup
@@ -277,26 +280,27 @@ def update(
     steps: int,
     is_empty: jax.Array | bool = False,
 ) -> tuple[TrainState, Numbers]:
-    """One step, or none: a gradient whose norm is not finite changes nothing but `step`.
+    """One step of the optimiser; a gradient whose norm is not finite changes only `step`.
 
     g' = g * min(1, clip / |g|);  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
-    p -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * p), t counting real updates.
-    Muon replaces the quotient, for a matrix with R rows and C columns, by 0.2 sqrt(max(R, C)) O: O
-    has the singular vectors of b1 m + (1 - b1) g' (both bias-corrected), and singular values near
-    1, by five Newton-Schulz steps. That is about the size of AdamW's, so one rate serves both.
-    Sources: AdamW (arXiv:1711.05101), with the settings of HF's Trainer; Muon (Jordan 2024) as in
-    arXiv:2502.16982.
+    p -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * p), where t counts the
+    updates that were not skipped. For a matrix with R rows and C columns, Muon replaces the
+    quotient by 0.2 sqrt(max(R, C)) O. O has the singular vectors of b1 m + (1 - b1) g' (both
+    bias-corrected) and singular values near 1, from five Newton-Schulz steps. Its size is about
+    that of AdamW's quotient, so one learning rate serves both. Sources: AdamW (arXiv:1711.05101),
+    with the settings of Hugging Face's Trainer; Muon (Jordan 2024) as in arXiv:2502.16982.
 
     Args:
-      state: before the step.
-      gradients: float32, shaped like `trained(state.params)`, of the loss as it is reported.
-      optim: the same as in `create`.
-      steps: steps of the whole run, for the schedule.
-      is_empty: [] bool, the batch trains nothing; then momentum and decay move nothing either.
+      state: State before the step.
+      gradients: Gradients of the reported loss, float32, shaped like `trained(state.params)`.
+      optim: The same config as in `create`.
+      steps: Number of steps of the whole run, for the schedule.
+      is_empty: [] bool, whether the batch trains nothing. If so, momentum and weight decay change
+        nothing either.
 
     Returns:
-      (the next state, metrics []: grad_norm before clipping, param_norm before the update, both of
-      what is trained, lr, skipped 0 or 1).
+      (next state, metrics). The metrics are scalars: grad_norm before clipping, param_norm before
+      the update (both over trained parameters), lr, and skipped, which is 0 or 1.
     """
     before = trained(state.params)
     chex.assert_trees_all_equal_shapes(before, gradients)
@@ -329,7 +333,7 @@ def update(
 def decays(params: Params) -> Params:
     """True where weight decay applies: parameters with neither "norm" nor "bias" in their path.
 
-    HF's Trainer excludes the same by name; embeddings and the unembedding are decayed.
+    Hugging Face's Trainer excludes the same parameters by name. Embeddings are decayed.
     """
 
     def has_decay(path: tuple[Any, ...], _: jax.Array) -> bool:
@@ -340,12 +344,12 @@ def decays(params: Params) -> Params:
 
 
 def matrices(params: Any) -> Any:
-    """How Muon reads parameters: which axes of a leaf are a matrix's rows and which its columns.
+    """The axes of each parameter that Muon treats as rows and columns of a matrix.
 
     Leaves of "blocks" are stacked by layer, [L, rows, columns].
 
     Returns:
-      `optax.contrib.MuonDimensionNumbers`, or None for a leaf that AdamW moves.
+      A tree of `optax.contrib.MuonDimensionNumbers`, with None for a leaf that AdamW updates.
     """
 
     def dimensions(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -357,7 +361,7 @@ def matrices(params: Any) -> Any:
 
 
 def _direction(optim: Optim) -> optax.GradientTransformation:
-    """The direction of the step, without rate and clipping, which `update` owns and reports."""
+    """The direction of the step. `update` applies the learning rate and clipping, and logs them."""
     adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
     if optim.algorithm == "muon":
         muon = optax.chain(
@@ -369,12 +373,12 @@ def _direction(optim: Optim) -> optax.GradientTransformation:
 
 
 def _like_adam(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
-    """Orthogonal matrices, at the root mean square that AdamW's directions usually have."""
+    """Scales orthogonal matrices to the root mean square that AdamW's directions usually have."""
     return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape[1:])) * x, updates)
 
 
 def _labels(params: Params) -> Params:
-    """The algorithm that moves each leaf."""
+    """The algorithm that updates each leaf."""
     is_leaf = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
     return jax.tree.map(
         lambda dims: "adamw" if dims is None else "muon", matrices(params), is_leaf=is_leaf
@@ -382,7 +386,7 @@ def _labels(params: Params) -> Params:
 
 
 def _is_masked(leaf: Any) -> bool:
-    """Whether a place in the optimiser's state belongs to a leaf that another algorithm moves."""
+    """Whether a leaf of the optimiser state belongs to a parameter of the other algorithm."""
     return isinstance(leaf, optax.MaskedNode)
 
 
