@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +68,62 @@ def run(cfg):
     return cfg.status or None
 '''
 
+OUTER = '''
+"""A program that runs another one."""
+
+from tw_jax.config import configurable
+from tw_jax.programs.train import Train
+
+
+@configurable
+class Outer:
+    """Holds the other root."""
+
+    train: Train
+    n: int = 0
+'''
+
+OTHER = OUTER.replace("Outer", "Other").replace("train: Train", "m: int = 0")
+
+LEARN = '''
+"""Learns from terms."""
+
+from tw_jax.config import configurable, interface
+
+
+@interface
+class Term:
+    """A reward."""
+
+
+@configurable
+class Learn:
+    """A run."""
+
+    terms: tuple[Term, ...] = ()
+
+
+seen = []
+
+
+def run(cfg):
+    seen.append(cfg)
+'''
+
+EXTENSION = '''
+"""My rewards."""
+
+from tw_jax.config import configurable
+from tw_jax.programs.learn import Term
+
+
+@configurable
+class Short(Term):
+    """Rewards short texts."""
+
+    weight: float = 1.0
+'''
+
 TIME = '''
 """`tw time`: Times things."""
 
@@ -88,13 +145,13 @@ def programs(tmp_path, monkeypatch):
     (folder / "time.py").write_text(TIME)
     (folder / "broken.py").write_text('"""Cannot be imported."""\nraise RuntimeError\n')
     (tmp_path / "configs/train").mkdir(parents=True)
-    (tmp_path / "configs/train/toy.gin").write_text("Train.optim = @Optim()\n")
+    (tmp_path / "configs/train/toy.gin").write_text("Train.status = 0\n")
     monkeypatch.setattr(tw_jax.programs, "__path__", [str(folder)])
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield sys.modules
     for name in set(sys.modules) - before:
-        if name.startswith("tw_jax.programs."):
+        if name.startswith("tw_jax.programs.") or name in ("my_rewards", "failing_module"):
             del sys.modules[name]
 
 
@@ -225,24 +282,123 @@ def test_config_show_describes_the_root(programs, capsys):
 
 
 def test_config_check_builds_every_file_and_runs_none(programs, capsys):
-    Path("configs/train/bad.gin").write_text("Train.optim = @Optim()\nOptim.rl = 1\n")
-    Path("configs/models").mkdir()
-    Path("configs/models/tiny.gin").write_text("Model.depth = 1\n")
-    Path("configs/lost").mkdir()
-    Path("configs/lost/a.gin").write_text("")
-    files = ["configs/train/bad.gin", TOY, "configs/models/tiny.gin", "configs/lost/a.gin"]
+    Path("bad.gin").write_text("Train.status = 0\nOptim.rl = 1\n")
+    Path("run.gin").write_text("include 'configs/train/toy.gin'\nOptim.lr = 1.0\n")
+    Path("tiny.gin").write_text("Model.num_layers = 1\n")
+    Path("misspelt.gin").write_text("Model.num_layers = 1\nModel.num_lairs = 1\n")
+    files = ["bad.gin", TOY, "run.gin", "tiny.gin", "misspelt.gin", "nowhere.gin"]
     assert cli.main(["config", "check", *files]) == 2
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         f"{TOY}: ok",
-        "configs/models/tiny.gin: a fragment, checked where it is included",
+        "run.gin: ok",
+        "tiny.gin: a fragment, names and syntax are ok",
     ]
-    assert err.splitlines() == [
-        "tw: configs/train/bad.gin:2: Unknown field Optim.rl. Optim has lr.",
-        "tw: configs/lost/a.gin: 'lost' is no verb. Verbs: broken, time, train, config.",
-    ]
+    bad, misspelt, nowhere = err.splitlines()
+    assert bad == "tw: bad.gin:2: Unknown field Optim.rl. Optim has lr."
+    assert misspelt.startswith("tw: misspelt.gin:2: Unknown field Model.num_lairs. Model has ")
+    assert nowhere == "tw: nowhere.gin: there is no such config file."
     assert programs["tw_jax.programs.train"].seen == []
     assert cli.main(["config", "check", TOY]) == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "lines", "included", "verb"),
+    [
+        (".", ["Outer.n = 1", "Train.status = 1"], [], "outer"),
+        (".", ["Train.status = 1"], [], "train"),
+        (".", ["Train.status = 1"], ["Outer.n = 1"], "train"),
+        ("outer", ["Train.status = 1"], ["Outer.n = 1"], "outer"),
+        (".", ["Train.status = 1", "Other.n = 1"], [], None),
+        (".", ["Optim.lr = 1.0"], ["Outer.n = 1", "Train.status = 1"], "outer"),
+        ("train", ["Optim.lr = 1.0"], [], None),
+        (".", ["Time.n = 1", "Train = 3"], [], None),
+    ],
+)
+def test_the_verb_of_a_file_is_that_of_the_root_that_it_binds(
+    folder, lines, included, verb, programs
+):
+    Path("programs/outer.py").write_text(OUTER)
+    Path("programs/other.py").write_text(OTHER)
+    Path(folder).mkdir(exist_ok=True)
+    Path(folder, "part.gin").write_text("\n".join(included))
+    file = Path(folder, "a.gin")
+    file.write_text("\n".join(["include 'part.gin'", *lines]))
+    assert cli.verb_of(file) == verb
+
+
+# Modules of --import.
+
+
+def test_a_module_of_the_current_folder_joins_a_union(programs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
+    Path("programs/learn.py").write_text(LEARN)
+    Path("my_rewards.py").write_text(EXTENSION)
+    Path("run.gin").write_text("Short.weight = 2.0\nLearn.terms = (@Short(), @Short())\n")
+    words = ["learn", "run.gin"]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == (
+        "tw: run.gin:1: Unknown config class Short. Learn reaches Learn. A class of another module "
+        "joins them after --import MODULE.\n"
+    )
+    assert cli.main([*words, "--import", "my_rewards"]) == 0
+    (cfg,) = programs["tw_jax.programs.learn"].seen
+    assert [type(term).__name__ for term in cfg.terms] == ["Short", "Short"]
+    assert cfg.terms[0].weight == 2.0
+    assert cli.main(["config", "check", "run.gin", "--import", "my_rewards"]) == 0
+    assert cli.main(["config", "show", "learn", "--import", "my_rewards"]) == 0
+    assert "Short: Rewards short texts." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("my_rewadrs", "--import my_rewadrs: there is no module 'my_rewadrs' in the current"),
+        ("my_rewards.py", "--import my_rewards.py: there is no module 'my_rewards.py'"),
+        ("a/b.py", "--import a/b.py: there is no module"),
+        ("", "--import : there is no module ''"),
+    ],
+)
+def test_a_missing_module_is_named_in_a_sentence(module, sentence, programs, capsys):
+    Path("my_rewards.py").write_text('"""A module."""')
+    assert cli.main(["train", TOY, "--import", module]) == 2
+    assert capsys.readouterr().err.startswith(f"tw: {sentence}")
+
+
+@pytest.mark.parametrize("line", ["import no_such_package", "raise ValueError('mine')"])
+def test_an_error_within_a_module_keeps_its_traceback(line, programs):
+    Path("failing_module.py").write_text(line)
+    with pytest.raises(ImportError, match=r"no_such_package|failing_module failed: mine"):
+        cli.main(["train", TOY, "--import", "failing_module"])
+
+
+def test_a_checkpoint_is_described_only_where_a_class_inherits(programs, monkeypatch):
+    asked = []
+
+    class Load:
+        @staticmethod
+        def describe(folder):
+            asked.append(folder)
+            return "Optim.lr = 7.0\n"
+
+    assert cli.main(["train", TOY]) == 0
+    assert asked == []
+    monkeypatch.setitem(sys.modules, "tw_jax.models.load", Load)
+    monkeypatch.setattr(
+        programs["tw_jax.programs.train"].Train, "inherits", "workdir", raising=False
+    )
+    assert cli.main(["train", TOY]) == 0
+    assert asked == []
+    assert cli.main(["train", TOY, "--set", "Train.workdir=run"]) == 0
+    assert asked == ["run"]
+    assert programs["tw_jax.programs.train"].seen[-1].optim.lr == 7.0
+
+
+def test_the_package_runs_as_a_module():
+    words = [sys.executable, "-m", "tw_jax"]
+    done = subprocess.run([*words, "sfft", "x.gin"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tw: 'sfft' is not a verb. Verbs: ")
 
 
 def test_config_without_a_command_shows_the_usage(programs, capsys):
@@ -256,9 +412,9 @@ def test_config_without_a_command_shows_the_usage(programs, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["tarin", TOY], "'tarin' is no verb. Verbs: broken, time, train, config."),
-        (["train", "nowhere.gin"], "nowhere.gin: no such config file."),
-        (["train", TOY, "--set", "Optim.lr=fast"], "Optim.lr = 'fast': want float, got str."),
+        (["tarin", TOY], "'tarin' is not a verb. Verbs: broken, time, train, config."),
+        (["train", "nowhere.gin"], "nowhere.gin: there is no such config file."),
+        (["train", TOY, "--set", "Optim.lr=fast"], "Optim.lr = 'fast' must be float, but is str."),
         (["train", TOY, "--set", "Train.fail=Too long."], "Too long."),
         (["train", TOY, "--set", "Train.fail=disk"], "The disk is full"),
         (["train", TOY, "--set", "Train.workdir=/dev/null/x"], "/dev/null/x: Not a directory."),
@@ -271,7 +427,7 @@ def test_an_error_of_the_user_is_one_sentence(words, sentence, programs, capsys)
 
 
 def test_debug_keeps_the_traceback(programs):
-    with pytest.raises(ValueError, match="no verb"):
+    with pytest.raises(ValueError, match="not a verb"):
         cli.main(["tarin", "--debug"])
 
 
@@ -281,7 +437,7 @@ def test_a_bug_keeps_its_traceback(programs):
 
 
 def test_an_interrupt_is_a_word_not_a_traceback(programs, monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "load", interrupt)
@@ -294,5 +450,5 @@ def test_every_config_program_of_the_package_has_its_root_and_run():
         program = cli._program(verb)
         if not hasattr(program, "main"):
             assert callable(program.run)
-            with pytest.raises((ValueError, TypeError), match=r"Unknown config|lacks"):
+            with pytest.raises((ValueError, TypeError), match=r"Unknown config class|lacks"):
                 load_config(cli._root(program, verb), [], ["Nothing.at_all=1"])

@@ -1,8 +1,8 @@
-"""gin text to bindings: files, their includes, and the place of each binding.
+"""Reads gin text: files, their includes, and the place of each binding.
 
-The only importer of gin, of which only the parser is used: its registry, its global table of
-bindings and its current scope stay untouched. References and macros are kept as they are written.
-This file does not know any config; `config.py` builds configs from what it returns.
+This is the only file that imports gin, and it uses only gin's parser. gin's registry, its global
+table of bindings and its current scope are not touched. References and macros are returned as they
+are written. This file does not depend on any config class.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, NoReturn
 from gin import config_parser
 
 MAX_NESTING = 50
-"""Brackets within brackets, and files that include files, beyond which text is refused."""
+"""The largest depth of nested brackets, and of nested includes."""
 _EXCERPT = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """`@scope/Name()`, or `@scope/Name` where it is not called."""
+    """`@scope/Name()`, or `@scope/Name` if it is not called."""
 
     scope: str
     name: str
@@ -45,30 +45,39 @@ class Macro:
 
 
 Key = tuple[str, str, str]
-"""Scope, class and field; a macro has its name for a class and no field."""
+"""Scope, class and field. For a macro: its scope, its name, and an empty field."""
 
 
 class Bound(NamedTuple):
-    """One binding of a file; `where` is its place, "file:line: " with the chain of includes."""
+    """One binding of a text.
+
+    Attributes:
+      key: the scope, class and field that it binds.
+      value: its value; references and macros are not resolved.
+      where: its place, "file:line: ", with the chain of includes.
+      is_included: whether its file was read through an include.
+    """
 
     key: Key
     value: Any
     where: str
+    is_included: bool = False
 
 
 def read(file: Path, includers: tuple[tuple[Path, int], ...] = ()) -> Iterator[Bound]:
-    """The bindings of a file and of the files that it includes, in order.
+    """Yields the bindings of a file and of the files that it includes, in order.
 
-    An include is looked for beside the file that includes it, then in the working directory.
+    An include is searched for in the folder of the file that includes it, then in the working
+    directory.
 
     Args:
       file: the file as given or as written in the include.
       includers: the files that led here and the line of each include, outermost first.
 
     Raises:
-      ValueError: a syntax error, an import, files that include one another in a circle or too
-        deeply, or a file that is not text.
-      FileNotFoundError: a file that is not there.
+      ValueError: on a syntax error, on an import, if files include one another in a circle or too
+        deeply, or if a file is not text.
+      FileNotFoundError: if a file does not exist.
     """
     path = _find(file, includers)
     chain = "".join(f", included by {_shown(p)}:{line}" for p, line in reversed(includers))
@@ -76,43 +85,58 @@ def read(file: Path, includers: tuple[tuple[Path, int], ...] = ()) -> Iterator[B
         circle = " -> ".join(_shown(p) for p in (*(p for p, _ in includers), path))
         raise ValueError(f"Files include one another in a circle: {circle}.")
     if len(includers) >= MAX_NESTING:
-        raise ValueError(f"{_shown(path)} is the end of more than {MAX_NESTING} nested includes.")
+        raise ValueError(
+            f"{_shown(path)} is nested in more than {MAX_NESTING} includes. Include it directly."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{_shown(path)}{chain}: byte {error.start} is not UTF-8. A config file must be text."
         ) from None
-    for statement in statements(text, _shown(path), chain):
+    for statement in _statements(text, _shown(path), chain):
         line = statement.location.line_num
         where = f"{_shown(path)}:{line}{chain}: "
         if isinstance(statement, config_parser.IncludeStatement):
             yield from read(Path(statement.filename), (*includers, (path, line)))
         elif isinstance(statement, config_parser.ImportStatement):
-            raise ValueError(f"{where}import: the root's annotations lead to every config.")
-        elif isinstance(statement, config_parser.BindingStatement):
-            yield Bound(
-                (statement.scope, statement.selector, statement.arg_name), statement.value, where
+            raise ValueError(
+                f"{where}A config file must not import. Write --import {statement.module} on the "
+                "command line."
             )
+        elif isinstance(statement, config_parser.BindingStatement):
+            yield Bound(_key(statement), statement.value, where, bool(includers))
 
 
-def split(name: str) -> Key:
-    """The key of "scope/Class.field" or "scope/name"."""
-    return config_parser.parse_binding_key(name)
-
-
-def statements(text: str, file: str, chain: str = "") -> Iterator[Any]:
-    """Parses gin text into gin's statements.
+def parse(text: str, where: str = "") -> Iterator[Bound]:
+    """Yields the bindings of a text that is not a file; it must hold nothing else.
 
     Args:
       text: gin text.
-      file: its name, for errors.
-      chain: ", included by ..." of that file, for errors.
+      where: the place of each binding.
 
     Raises:
-      ValueError: text that gin does not read; it points at line and column.
+      ValueError: if gin cannot read the text, or if it includes or imports.
     """
-    line, column, hint = 1, 0, " Text needs quotes, and a config is written @Name()."
+    for statement in _statements(text, where.rstrip(": ")):
+        if isinstance(statement, config_parser.BindingStatement):
+            yield Bound(_key(statement), statement.value, where)
+        elif not isinstance(statement, config_parser.BlockDeclaration):
+            raise ValueError(f"{where}This text must not include or import.")
+
+
+def _key(statement: config_parser.BindingStatement) -> Key:
+    return statement.scope, statement.selector, statement.arg_name
+
+
+def split(name: str) -> Key:
+    """Returns the key of "scope/Class.field" or "scope/name"."""
+    return config_parser.parse_binding_key(name)
+
+
+def _statements(text: str, file: str, chain: str = "") -> Iterator[Any]:
+    """Parses gin text into gin's statements; an error shows line and column."""
+    line, column, hint = 1, 0, " Text needs quotes, and a config class is written @Name()."
     parser = None
     try:
         parser = _Parser(text, _Delegate())
@@ -126,7 +150,7 @@ def statements(text: str, file: str, chain: str = "") -> Iterator[Any]:
     except tokenize.TokenError as error:
         what, (line, column) = error.args
     except (RuntimeError, TypeError, ValueError, IndexError, MemoryError) as error:
-        # gin's parser raises these for text that ends too early, or for keys without a hash.
+        # gin's parser raises these if the text ends too early or a key cannot be hashed.
         what = str(error).splitlines()[0].strip(" .") if str(error) else "syntax error"
         token = parser and parser.current_token
         if token:
@@ -143,11 +167,11 @@ def _fail(text: str, sentence: str, line: int, column: int) -> NoReturn:
 
 
 class _TooDeep(Exception):
-    """Brackets within brackets: what, line, column."""
+    """Brackets are nested too deeply. Arguments: sentence, line, column."""
 
 
 class _Parser(config_parser.ConfigParser):
-    """gin's parser, which would end in RecursionError on deeply nested brackets."""
+    """gin's parser with a limit on nested brackets, which would raise RecursionError."""
 
     _depth = 0
 
@@ -162,7 +186,7 @@ class _Parser(config_parser.ConfigParser):
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Keeps references and macros as they are written; gin's own delegate would look them up."""
+    """Returns references and macros as they are written; gin's own delegate looks them up."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
         scope, _, name = scoped_configurable_name.rpartition("/")
@@ -173,22 +197,22 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _find(file: Path, includers: tuple[tuple[Path, int], ...]) -> Path:
-    """The normalised path of a file as given or included; circles show as equal paths."""
+    """Returns the normalised path of a file, so that a circle of includes has equal paths."""
     if "\0" in str(file):
         raise ValueError(
-            f"{str(file)!r}: the name of a config file must not hold a null character."
+            f"{str(file)!r}: the name of a config file must not contain a null character."
         )
     folders = [*(path.parent for path, _ in includers[-1:]), Path.cwd()]
     for folder in folders:
         if (folder / file).is_file():
             return Path(os.path.normpath(folder / file))
     if not includers:
-        raise FileNotFoundError(f"{file}: no such config file.")
+        raise FileNotFoundError(f"{file}: there is no such config file.")
     path, line = includers[-1]
     chain = "".join(f", included by {_shown(p)}:{n}" for p, n in reversed(includers[:-1]))
     raise FileNotFoundError(
-        f"{_shown(path)}:{line}{chain}: there is no {str(file)!r} beside this file or in the "
-        "working directory, where includes are looked for."
+        f"{_shown(path)}:{line}{chain}: there is no {str(file)!r} in the folder of this file or in "
+        "the working directory."
     )
 
 

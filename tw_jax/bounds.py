@@ -1,7 +1,7 @@
-"""Ranges of config fields: one line of a `check` for each range, and one form for each refusal.
+"""Checks of ranges: a config's `check` needs one line for each range.
 
-Numbers of a config end up in 32-bit arrays, so a whole number has an upper limit where none is
-given, and a positive float must not round to 0 in float32. This file does not know any config.
+Numbers of a config are stored in 32-bit arrays. So a whole number always has an upper limit, and a
+positive float must not round to 0 in float32. This file does not depend on any config class.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 LARGEST = 2**31 - 1
-"""Upper limit of a whole number where a check gives none: the largest of 32 bits."""
+"""The upper limit of a whole number if a check gives none: the largest 32-bit integer."""
 COLDEST = 1e-4
-"""The lowest temperature above 0; float32 does not hold logits divided by much smaller ones."""
+"""The lowest temperature above 0. Logits divided by a much lower one overflow float32."""
 _SMALLEST = 2.0**-126
 """The smallest normal float32; devices round smaller numbers to 0."""
 _LONGEST = 120
@@ -25,18 +25,18 @@ def require(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Refuses fields of a config that are out of range; a field that is None passes.
+    """Raises an error if a field of a config is out of range. None is in range.
 
     Args:
-      cfg: the config, as `check` sees it.
+      cfg: the config that is checked.
       *names: fields that hold a number or None.
-      least: smallest value allowed.
-      above: largest value that is too small; a float must also be above 0 in float32 if this is 0.
-      most: largest value allowed; `LARGEST` for a whole number without `most` and `below`.
-      below: smallest value that is too large.
+      least: the smallest valid value.
+      above: valid values are larger. If this is 0, a float must also be above 0 in float32.
+      most: the largest valid value; `LARGEST` for a whole number without `most` and `below`.
+      below: valid values are smaller.
 
     Raises:
-      ValueError: names field, value and range.
+      ValueError: if a value is out of range; the text names field, value and range.
     """
     for name in names:
         value = getattr(cfg, name)
@@ -45,10 +45,10 @@ def require(
         limits = {"at least": least, "above": above, "at most": most, "below": below}
         if isinstance(value, int) and most is None and below is None and value > LARGEST:
             limits["at most"] = LARGEST
-        wanted = [(words, limit) for words, limit in limits.items() if limit is not None]
-        if not all(_holds(value, words, limit) for words, limit in wanted):
-            told = " and ".join(f"{words} {limit}" for words, limit in wanted)
-            raise ValueError(f"{type(cfg).__name__}.{name} = {shown(value)} must be {told}.")
+        given = [(words, limit) for words, limit in limits.items() if limit is not None]
+        if not all(_holds(value, words, limit) for words, limit in given):
+            needed = " and ".join(f"{words} {limit}" for words, limit in given)
+            raise ValueError(f"{type(cfg).__name__}.{name} = {shown(value)} must be {needed}.")
         if above == 0 and isinstance(value, float) and value < _SMALLEST:
             raise ValueError(
                 f"{type(cfg).__name__}.{name} = {value} must be at least {_SMALLEST}, because "
@@ -57,24 +57,24 @@ def require(
 
 
 def require_temperature(cfg: Any) -> None:
-    """Refuses a config whose temperature is neither 0 nor at least `COLDEST`."""
+    """Raises ValueError if a config's temperature is neither 0 nor at least `COLDEST`."""
     require(cfg, "temperature", least=0)
     if 0 < cfg.temperature < COLDEST:
         raise ValueError(
             f"{type(cfg).__name__}.temperature = {cfg.temperature} is too low for float32. Set it "
-            f"to 0 for the likeliest token, or to at least {COLDEST}."
+            f"to 0, which takes the most likely token, or to at least {COLDEST}."
         )
 
 
 def require_text(cfg: object, *names: str) -> None:
-    """Refuses texts of a config that are blank or hold a null character; None passes.
+    """Raises an error if a text of a config is blank or contains a null character.
 
     Args:
-      cfg: the config, as `check` sees it.
-      *names: fields that hold a text, a tuple of texts or None.
+      cfg: the config that is checked.
+      *names: fields that hold a text, a tuple of texts, or None, which is valid.
 
     Raises:
-      ValueError: names field and value.
+      ValueError: if a text is not valid; the error names field and value.
     """
     for name in names:
         value = getattr(cfg, name)
@@ -82,15 +82,15 @@ def require_text(cfg: object, *names: str) -> None:
         if any(not text.strip() or "\0" in text for text in texts):
             raise ValueError(
                 f"{type(cfg).__name__}.{name} = {shown(value)} must not be empty or blank, nor "
-                "hold a null character."
+                "contain a null character."
             )
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence shows it: as Python writes it, and cut where that is long."""
+    """Returns a value as Python writes it, cut off if that is long; for error messages."""
     try:
         text = repr(value)
-    except ValueError:  # Python does not write out whole numbers of thousands of digits
+    except ValueError:  # Python does not convert whole numbers of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 

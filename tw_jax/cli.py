@@ -1,10 +1,11 @@
-"""The door: `tw VERB CONFIG.gin` finds a verb's program, builds its config and runs it.
+"""The command line: `tw VERB CONFIG.gin` finds a verb's program, builds its config and runs it.
 
-A verb is a module of `tw_jax.programs`; nothing else lists them. A program has a root config named
-as the verb (`Sft` in `programs/sft.py`) and `run(cfg) -> int | None`; or it has `main(argv) -> int`
-and reads its arguments itself. Only the program asked for is imported. This file knows no program;
-it locks the workdir that the config names until the program ends, see `workdir.py`. With `--hosts`
-the same command runs on every host of a job, if the program says `MANY_HOSTS = True`.
+A verb is a module of `tw_jax.programs`; there is no other list of verbs. A program has a root
+config that is named like the verb (`Sft` in `programs/sft.py`) and `run(cfg) -> int | None`; or it
+has `main(argv) -> int` and reads its arguments itself. Only the program of the verb is imported.
+This file does not depend on any program. It locks the workdir that the config names until the
+program ends, see `workdir.py`. With `--hosts` the same command runs on every host of a job, if the
+program sets `MANY_HOSTS = True`.
 """
 
 from __future__ import annotations
@@ -23,33 +24,36 @@ from typing import Any
 import jax
 
 import tw_jax.programs
-from tw_jax import hosts, workdir
+from tw_jax import bindings, hosts, workdir
 from tw_jax.config import describe, load_config, operative
+from tw_jax.fields import reachable
+from tw_jax.table import check_names
 
 USAGE = """\
-Usage: tw VERB CONFIG.gin [--set Class.field=value ...] [--hosts]
-       tw config show VERB          what a config of this verb may say
-       tw config check FILE ...     builds configs/VERB/x.gin, runs nothing
+Usage: tw VERB CONFIG.gin [--set Class.field=value ...] [--import MODULE ...] [--hosts]
+       tw config show VERB          lists the fields that a config of this verb may set
+       tw config check FILE ...     builds the configs of runs, checks the names of fragments
        tw VERB --help
+
+--import imports a Python module before the config is built, so that its config classes can be used
+in it. The module is searched for in the current folder and among the installed packages. tw config
+takes --import too.
 
 Anywhere: --debug shows the traceback of an error.
 """
 
-FRAGMENTS = ("models", "mesh")
-"""Folders of configs/ whose files are included by others and build nothing by themselves."""
-
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
-"""What is raised with a sentence for the user; anything else is a bug and keeps its traceback."""
+"""Errors that are shown as one sentence; any other error is a bug and keeps its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: the words after `tw`; those of the process by default.
+      argv: the words after `tw`; by default those of the process.
 
     Returns:
-      The exit status: 0, what the program returned, or 2 for an error of the user.
+      The exit status: the program's own, or 0 if it returns none, or 2 after an error of the user.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -85,6 +89,7 @@ def _dispatch(words: list[str]) -> int:
     parser.add_argument(
         "--set", metavar="Class.field=value", action="append", default=[], help="bind one field"
     )
+    _add_import(parser)
     parser.add_argument(
         "--hosts", action="store_true", help="one process of a job: this command runs on every host"
     )
@@ -102,20 +107,21 @@ def _dispatch(words: list[str]) -> int:
 def _join(program: ModuleType, verb: str) -> None:
     if not getattr(program, "MANY_HOSTS", False):
         raise NotImplementedError(
-            f"tw {verb} runs in one process: want one host, with all devices that it has. Leave "
-            "--hosts out, and run it on one host only."
+            f"tw {verb} runs in one process, on one host with all of its devices. Run it on one "
+            "host only, without --hosts."
         )
-    # Said before, for JAX aborts a process that waits in vain.
+    # This is printed first, because JAX aborts a process whose wait ends without the others.
     wait = f"waits {hosts.JOIN_SECONDS} seconds at most for all processes of its job"
     print(f"tw: this process {wait}.", file=sys.stderr)
     hosts.join()
 
 
 def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
-    """Builds the config; every process of a job stops where one of them has another."""
+    """Builds the config; all processes of a job stop if one of them has another config."""
     facts = {"verb": verb, "package": workdir.origin(), "jax": jax.__version__}
     try:
-        cfg = load_config(_root(program, verb), [args.file], args.set)
+        _import(args.modules)
+        cfg = load_config(_root(program, verb), args.file, args.set, inherit=_inherit)
     except USER_ERRORS as error:
         hosts.agree(**facts, config=_sentence(error))
         raise
@@ -123,36 +129,124 @@ def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
     return cfg
 
 
+def _inherit(folder: str) -> str:
+    """What a checkpoint records, as gin text. The module is imported only if a config needs it."""
+    return importlib.import_module("tw_jax.models.load").describe(folder)
+
+
+# Modules of --import.
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import",
+        metavar="MODULE",
+        dest="modules",
+        action="append",
+        default=[],
+        help="import a module whose config classes the config uses",
+    )
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Imports modules as `python -m` finds them: the current folder comes first."""
+    if modules and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    for name in modules:
+        try:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ModuleNotFoundError(name=name)
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module exists, and what it imports does not
+            raise ValueError(
+                f"--import {name}: there is no module {name!r} in the current folder or among the "
+                "installed packages. Name it as in Python's import, such as my_rewards."
+            ) from None
+        except USER_ERRORS as error:
+            # This is code of the user, who needs the traceback.
+            raise ImportError(f"--import {name} failed: {error}") from error
+
+
+# tw config.
+
+
 def _config(words: list[str]) -> int:
-    match words:
+    parser = argparse.ArgumentParser(prog="tw config", add_help=False)
+    parser.add_argument("words", nargs="*")
+    _add_import(parser)
+    args = parser.parse_intermixed_args(words)
+    match args.words:
         case ["show", verb]:
-            print(describe(_root(_program(verb), verb)), end="")
+            root = _root(_program(verb), verb)
+            _import(args.modules)
+            print(describe(root), end="")
             return 0
         case ["check", _, *_]:
-            return max([_check(file) for file in words[1:]])
+            _import(args.modules)
+            return max([_check(file) for file in args.words[1:]])
     print(USAGE, file=sys.stderr)
     return 2
 
 
 def _check(file: str) -> int:
-    """Builds the config of one file and says how it went."""
-    verb = Path(file).absolute().parent.name
-    if verb in FRAGMENTS:
-        print(f"{file}: a fragment, checked where it is included")
-        return 0
+    """Builds the config of a run, or checks the names of a fragment, and prints the outcome."""
     try:
-        load_config(_root(_program(verb), verb), [file])
+        verb = verb_of(Path(file))
+        if verb is None:
+            check_names(Path(file))
+        else:
+            load_config(_root(_program(verb), verb), file, inherit=_inherit)
     except USER_ERRORS as error:
         sentence = _sentence(error)
         place = "" if sentence.startswith(file) else f"{file}: "
         print(f"tw: {place}{sentence}", file=sys.stderr)
         return 2
-    print(f"{file}: ok")
+    print(f"{file}: ok" if verb else f"{file}: a fragment, names and syntax are ok")
     return 0
 
 
+def verb_of(file: Path) -> str | None:
+    """Returns the verb whose root config a file binds, itself or by its includes.
+
+    If it binds several roots, it is the verb that the file's folder is named after; else the only
+    root that no other one holds, first among those that the file itself binds, then among all.
+
+    Args:
+      file: a config file.
+
+    Returns:
+      None for a fragment, which binds no root, or several that do not belong together.
+
+    Raises:
+      ValueError: on a syntax error.
+      FileNotFoundError: if the file or an include does not exist.
+    """
+    bound = [one for one in bindings.read(file) if one.key[2]]
+    named = {verb.capitalize(): verb for verb in _verbs()}
+    verbs = {named[one.key[1]] for one in bound if one.key[1] in named}
+    roots = {verb: vars(_program(verb)).get(verb.capitalize()) for verb in sorted(verbs)}
+    roots = {verb: root for verb, root in roots.items() if root is not None}
+    if (folder := file.absolute().parent.name) in roots:
+        return folder
+    for names in (
+        {one.key[1] for one in bound if not one.is_included},
+        {one.key[1] for one in bound},
+    ):
+        found = {verb: root for verb, root in roots.items() if root.__name__ in names}
+        outer = [
+            verb
+            for verb, root in found.items()
+            if not any(root in reachable(one).values() for one in found.values() if one is not root)
+        ]
+        if outer:
+            return outer[0] if len(outer) == 1 else None
+    return None
+
+
 def _workdirs(cfg: Any) -> list[str]:
-    """The folders that a program writes: its own, and that of a program it runs first."""
+    """The folders that a program writes: its own, and that of a program that it runs first."""
     folders = [getattr(one, "workdir", None) for one in (cfg, *vars(cfg).values())]
     return [folder for folder in folders if folder]
 
@@ -166,7 +260,7 @@ def _verbs() -> list[str]:
 
 def _program(verb: str) -> ModuleType:
     if verb not in _verbs():
-        raise ValueError(f"{verb!r} is no verb. Verbs: {', '.join([*_verbs(), 'config'])}.")
+        raise ValueError(f"{verb!r} is not a verb. Verbs: {', '.join([*_verbs(), 'config'])}.")
     return importlib.import_module(f"{tw_jax.programs.__name__}.{verb}")
 
 
@@ -177,7 +271,7 @@ def _root(program: ModuleType, verb: str) -> type[Any]:
 
 
 def _summary(verb: str) -> str:
-    """The first line of a program's docstring, read without importing the program."""
+    """The first line of a program's docstring; the program is not imported."""
     source = Path(tw_jax.programs.__path__[0], f"{verb}.py").read_text(encoding="utf-8")
     first = (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
     return first.removeprefix(f"`tw {verb}`: ")
@@ -189,13 +283,13 @@ def _help() -> str:
     return "\n".join([USAGE, "Verbs:", *(f"  {v:<{width}}  {_summary(v)}" for v in verbs)])
 
 
-# Compiled programs, and what an error says.
+# Compiled programs, and errors.
 
 
 def _keep_programs() -> None:
-    """Keeps compiled programs from run to run; JAX_COMPILATION_CACHE_DIR says where, '' nowhere.
+    """Keeps compiled programs for later runs in JAX_COMPILATION_CACHE_DIR; '' keeps none.
 
-    A run that goes on, or that samples as another one did, then starts without compiling.
+    A run that is resumed, or that has the shapes of another one, then starts without compiling.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"]:
         return

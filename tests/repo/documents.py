@@ -13,15 +13,54 @@ CONFIGS = ROOT / "configs"
 
 LISTING = """# Configs
 
-One folder per verb holds its runs: `tw sft configs/sft/demo.gin`. A verb's root config has the
-verb's name, and `tw config show sft` lists every field that a file may set. The other folders hold
-fragments, which a run includes. The first line of a file describes it; this page lists those
-lines and is written by `make docs`.
+After reading this page you can write the config of a run and change one from the command line. One
+folder per verb holds its runs: `tw sft configs/sft/demo.gin`. The other folders hold fragments,
+which runs include. `make docs` writes this page, and lists at its end the first line of each file.
+
+## How to write one
+
+A file is [gin](https://github.com/google/gin-config) text. A line binds a field of a class, and a
+later line of the same field wins. A verb's root class has the verb's name, `tw config show sft`
+lists every field that a file may set, and `tw config check FILE ...` checks files without running
+them.
+
+```text
+include '../models/tiny.gin'        # found in this file's folder, else in the working directory
+Sft.workdir = 'runs/mine'           # text needs quotes
+Sft.steps = %steps                  # a macro ...
+steps = 900                         # ... which is bound once, before or after its use
+Sft.batch_rows = %gin.REQUIRED      # another file or --set must bind this
+Optim:                              # a block binds several fields of one class
+  peak_lr = 2.5e-3
+  algorithm = 'muon'
+SentencePiece.path = 'tokenizer.model'
+Lora.rank = 8
+```
+
+- **Classes need no line to be connected.** A field of one config class, such as `Sft.model`, is
+  built from the bindings of the class. A default such as `Sft.mesh` is built again if its class is
+  bound.
+- **A union** takes the class that has bindings: `SentencePiece.path` chooses the tokenizer. If none
+  or several of its classes have bindings, the error lists the lines that choose, such as
+  `Sft.tokenizer = @Bytes()`. A line always wins.
+- **An optional** such as `Model.lora` is built if its class is bound and only this field leads to
+  the class; else it needs its line, `Model.lora = @Lora()`. `Model.lora = None` in a later file or
+  line switches it off.
+- **Scopes** make two configs of one class: `Pair.left = @a/Model()` is built with `a/Model.width =
+  8` and, for other fields, with the unscoped bindings of `Model`.
+- **Includes** may bind classes that a verb does not use, so that one fragment serves all verbs.
+  Misspelt names are refused there too. In the run's own file, a binding that nothing uses is an
+  error.
+- **The command line** comes last: `--set Sft.steps=10`, `--set steps=10` for a macro,
+  `--set Model.lora=None`. Text needs no quotes.
+- **Your own classes**: `tw pgrpo run.gin --import my_rewards` imports `my_rewards.py` of the
+  current folder, and its config classes can be used in `run.gin`. A file cannot import.
 """
 FIELDS = """# Config fields
 
 Every field that a `.gin` file may set, by verb, with its type and default. A field without a
-default must be set. Written by `make docs` from the classes themselves.
+default must be set, unless it is of one config class, which is then built. Written by `make docs`
+from the classes themselves.
 """
 
 
@@ -30,8 +69,8 @@ def first_line(path: pathlib.Path) -> str:
     line = path.read_text(encoding="utf-8").partition("\n")[0]
     if not line.startswith("# "):
         raise ValueError(
-            f"{path.relative_to(ROOT)} begins with {line!r} instead of a comment that describes "
-            "the file. Put a line '# ...' at its top."
+            f"{path.relative_to(ROOT)} must open with a comment that says what the file is, not "
+            f"with {line!r}. Put one line, '# ...', at its top."
         )
     return line.removeprefix("# ")
 

@@ -13,8 +13,8 @@ import pytest
 from repo.documents import root_of
 from repo.sources import ROOT, VERBS, has_config
 
-from tw_jax import config
 from tw_jax.config import load_config, operative
+from tw_jax.fields import is_config, kinds, reachable
 
 NEGATIVE = {
     *("Mesh.data", "Mesh.fsdp", "Mesh.sequence", "Mesh.tensor"),  # the rest of the devices
@@ -46,7 +46,7 @@ def classes() -> dict[str, type]:
     """Every config that a verb reaches, by name."""
     found: dict[str, type] = {}
     for verb in filter(has_config, VERBS):
-        found |= config._reachable(root_of(verb))
+        found |= reachable(root_of(verb))
     return found
 
 
@@ -56,7 +56,7 @@ def instances() -> dict[str, object]:
     found: dict[str, object] = {}
 
     def walk(value: object) -> None:
-        if config._is_config(type(value)):
+        if is_config(type(value)):
             found.setdefault(type(value).__name__, value)
             for field in dataclasses.fields(value):
                 walk(getattr(value, field.name))
@@ -75,7 +75,7 @@ def fields(*wanted: type) -> list[str]:
     return [
         f"{name}.{field}"
         for name, cls in classes().items()
-        for field, kind in config._kinds(cls).items()
+        for field, kind in kinds(cls).items()
         if not {kind, *typing.get_args(kind)}.isdisjoint(wanted)
         and typing.get_origin(kind) in (None, typing.Union, types.UnionType)
     ]
