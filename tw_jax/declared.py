@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tw_jax.fields import is_config, kinds
 
-_DECORATOR = "config"
+_DECORATOR = "configurable"
 """The decorator of config classes, in `tw_jax/config.py`."""
 _Source = tuple[tuple[str, ...], tuple[str, ...]]
 """The fields that a class declares, and the names of the classes that it inherits from."""
