@@ -15,9 +15,11 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.orchestrator import run
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
+from tw_jax.metrics import count_compiles
 from tw_jax.sample import cache as caches
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import sampling_arrays, scripted
+from tw_jax.sample.state import DONE
 from tw_jax.trie.batch import stack_rows
 
 TOKENIZER = fakes.Characters()
@@ -250,3 +252,163 @@ def test_a_network_with_more_ids_than_the_tokenizer_is_refused():
         samplers.make_sampler(wide, protocol, samplers.Sampler())
     num_ids = TOKENIZER.vocab_size
     samplers.make_sampler(wide._replace(num_ids=num_ids), protocol, samplers.Sampler())
+
+
+# A running state: rows are admitted, decoded for some turns, collected and released.
+
+
+def same_rollout(one, other, close):
+    """Ids bit by bit; log-probs may come from another capacity of the cache."""
+    assert one.ids.tolist() == other.ids.tolist()
+    assert [c.path for c in one.calls] == [c.path for c in other.calls]
+    for mine, theirs in zip(one.calls, other.calls, strict=True):
+        close("sampler_logp", mine.logp, theirs.logp, of=1.0)
+
+
+def forking(seed):
+    """A script of three forks: it keeps a row busy for many turns."""
+    listed = "".join(f"<Outline>{n}: a</Outline>" for n in (1, 2, 3))
+    texts = [f"<Outlines>{listed}</Outlines>", *[" abc\n</Thread>"] * 3] * 3 + ["ab<eos>"] * CALLS
+    rng, lines = np.random.default_rng(seed), []
+    for text in texts[:CALLS]:
+        ids = TOKENIZER.encode(text.replace("abc", "abcdefgh"[: rng.integers(1, 9)]))[:LONGEST]
+        lines.append(np.pad(ids, (0, LONGEST - len(ids)), constant_values=1))
+    return np.array(lines, np.int32)
+
+
+def is_done(state):
+    return np.asarray(state.phase) == DONE
+
+
+def finish(sampler, state):
+    while not is_done(state).all():
+        state = sampler.make_room(sampler.advance(PARAMS, state, 7))
+    return state
+
+
+@pytest.mark.parametrize("turns", [1, 2, 13, 40])
+def test_a_rollout_does_not_depend_on_its_row_nor_on_when_it_was_admitted(turns, close):
+    sampler = build(draw=None)
+    sampling = sampling_arrays(4, temperature=1.0, top_p=0.9, top_k=0, seed=3)
+    alone = sampler(PARAMS, PROMPTS, sampling)
+    state = sampler.empty()
+    where = {0: 2, 1: 0, 2: 3, 3: 1}  # request to row
+    # Two requests start, the others join them in the middle of their decoding.
+    for some in ((0, 1), (2,), (3,)):
+        given = jax.tree.map(lambda a, s=some: a[np.array(s)], sampling)
+        rows = [where[n] for n in some]
+        state = sampler.admit(PARAMS, state, rows, [PROMPTS[n] for n in some], given)
+        state = sampler.make_room(sampler.advance(PARAMS, state, turns))
+    state = finish(sampler, state)
+    made = sampler.collect(state, [where[n] for n in range(4)], PROMPTS)
+    assert len({t.ids.tobytes() for t in alone}) == 4
+    for one, other in zip(made, alone, strict=True):
+        same_rollout(one, other, close)
+
+
+def test_rows_of_a_running_state_are_used_again_while_others_decode(close):
+    sampler = build(max_rounds=4)
+    scripts = np.stack([forking(seed) for seed in range(7)])
+    prompts = [PROMPTS[n % 4] for n in range(7)]
+    want = [run(sampler.protocol, FromScript(s), p) for s, p in zip(scripts, prompts, strict=True)]
+    state = sampler.empty(scripts)
+    waiting, running, made, together = list(range(7)), {}, {}, 0
+    while waiting or running:
+        free = [row for row in range(4) if row not in running]
+        # One at a time, so that rows start and end at different turns.
+        if free and waiting:
+            row, n = free[-1], waiting.pop(0)
+            running[row] = n
+            state = sampler.admit(PARAMS, state, [row], [prompts[n]], scripts[n : n + 1])
+        state = sampler.make_room(sampler.advance(PARAMS, state, 5))
+        ended = [row for row in running if is_done(state)[row]]
+        together += bool(ended) and len(ended) < len(running)
+        for row, trajectory in zip(
+            ended, sampler.collect(state, ended, [prompts[running[r]] for r in ended]), strict=True
+        ):
+            made[running.pop(row)] = trajectory
+        state = sampler.release(state, ended)
+        assert not np.asarray(state.cache.used)[ended].any()
+    assert together >= 3
+    for n, trajectory in made.items():
+        assert_same_calls(trajectory, want[n])
+        drawn = np.concatenate([call.logp for call in trajectory.calls])
+        close("sampler_logp", drawn, recomputed(trajectory), of=1.0)
+
+
+def test_a_group_that_is_admitted_later_is_encoded_once(close):
+    sampler = build(draw=None)
+    sampling = sampling_arrays(4, temperature=1.0, top_p=1.0, top_k=0, seed=5)
+    prompts = [PROMPTS[2], PROMPTS[0]]
+    each = sampler(PARAMS, [p for p in prompts for _ in range(2)], sampling)
+    first, second = (jax.tree.map(lambda a, n=n: a[n : n + 2], sampling) for n in (0, 2))
+    state = sampler.admit(PARAMS, sampler.empty(), [3, 0], prompts[:1], first, repeats=2)
+    state = sampler.advance(PARAMS, state, 6)
+    state = sampler.admit(PARAMS, state, [1, 2], prompts[1:], second, repeats=2)
+    state = finish(sampler, state)
+    made = sampler.collect(state, [3, 0, 1, 2], [p for p in prompts for _ in range(2)])
+    for one, other in zip(made, each, strict=True):
+        same_rollout(one, other, close)
+
+    def encoded(count, repeats):
+        """Rows in which a prompt is encoded when it is admitted for `count` rollouts."""
+        return sampler._prefill_rows(count // repeats, 4 // repeats)
+
+    assert (encoded(2, 2), encoded(2, 1), encoded(4, 1), encoded(4, 4)) == (1, 2, 4, 1)
+
+
+def test_advance_returns_after_its_turns_and_compiles_nothing_new():
+    sampler = build(max_rounds=4)
+    script = forking(0)[None]
+    state = sampler.admit(PARAMS, sampler.empty(script), [1], PROMPTS[:1], script)
+    state = sampler.advance(PARAMS, state, 1)
+    compiled = sampler.jitted.advance._cache_size()
+    # Lane 0 of the parent draws one token a turn.
+    for turns in (0, 1, 2, 5):
+        before = np.asarray(state.log.length)[1]
+        state = sampler.advance(PARAMS, state, turns)
+        assert np.asarray(state.log.length)[1] == before + turns
+    assert np.asarray(state.log.length)[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert sampler.jitted.advance._cache_size() == compiled
+
+
+def test_a_full_state_of_rollouts_that_come_and_go_compiles_nothing_after_warm_up():
+    sampler = build(draw=None)
+
+    def batch(seed):
+        sampling = sampling_arrays(2, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
+        state = sampler.admit(PARAMS, sampler.empty(), [0, 2], PROMPTS[:2], sampling)
+        state = sampler.advance(PARAMS, state, 3)
+        state = sampler.admit(PARAMS, state, [3, 1], PROMPTS[2:], sampling)
+        state = finish(sampler, state)
+        sampler.collect(state, [0, 2], PROMPTS[:2])
+        return sampler.release(state, [0, 2])
+
+    batch(0)
+    with count_compiles() as compiles:
+        batch(1)
+        batch(2)
+    assert compiles.count == 0
+
+
+def test_a_row_that_is_decoding_is_not_given_away():
+    sampler = build(draw=None)
+    one = sampling_arrays(1, temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    state = sampler.admit(PARAMS, sampler.empty(), [1], PROMPTS[:1], one)
+    with pytest.raises(ValueError, match="Row 1 of 4 is still decoding"):
+        sampler.admit(PARAMS, state, [1], PROMPTS[1:2], one)
+    with pytest.raises(ValueError, match="Row 1 of 4 is still decoding"):
+        sampler.release(state, [1])
+    with pytest.raises(ValueError, match="Row 4 of 4"):
+        sampler.admit(PARAMS, state, [4], PROMPTS[1:2], one)
+    with pytest.raises(ValueError, match="2 rollouts need 2 different rows"):
+        sampler.admit(PARAMS, state, [0, 0], PROMPTS[:2], one)
+
+
+def test_greedy_rollouts_record_the_log_probs_of_the_model(close):
+    sampler = build(draw=None)
+    sampling = sampling_arrays(4, temperature=0.0, top_p=0.5, top_k=3, seed=0)
+    for trajectory in sampler(PARAMS, PROMPTS, sampling):
+        drawn = np.concatenate([call.logp for call in trajectory.calls])
+        assert (drawn < 0).any()
+        close("sampler_logp", drawn, recomputed(trajectory), of=1.0)

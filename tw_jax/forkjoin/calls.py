@@ -1,9 +1,9 @@
-"""The record that all else reads: engine calls, their provenance, joins, and whole trajectories.
+"""The record of a rollout: engine calls, the provenance of their tokens, and the joined path.
 
-A call is one request to an engine: a context (ids) and what was sampled from it. A trajectory is
-the calls of one rollout in the order in which the protocol made them, and the joined path, the
-linear text in which threads follow one another. Training, cost, grading and drawing read nothing
-else. This file knows no grammar and no model.
+A call is one request to an engine: a context (ids) and the ids that were sampled from it. A
+trajectory is the calls of one rollout in the order in which the protocol made them, and the joined
+path, the linear text in which threads follow one another. Training, cost, grading and plots read
+this record and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Provenance(enum.IntEnum):
     FORCED = 2
     """Written by the protocol: thread headers, closers, the newline of a join."""
     RETURNED = 3
-    """Drawn by a child call and handed back to the parent at a join."""
+    """Drawn by a child call and returned to the parent at a join."""
 
 
 class StopReason(enum.Enum):
@@ -76,8 +76,8 @@ class Trajectory:
       prompt_tokens: number of leading ids of the joined path that are the prompt.
       calls: in protocol order: parent call 0, the threads of block 1, parent call 1, ...
       ids: [n] int32, the joined path.
-      provenance: [n] int8. A thread's sampled tokens are RETURNED here, for they were sampled in
-        another call's context; thread 1's too, though its context is a prefix of this path.
+      provenance: [n] int8. A thread's sampled tokens are RETURNED here, because they were sampled
+        in another call's context; this includes thread 1, whose context is a prefix of this path.
       rounds: number of forks.
       finish: why the rollout ended: "eos", "length", "rounds", "budget", "unfinished_thread",
         "error".

@@ -1,8 +1,8 @@
 """Tokens in total, on the longest path, and the ratios between them: one definition for all.
 
-Two readings. `cost_from_ids` reads the structure of a text as ThreadWeaver's reward does, with
-prompt tokens out unless asked for. `cost_from_calls` reads what was really run in parallel, so
-threads that a model wrote one after the other earn nothing.
+There are two readings. `cost_from_ids` reads the structure of a text as ThreadWeaver's reward does;
+prompt tokens are out unless asked for. `cost_from_calls` counts the calls that were made in
+parallel, so threads that a model wrote one after the other earn nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Trajectories from what was written or drawn before, through the protocol that inference runs.
+"""Trajectories from written text or recorded calls, through the protocol that inference runs.
 
-Training contexts are inference contexts by construction. `replay` answers each request with what a
-text says at that place and compares every forced id with it; text that the protocol would not have
-produced is refused with the place, never patched. `rebuild` answers with calls that were recorded,
-the jitted sampler's or a file's.
+Training contexts are inference contexts by construction. `replay` answers each request with the ids
+of a text at that place and compares every forced id with it. Text that the protocol would not have
+produced is refused with its place and never repaired. `rebuild` answers with recorded calls, those
+of the jitted sampler or of a file.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class _Written:
         what = f"call {request.path}" if request.path else "a parent call"
         if not is_closed:
             raise ReplayError(
-                f"The text ends inside {what} that began at token {at}: want one of the stop ids "
-                f"{sorted(request.stops)}. Close the thread or end the text with an end of "
-                "sequence.",
+                f"The text ends inside {what} that began at token {at}. The call must end with one "
+                f"of the ids {sorted(request.stops)}; close the thread, or end the text with an "
+                "end of sequence.",
                 len(self._ids),
             )
         if length > request.max_tokens:
@@ -163,8 +163,8 @@ class _Recorded:
         drawn = len(call.sampled)
         if drawn > length or (drawn < length and not call.failed):
             raise RecordError(
-                f"Call {self.next - 1} {request.path} ends after {drawn} tokens: want it to end "
-                f"with its first stop id, or after {request.max_tokens} tokens without one. Use "
+                f"Call {self.next - 1} {request.path} ends after {drawn} tokens. It must end "
+                f"with its first stop id, or after {request.max_tokens} tokens without one; use "
                 "the limits (ForkJoin) that it was recorded with."
             )
         return call

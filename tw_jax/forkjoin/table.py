@@ -2,7 +2,7 @@
 
 A method that runs inside the jitted program writes numbered outlines, forks at one id, forces a
 header in each thread and ends a thread at another id. Which ids these are, and how numbers are
-read from tokens, stands in a `Table`; the sampler reads the table and knows no method. The host
+read from tokens, is in a `Table`; the sampler reads the table and imports no method. The host
 protocol of the method reads the same table, so that both make the same decisions.
 """
 
@@ -22,7 +22,7 @@ RADIX = len(NUMBER_CHARACTERS)
 MAX_LABEL = 8
 """Characters of an outline number; the code of a longer one would not fit an int32."""
 EMPTY_CODE = 1
-"""Code of the empty label. A label's code is its characters in base 11 behind a leading 1."""
+"""Code of the empty label. A label's code is a leading 1 and its characters, in base 11."""
 TABLED_LABELS = 99
 """Labels "1".."99" are forced as the tokenizer writes them; others character by character."""
 

@@ -2,7 +2,7 @@
 
 Which tokens are trained is decided here and nowhere else; how sequences merge is `trie/tree.py`.
 A trajectory becomes a trie, and the rollouts of one prompt become a `Group`, one trie that also
-says of each node which call drew it and how likely the sampler held it. This file knows no reward.
+records for each node which call drew it and the sampler's log-prob. Rewards play no part here.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def _rollout(number: int, trajectory: Trajectory) -> _Rollout:
             or not np.isfinite(call.logp).all()
         ):
             raise ValueError(
-                f"Call {call.path} of rollout {number} lacks log-probs: want a finite one for each "
-                f"of its {len(call.sampled)} sampled tokens. Sample with an engine that returns "
-                "them."
+                f"Call {call.path} of rollout {number} lacks log-probs. Each of its "
+                f"{len(call.sampled)} sampled tokens needs a finite one; sample with an engine "
+                "that returns them."
             )
         logp.append(call.logp)
     sizes = [len(call.sampled) for call in calls]
@@ -119,8 +119,8 @@ def _rollout(number: int, trajectory: Trajectory) -> _Rollout:
     # Weights add up where two calls drew the same node, and float32 ends at 2^24: both show here.
     if not np.array_equal(np.sort(which[which > 0]), np.arange(1, bounds[-1])):
         raise ValueError(
-            f"Two calls of rollout {number} drew the same token in the same context: want every "
-            "sampled token in a context of its own. Its calls are not those of one rollout."
+            f"Two calls of rollout {number} drew the same token in the same context. Every sampled "
+            "token must have a context of its own; give the calls of one rollout only."
         )
     numbers = np.repeat(np.array([-1, *(n for n, _ in drawn)], np.int32), [1, *sizes])
     trie = dataclasses.replace(trie, weight=(which > 0).astype(np.float32))

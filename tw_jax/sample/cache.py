@@ -1,9 +1,16 @@
 """`TrieCache`: keys and values stored once for every thread that shares them.
 
-Slots fill in time order while siblings interleave, so slots carry logical numbers and the one mask
-does the rest: a query at number `at` sees slot j iff `enter[j] <= at < exit[j]`. A fork gives each
-thread a range of numbers; a join keeps thread 1's entries for ever, hides those of the others, and
-the sampler re-encodes them. This file owns that policy and knows no tags and no sampling.
+Threads of a fork take turns, so their entries interleave in the slots of the cache. Order in the
+cache therefore says nothing about who sees whom. Each slot carries two logical numbers instead, and
+the one mask does the rest: a query at number `at` sees slot j iff `enter[j] <= at < exit[j]`.
+
+    slot    0      1      2      3      4      5      6         trunk 0, 1; then two threads
+    enter   0      1      2      6      3      7      (unused)  thread 1 has numbers 2..5,
+    exit    never  never  6      10     6      10     0         thread 2 has numbers 6..9
+    join:                 never  6      never  7                thread 1 is kept, thread 2 hidden
+
+A hidden entry has `exit <= enter`, so no number sees it. It stays in its slot until `grow` moves
+the visible entries to the front. This file implements that policy and knows no tags.
 """
 
 from __future__ import annotations
@@ -15,17 +22,18 @@ from flax import struct
 from tw_jax.contracts import KV, Network, Span
 
 FOREVER = jnp.iinfo(jnp.int32).max
-"""`exit` of an entry that everything after it may see."""
+"""`exit` of an entry that all later entries may see."""
 
 _BUCKET = 512
+"""The smallest capacity. Below it a bucket would save little and would compile once more."""
 
 
 class TrieCache(struct.PyTreeNode):
     """Keys and values with the numbers that say who sees them."""
 
     kv: KV  # [L, B, G, S, H] each
-    span: Span  # [B, S]; exit <= enter where nothing sees the slot
-    used: jax.Array  # [B] int32, slots that hold something, dead ones included
+    span: Span  # [B, S]; exit <= enter if no number sees the slot
+    used: jax.Array  # [B] int32, slots that hold an entry, hidden ones included
 
     @property
     def slots(self) -> int:
@@ -43,13 +51,12 @@ def empty(network: Network, rows: int, slots: int) -> TrieCache:
 
 
 def write_spans(cache: TrieCache, span: Span) -> Span:
-    """The spans of all slots once T new entries stand at `used .. used + T - 1` of each row.
+    """The spans of all slots after T new entries are written at `used .. used + T - 1`.
 
     Args:
-      cache: has room for T more slots in every row that is still of interest; an update slice
-        beyond the end would be clamped and overwrite entries.
-      span: [B, T]; an entry with `exit <= enter` takes no slot for long, the next one overwrites
-        it.
+      cache: must have room for T more slots in every row that is not done: an update slice beyond
+        the end is moved back by XLA and would overwrite entries.
+      span: [B, T]; padding has `exit <= enter` and is overwritten by the next write.
     """
     put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at,)))
     return Span(
@@ -59,12 +66,12 @@ def write_spans(cache: TrieCache, span: Span) -> Span:
 
 
 def join(span: Span, kept: tuple[jax.Array, jax.Array], dropped: tuple[jax.Array, jax.Array]):
-    """Keeps one range of numbers for ever and hides another from everything.
+    """Makes one range of numbers visible for ever, and hides another.
 
     Args:
       span: [B, S].
       kept: (low, high), each [B] int32: thread 1's numbers, low <= number < high.
-      dropped: (low, high), each [B] int32: the other threads' numbers; an empty range drops none.
+      dropped: (low, high), each [B] int32: the other threads' numbers; an empty range hides none.
 
     Returns:
       The new [B, S] span.
@@ -79,7 +86,11 @@ def join(span: Span, kept: tuple[jax.Array, jax.Array], dropped: tuple[jax.Array
 
 
 def bucket(slots: int) -> int:
-    """The smallest capacity of the ladder 512, 768, 1024, 1536, ... that holds `slots`."""
+    """The smallest capacity of the ladder 512, 768, 1024, 1536, ... that holds `slots`.
+
+    Each capacity is another compiled program. Steps of about 1.4 waste at most a third of the cache
+    and compile two programs for each doubling.
+    """
     size = _BUCKET
     while size < slots:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -87,10 +98,10 @@ def bucket(slots: int) -> int:
 
 
 def grow(cache: TrieCache, slots: int) -> TrieCache:
-    """Moves what is still visible to the front, in order, and sets the capacity to `slots`.
+    """Moves all visible entries to the front, in order, and sets the capacity to `slots`.
 
-    Dead entries (the threads that a join re-encoded) are dropped on the way. `slots` is at least
-    the present capacity.
+    Hidden entries, of the threads that a join encoded again, are dropped. `slots` is at least the
+    present capacity. This copies the cache, so the host does it between calls of the program.
     """
     live = cache.span.exit > cache.span.enter
     order = jnp.argsort(~live, axis=1, stable=True)

@@ -304,7 +304,7 @@ class ForkJoinSampler:
         return self.jitted.release(state, sharding.put_rows(mask))
 
     def abstract(self, slots: int) -> State:
-        """Shapes and dtypes of a state with so many slots a row, without an array."""
+        """Shapes and dtypes of a state with `slots` slots a row, without its arrays."""
         return jax.eval_shape(lambda: self.empty(slots=slots))
 
     def _check(self, number: int, prompt: np.ndarray) -> None:

@@ -1,9 +1,34 @@
 """The jitted program of the fork-join sampler: pure functions from one state to the next.
 
-    step    encode up to T queue entries of every row (T = 1, the lanes, or a prefill chunk)
-    draw    one token for each lane of the rows that are ready
-    fork    at `</Outlines>`: the headers of all threads, each in its own range of numbers
-    join    when no thread is left: thread 1 stays, what follows it is encoded again
+A turn (`step`) runs the same operations for every row:
+
+    encode  up to T entries of the row's queue (T is 1, the number of lanes, or a chunk)
+    draw    one token for each live lane, if the queue is empty now
+    enqueue the drawn tokens, so that the next turn encodes them
+    fork    if the parent drew `</Outlines>`: queue the headers of all threads
+    join    if the last thread ended: queue the text that follows thread 1 in the joined path
+
+Rows are in different places of their rollouts, and no row waits for another. Five turns of three
+rows, with 2 lanes and chunks of 4:
+
+    turn  T  row 0        row 1                              row 2
+    1     2  draws 1      draws </Outlines>: fork, queue 11  its two threads draw 1 each
+    2     4  draws 1      encodes 4 of 11                    thread 2 draws </Thread>
+    3     4  draws 1      encodes 8 of 11                    thread 1 draws </Thread>: join, queue 9
+    4     4  draws 1      encodes 11; its threads draw       encodes 4 of 9
+    5     4  draws 1      encodes 2; its threads draw        encodes 8 of 9
+
+Row 1 queues `</Outlines>` and two headers of 5 ids. Row 2 queues the last token of thread 1, the
+header of thread 2 without its leading newline, the 3 tokens of thread 2, and a newline.
+
+Each entry of the cache has a logical number, which says who sees it, and a depth, which is its
+position in the text. Siblings have the same depths and different numbers:
+
+    trunk 0..9 | fork | thread 1: numbers 10..39 | thread 2: numbers 40..69 | join: from 70 on
+
+A query at number `at` sees an entry if `enter <= at < exit`. The trunk never exits. The entries of
+thread 1 exit at 40, so thread 2 does not see them. A join sets the exit of thread 1's entries to
+"never" and hides those of thread 2, whose text is encoded again after thread 1, at new depths.
 
 Decisions are those of the host protocol, read from the same `Table`. This file knows no method, no
 prompt and no trajectory.
@@ -136,7 +161,12 @@ class Program:
         return state.replace(cache=state.cache.replace(kv=kv), sampling=sampling)
 
     def encode(self, params: Params, width: int, state: State) -> State:
-        """Runs the next `width` entries of each queue through the network."""
+        """Runs the next `width` entries of each queue through the network.
+
+        A row with fewer entries is padded with entries that nothing sees. They are written to the
+        cache after the real ones and are overwritten by the next turn, because `used` counts only
+        the real ones.
+        """
         queue, cache, lanes = state.queue, state.cache, state.lanes
         cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (width,)))
         position = queue.at[:, None] + jnp.arange(width, dtype=jnp.int32)
@@ -154,9 +184,11 @@ class Program:
             cache.used,
         )
         taken = jnp.minimum(queue.length - queue.at, width)
-        where = queue.readout - queue.at[:, None]
-        here = (where >= 0) & (where < taken[:, None])
-        read = jnp.take_along_axis(hidden, jnp.clip(where, 0, width - 1)[..., None], axis=1)
+        # A lane's next token is predicted by one entry of the queue. Its hidden state is kept until
+        # the queue is empty, which for a fork or a join may be several turns later.
+        offset = queue.readout - queue.at[:, None]
+        here = (offset >= 0) & (offset < taken[:, None])
+        read = jnp.take_along_axis(hidden, jnp.clip(offset, 0, width - 1)[..., None], axis=1)
         return state.replace(
             cache=cache.replace(kv=kv, span=keys, used=cache.used + taken),
             queue=queue.replace(at=queue.at + taken),
@@ -164,9 +196,10 @@ class Program:
         )
 
     def record(self, state: State, active: jax.Array, tokens: jax.Array, logp: jax.Array) -> State:
-        """Writes what was drawn to the log and, for threads, to the lanes' bodies."""
+        """Writes the drawn tokens to the log and, for threads, to the lanes' bodies."""
         lanes, log = state.lanes, state.log
         lane = jnp.arange(self.sizes.lanes, dtype=jnp.int32)
+        # Active lanes first: one slice of the log is written, its tail is overwritten next turn.
         order = jnp.argsort(~active, axis=1, stable=True)
         put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
 
@@ -176,6 +209,7 @@ class Program:
         call = state.call[:, None] + lane
         drawn = active.sum(axis=1, dtype=jnp.int32)
         row = jnp.arange(self.sizes.rows)[:, None]
+        # A slot past the end is dropped: lanes that do not draw, and a parent longer than a body.
         slot = jnp.where(active, lanes.length, self.sizes.body)
         return state.replace(
             log=Log(
@@ -200,7 +234,8 @@ class Program:
         is_eos = (lanes.last[..., None] == jnp.asarray(table.eos)).any(-1)
         at_outlines = (lanes.last[:, 0] == table.end_outlines) & in_parent
         at_outlines &= bool(self.limits.parallel)
-        # `</Outlines>` without numbers ends the call but not the decoding.
+        # `</Outlines>` without numbers ends the call but not the decoding: the lane goes on as
+        # another call, with a new number and what is left of its budget.
         stray = active[:, 0] & at_outlines & ~(outlines.seen & (outlines.count > 0))
         outlines = outlines.replace(
             seen=outlines.seen & ~stray, state=jnp.where(stray, IDLE, outlines.state)
@@ -224,7 +259,11 @@ class Program:
         ), stopped
 
     def follow(self, outlines: Outlines, token: jax.Array, active: jax.Array) -> Outlines:
-        """One step of `Table.read_outlines` for every row."""
+        """One step of `Table.read_outlines` for every row.
+
+        A label is kept as its code, an int32 in base 11, because a compiled loop has no strings. A
+        token adds `width` characters to it at once: code * 11**width + pushed.
+        """
         table = self.table
         state = outlines.state
         pushed = jnp.asarray(table.pushed)[state, token]
@@ -237,6 +276,7 @@ class Program:
         code = jnp.where(fits, code, outlines.code)
         lanes = outlines.found.shape[1]
         index = jnp.arange(lanes)
+        # A number that is written twice forks once; numbers after the last lane are dropped.
         known = ((outlines.found == code[:, None]) & (index < outlines.count[:, None])).any(axis=1)
         adds = completes & fits & (length > 0) & ~known & (outlines.count < lanes)
         found = jnp.where(
@@ -258,7 +298,10 @@ class Program:
         )
 
     def enqueue(self, state: State, ready: jax.Array, goes_on: jax.Array) -> State:
-        """The next queue of rows that are ready: the token of each lane that goes on."""
+        """The next queue of rows that are ready: the drawn token of each lane that goes on.
+
+        Rows that fork or join in this turn overwrite it in `decide`.
+        """
         queue, lanes, sizes = state.queue, state.lanes, self.sizes
         order = jnp.argsort(~goes_on, axis=1, stable=True)
         rank = jnp.cumsum(goes_on, axis=1, dtype=jnp.int32) - 1
@@ -293,7 +336,10 @@ class Program:
         threads = state.outlines.count
         index = jnp.arange(self.sizes.lanes)
         wanted = index < threads[:, None]
-        # Later headers lose their leading newline in the joined path.
+        # Room for all forced ids of the joined path is set aside first: for each thread its header
+        # and its closer (2 ids), where later headers lose their leading newline, then a newline
+        # after the last thread and one token for the parent. Threads share the rest equally, so a
+        # join always fits. `ThreadWeaver.decide` computes the same.
         forced = (wanted * (header_length + 2)).sum(axis=1) - (threads - 1)
         left = state.limit - state.length - forced - 2
         share = jnp.minimum(self.limits.max_thread, left // jnp.maximum(threads, 1))
@@ -312,6 +358,7 @@ class Program:
           ids [B, C, W] int32 and lengths [B, C] int32.
         """
         table = self.table
+        # Codes to digits: code = 11**length + the digits in base 11.
         power = jnp.asarray([RADIX**n for n in range(MAX_LABEL + 1)], jnp.int32)
         length = (code[..., None] >= power[1:]).sum(-1)
         place = jnp.arange(MAX_LABEL)
@@ -320,6 +367,7 @@ class Program:
         spelt = jnp.asarray(table.character)[digit]
         number = jnp.where(length == 1, digit[..., 0], digit[..., 0] * 10 + digit[..., 1])
         has_dot = ((digit == RADIX - 1) & (place < length[..., None])).any(-1)
+        # "1" .. "99" are written as the tokenizer writes them, others character by character.
         plain = (length <= 2) & ~has_dot & (digit[..., 0] > 0)
         entry = jnp.clip(number - 1, 0, TABLED_LABELS - 1)
         width = self.sizes.header - 4
@@ -349,7 +397,11 @@ class Program:
         header_length: jax.Array,
         share: jax.Array,
     ) -> State:
-        """Lays `</Outlines>` and every header; each thread gets a range of numbers."""
+        """Queues `</Outlines>` and the headers of all threads; each thread has a range of numbers.
+
+        A range is as long as the longest header and the thread's budget together, so a thread
+        cannot run out of numbers. Numbers that it leaves unused are lost, which costs nothing.
+        """
         sizes, lanes = self.sizes, state.lanes
         index = jnp.arange(sizes.lanes, dtype=jnp.int32)
         threads = state.outlines.count
@@ -363,6 +415,7 @@ class Program:
         lane, offset = _locate(start, lengths, q)
         token = _pick(header.reshape(sizes.rows, -1), lane * sizes.header + offset)
         is_first = q == 0
+        # Depths continue from `</Outlines>` in every thread: siblings share positions.
         trunk = state.length[:, None] - 1
         new = Queue(
             tokens=jnp.where(is_first, lanes.last[:, :1], token),
@@ -395,13 +448,22 @@ class Program:
         )
 
     def join(self, state: State, joins: jax.Array) -> State:
-        """Keeps thread 1, hides the others, and lays what the joined path has after thread 1."""
+        """Keeps thread 1, hides the others, and queues what the joined path has after thread 1.
+
+        The joined path is the text in which the threads follow one another. Thread 1 has the same
+        context there as it had as a thread, so its keys and values are valid. The other threads
+        see their siblings now and have other depths, so their text is encoded again: headers and
+        bodies in the order of the lanes, a closer for each thread that did not close itself, and a
+        newline. All of it is one queue, which `token` reads from three sources: header, body,
+        closer.
+        """
         sizes, lanes, table = self.sizes, state.lanes, self.table
         index = jnp.arange(sizes.lanes, dtype=jnp.int32)
         is_thread = index < state.threads[:, None]
         text = lanes.length - lanes.ended  # an end of sequence is cut
         unclosed = is_thread & ~lanes.closed
-        # Thread 1 is encoded up to its last token.
+        # A token is encoded in the turn after it is drawn. Thread 1 ended with its last draw, so
+        # all of it but the last token is in the cache.
         skipped = jnp.where(index == 0, lanes.length - 1, 0)
         head = jnp.where(is_thread & (index > 0), lanes.header_length - 1, 0)
         body = jnp.where(is_thread, text - skipped, 0)

@@ -5,11 +5,11 @@ r"""The text of a ThreadWeaver trajectory: parse it, render it, normalise it, ju
     outline  := <Outline>1: text</Outline>\n
     thread   := <Thread>\n1: body\n</Thread>          nothing between two threads
 
-Blocks never nest. Three readers differ in what they forgive. `parse` wants the structure and
-forgives blanks, numbering and empty bodies. `check` is the strict checker of the released data
-pipeline, rule by rule, with its options and its gaps. `well_formed` wants both, and a finished
-thought. Every scan is linear in the text, because the texts come from models. This file knows text
-only: no tokens, no model, no answers; it hands on documents, and reasons with places in the text.
+Blocks never nest. There are three readers. `parse` requires the structure and forgives blanks,
+numbering and empty bodies. `check` is the strict checker of the released data pipeline, rule by
+rule, with its options and its gaps. `well_formed` requires both, and that the text is finished.
+Every scan is linear in the text, because the texts come from models. This file works on text only:
+it returns documents, and reasons with places in the text.
 Source: ThreadWeaver (arXiv:2512.07843), trajectory format.
 """
 
@@ -80,7 +80,7 @@ _EQUAL_COUNTS: tuple[tuple[Rule, str, str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Prose:
-    """Text outside blocks, kept to the character. `at`: its [start, stop) characters."""
+    """Text outside blocks, unchanged. `at`: its [start, stop) characters."""
 
     text: str
     at: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
@@ -88,7 +88,7 @@ class Prose:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What one thread is to do. `number` as written, "2" or "2.1"; `text` without outer blanks."""
+    """The task of one thread. `number` as written, "2" or "2.1"; `text` without outer blanks."""
 
     number: str
     text: str
@@ -97,7 +97,7 @@ class Outline:
 
 @dataclasses.dataclass(frozen=True)
 class ThreadText:
-    """What one thread wrote. `number` as written; `body` after its header, without outer blanks."""
+    """The text of a thread. `number` as written; `body` after its header, without outer blanks."""
 
     number: str
     body: str
@@ -115,7 +115,7 @@ class ParallelBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Prose and blocks in reading order; positions (`at`) do not count in comparisons."""
+    """Prose and blocks in reading order; comparisons ignore positions (`at`)."""
 
     segments: tuple[Prose | ParallelBlock, ...]
 
@@ -126,7 +126,7 @@ class Document:
 
 
 class GrammarError(ValueError):
-    """A text that is no document.
+    """The text is not a document.
 
     Attributes:
       rule: the name of what it breaks.
@@ -171,7 +171,7 @@ def _headed(number: str, text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    r"""Brings threads to the canonical form; all else stays to the character.
+    r"""Brings threads to the canonical form and leaves all other text unchanged.
 
     Three substitutions: `<Thread>`, blanks, `n:`, blanks becomes `<Thread>\nn: `; blanks before
     `</Thread>` become one newline; blanks between two threads go. Applying it twice changes nothing
@@ -242,15 +242,23 @@ class _Reader:
         tag = _TAG.search(self.text, self.at)
         if tag is None:
             start, name = opened
-            self.fail(start, unclosed, f"{name} is never closed: want {' or '.join(wanted)}.")
+            self.fail(
+                start, unclosed, f"{name} is never closed. {' or '.join(wanted)} must follow."
+            )
         loose = self.text[self.at : tag.start()]
         if loose and not loose.isspace():
             at = self.at + len(loose) - len(loose.lstrip())
-            self.fail(at, "loose_text", f"Text before {tag[0]}: want {' or '.join(wanted)} here.")
+            self.fail(
+                at,
+                "loose_text",
+                f"Text before {tag[0]}. Only {' or '.join(wanted)} may stand here.",
+            )
         if tag[0] not in wanted:
             rule: Rule = "conclusion" if "Conclusion" in tag[0] else "block_structure"
             rule = "nested_parallel" if tag[0] == "<Parallel>" else rule
-            self.fail(tag.start(), rule, f"{tag[0]} is out of place: want {' or '.join(wanted)}.")
+            self.fail(
+                tag.start(), rule, f"{tag[0]} is out of place. It must be {' or '.join(wanted)}."
+            )
         self.at = tag.end()
         return tag[0]
 
@@ -260,10 +268,10 @@ class _Reader:
         tag = _TAG.search(self.text, self.at)
         if tag is None or tag[0] != f"</{name}>":
             found = "the end of the text" if tag is None else tag[0]
-            self.fail(start, unclosed, f"<{name}> is not closed before {found}: want </{name}>.")
+            self.fail(start, unclosed, f"<{name}> is not closed before {found}. Add </{name}>.")
         number = _HEADER.match(self.text, self.at, tag.start())
         if number is None:
-            self.fail(self.at, header, f"<{name}> without a number: want `1: ` after the tag.")
+            self.fail(self.at, header, f"<{name}> has no number. Write `1: ` after the tag.")
         text = self.text[number.end() : tag.start()].strip()
         self.at = tag.end()
         return number[1], text, (start, self.at)
@@ -453,7 +461,7 @@ def _judge_block(
 
 
 def _judge_counts(inner: str, skip_conclusion: bool) -> Iterator[Reason]:
-    """The rules that count tags and know no order."""
+    """The rules that count tags and do not look at their order."""
     if (nested := inner.find("<Parallel>")) >= 0:
         yield Reason("nested_parallel", nested)
     tags = _ANY_TAG.finditer(inner)
