@@ -109,7 +109,9 @@ def test_an_array_that_does_not_fit_is_refused_by_name(axes, shape, message) -> 
 def test_a_parameter_that_does_not_divide_is_named_by_its_path() -> None:
     net = network(dataclasses.replace(MODEL, mlp_width=60))
     shapes = jax.eval_shape(net.init, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"blocks\.mlp\.down has mlp = 60, which must be a multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.mlp\.down has mlp = 60, which must be a multiple of 8"
+    ):
         shardings(net.axes(), shapes, make_mesh(Mesh(fsdp=1, tensor=8)), Rules())
 
 
@@ -143,7 +145,9 @@ def test_constrain_acts_inside_use_alone_and_follows_its_rules() -> None:
 def test_an_activation_that_does_not_divide_is_refused() -> None:
     with (
         use(make_mesh(Mesh()), Rules()),
-        pytest.raises(ValueError, match="An activation has rows = 3, which must be a multiple of 8"),
+        pytest.raises(
+            ValueError, match="An activation has rows = 3, which must be a multiple of 8"
+        ),
     ):
         jax.jit(lambda x: constrain(x, ("rows", "width")))(jnp.ones((3, 2)))
 
@@ -160,7 +164,9 @@ def test_a_host_batch_becomes_a_global_one_split_by_rows() -> None:
     assert {shard.data.shape for shard in made["tokens"].addressable_shards} == {(2, 3)}
     accumulated = to_global(batch["tokens"].reshape(2, 4, 3), mesh, Rules(), rows_axis=1)
     assert {shard.data.shape for shard in accumulated.addressable_shards} == {(2, 1, 3)}
-    with pytest.raises(ValueError, match="tokens has 6 rows on this host, which must be a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="tokens has 6 rows on this host, which must be a multiple of 4"
+    ):
         to_global({"tokens": np.ones((6, 3))}, mesh, Rules())
 
 

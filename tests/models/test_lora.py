@@ -191,7 +191,7 @@ def computed(model, params, num_ids=None):
 
 
 def test_fresh_rows_change_nothing(rows_model) -> None:
-    model, params = rows_model
+    model, _ = rows_model
     fresh = network(model).init(jax.random.key(0))
     names = {"embed_lora"} if model.tie_embeddings else {"embed_lora", "unembed_lora"}
     assert trained(fresh).keys() == {"blocks", *names}
@@ -276,7 +276,11 @@ def test_rows_of_added_tokens_are_trained_unless_the_config_names_others(given, 
         ({"rank": 0}, ValueError, "Lora.rank = 0 must be at least 1"),
         ({"alpha": 0.0}, ValueError, "Lora.alpha = 0.0 must be above 0"),
         ({"targets": ()}, ValueError, "must name at least one weight, and each weight only once"),
-        ({"targets": ("mlp.up", "mlp.up")}, ValueError, "must name at least one weight, and each weight only once"),
+        (
+            {"targets": ("mlp.up", "mlp.up")},
+            ValueError,
+            "must name at least one weight, and each weight only once",
+        ),
         ({"token_rows": (3, 3)}, ValueError, "at least 0, and each id only once"),
         ({"token_rows": (-1,)}, ValueError, "at least 0, and each id only once"),
         ({"targets": ("attention.o",)}, TypeError, "'attention.q', 'attention.k', 'attention.v'"),

@@ -68,8 +68,8 @@ def attend(
             where = (layer.astype(start.dtype), zero, zero, start, zero)
             return lax.dynamic_slice(cache, where, (1, rows, groups, block, width))[0]
 
-        # If the slots are not a multiple of the block, the last block starts earlier so that it ends
-        # with the cache. Its slots that the previous block has too are hidden.
+        # If the slots are not a multiple of the block, the last block starts earlier, so that it
+        # ends with the cache. Its slots that the previous block has too are hidden.
         is_own = start + jnp.arange(block) >= first
         key = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block, axis=1), keys)
         key = Span(enter=key.enter, exit=jnp.where(is_own, key.exit, key.enter))

@@ -380,8 +380,8 @@ def _forward(options, q, k, v, at, keys, plan):
 def _backward(options, kept, d_out):
     """Two kernels, for dq and for dk with dv; both recompute p and ds.
 
-    With p = exp(scores - log_sum), and d for gradients: dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
-    ds^T q.
+    With p = exp(scores - log_sum), and d for gradients: dv = p^T do, ds = p (do v^T - sum(o do))
+    scale, dq = ds k, dk = ds^T q.
     """
     q, k, v, at, keys, plan, out, log_sum = kept
     (rows, groups, stack, queries, width), (blocks, _, lanes) = q.shape, at.shape

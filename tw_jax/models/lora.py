@@ -67,7 +67,7 @@ class Lora:
         return self.alpha / self.rank
 
     def check(self) -> None:
-        """Raises ValueError for adapters that would have no effect, and for repeated names or ids."""
+        """Raises ValueError for adapters without effect, and for repeated names or ids."""
         require(self, "rank", least=1)
         require(self, "alpha", above=0)
         if not self.targets or len(set(self.targets)) < len(self.targets):
@@ -149,9 +149,7 @@ def added_embeddings(rows: jax.Array, tokens: jax.Array, ids: np.ndarray) -> jax
     return jnp.einsum("btn,nd->btd", is_row, rows, precision=jax.lax.Precision.HIGHEST)
 
 
-def added_logits(
-    rows: jax.Array, hidden: jax.Array, ids: np.ndarray, vocab_size: int
-) -> jax.Array:
+def added_logits(rows: jax.Array, hidden: jax.Array, ids: np.ndarray, vocab_size: int) -> jax.Array:
     """What the trained rows add to the logits.
 
     Args:
