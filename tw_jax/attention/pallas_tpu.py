@@ -109,14 +109,14 @@ def attend(
         )
 
     plan = _plan(at, keys, query_block, key_block)
-    places = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
+    stacked_at = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
     spans = jax.tree.map(lambda x: x.reshape(-1, 1, key_block), keys)
     out = _attend(
         (scale, interpret),
         pad(q, 2, query_block).reshape(rows, groups, stack, -1, width),
         pad(k, 2, key_block),
         pad(v, 2, key_block),
-        places,
+        stacked_at,
         spans,
         plan,
     )

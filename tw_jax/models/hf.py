@@ -230,16 +230,16 @@ def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
 def _of_layer(params: Params, path: Sequence[str], layer: int | None, model: Model) -> np.ndarray:
     """One of our arrays, or one layer of it, merged with its adapter."""
     *parents, name = path
-    beside = _at(params, parents)
-    adapter = beside.get(name + SUFFIX)
+    siblings = _at(params, parents)
+    adapter = siblings.get(name + SUFFIX)
 
     def read(array: jax.Array) -> np.ndarray:
         return np.asarray(array if layer is None else array[layer])
 
     if adapter is None:
-        return read(beside[name])
+        return read(siblings[name])
     assert model.lora is not None, "parameters have adapters and their model has none"
-    return merged(read(beside[name]), jax.tree.map(read, adapter), model.lora)
+    return merged(read(siblings[name]), jax.tree.map(read, adapter), model.lora)
 
 
 def write(

@@ -110,7 +110,7 @@ def _refuse_features(file: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _read_rope(file: Path, fields: Mapping[str, Any]) -> Rope | Llama3Rope | YarnRope:
-    # transformers 5 writes rope_parameters, 4 wrote rope_theta beside rope_scaling.
+    # transformers 5 writes rope_parameters; version 4 wrote rope_theta and rope_scaling.
     given: dict[str, Any] = {"rope_theta": fields.get("rope_theta", 10_000.0)}
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.get(name, {})
