@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tw_jax.contracts import KV, Span
+from tw_jax.models.lora import Lora, overlay, trained
 from tw_jax.models.transformer import network
 from tw_jax.sharding import (
     Mesh,
@@ -304,9 +305,12 @@ def test_hosts_that_hold_some_of_the_same_rows_are_refused() -> None:
         row_share(mesh_of_hosts(1, 4, 3, chips=4), Rules())
 
 
-def test_a_split_vocabulary_stays_split_where_rows_have_no_token() -> None:
+@pytest.mark.parametrize(
+    "lora", [None, Lora(rank=2, alpha=2.0, token_rows=(400, 3, 77))], ids=["all", "rows of tokens"]
+)
+def test_a_split_vocabulary_stays_split_where_rows_have_no_token(lora) -> None:
     """512 rows for 500 ids over four devices: no device holds logits of all rows."""
-    cfg = dataclasses.replace(MODEL, vocab_size=512)
+    cfg = dataclasses.replace(MODEL, vocab_size=512, lora=lora)
     net, mesh, rules = network(cfg, num_ids=500), make_mesh(Mesh(fsdp=2, tensor=4)), Rules()
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     where = shardings(net.axes(), shapes, mesh, rules)
@@ -322,10 +326,11 @@ def test_a_split_vocabulary_stays_split_where_rows_have_no_token() -> None:
         weight=jax.ShapeDtypeStruct((4, 64), jnp.float32),
     )
 
-    def loss(params, batch):
-        return nll_sums(net, params, batch, chunk_tokens=16)[0]
+    def loss(moving, params, batch):
+        return nll_sums(net, overlay(params, moving), batch, chunk_tokens=16)[0]
 
     with use(mesh, rules):
-        text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
+        gradient = jax.jit(jax.grad(loss))
+        text = gradient.lower(trained(params), params, batch).compile().as_text()
     assert ",128]" in text, "a quarter of the rows"
     assert re.findall(r"\w+\[(?:\d+,)+512\]", text) == []

@@ -370,9 +370,9 @@ def row_share(mesh: jax.sharding.Mesh, rules: Rules) -> tuple[int, int]:
     split = math.prod(mesh.shape[axis] for axis in rules.rows)
     if sum(map(len, shares)) != split or len(set(map(len, shares))) > 1:
         raise ValueError(
-            f"The mesh {dict(mesh.shape)} gives two hosts rows of which they share only some. Hosts "
-            "must hold either the same rows or no common rows. Set Mesh.tensor to a divisor or to "
-            "a multiple of the number of devices of a host."
+            f"The mesh {dict(mesh.shape)} gives two hosts rows of which they share only some. "
+            "Hosts must hold either the same rows or no common rows. Set Mesh.tensor to a divisor "
+            "or to a multiple of the number of devices of a host."
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 

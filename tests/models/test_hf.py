@@ -270,7 +270,7 @@ def source(tmp_path):
         (lambda t: t.update(spare=np.zeros(2)), "1 tensors are unknown: spare"),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(5, np.float32)}),
-            r"another shape: model.norm.weight is \[5\], want \[48\]",
+            r"another shape: model.norm.weight is \[5\] and must be \[48\]",
         ),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(48, np.int8)}),
@@ -278,7 +278,7 @@ def source(tmp_path):
         ),
         (
             lambda t: t.update({"lm_head.weight": np.zeros((64, 48), np.float32)}),
-            "lm_head.weight is not model.embed_tokens.weight",
+            "lm_head.weight differs from model.embed_tokens.weight",
         ),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_cut_shard_is_named_with_its_size_and_a_remedy(source) -> None:
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ([], "holds a list; want a JSON object"),
+        ([], "holds a list and must hold a JSON object"),
         ({}, "has no weight_map. It must be an object that maps each tensor to its file"),
         ({"weight_map": ["a"]}, "has a weight_map of type list"),
         ({"weight_map": 3}, "has a weight_map of type int"),
@@ -384,20 +384,20 @@ def test_a_missing_shard_and_an_empty_folder_are_named(source, tmp_path) -> None
         hf.read_params(folder, model)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor"):
         hf.read_params(empty, model)
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral': want qwen3 or llama"),
-        ({"model_type": ["llama"]}, "model_type is ['llama']: want qwen3 or llama"),
+        ({"model_type": "mistral"}, "model_type is 'mistral' and must be qwen3 or llama"),
+        ({"model_type": ["llama"]}, "model_type is ['llama'] and must be qwen3 or llama"),
         ({"rms_norm_eps": 10**400}, "must be a number above 0"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': want 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True: want False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' and must be 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True and must be False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "want rope_type default, llama3 or yarn"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type must be default, llama3 or yarn"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn rope has no 'factor'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, and must be a whole number"),
         (

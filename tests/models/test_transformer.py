@@ -251,8 +251,8 @@ def test_half_of_a_cache_is_refused(small) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_kv_heads": 3}, "Model.num_kv_heads = 3: want a divisor of Model.num_heads = 4"),
-        ({"head_width": 15}, "Model.head_width = 15: want an even number"),
+        ({"num_kv_heads": 3}, "Model.num_kv_heads = 3 must divide Model.num_heads = 4"),
+        ({"head_width": 15}, "Model.head_width = 15 must be even"),
         ({"num_layers": 0}, "Model.num_layers = 0 must be at least 1"),
     ],
 )

@@ -43,9 +43,7 @@ def test_an_advantage_of_what_is_no_number_is_refused(bad):
 
 
 def test_one_rollout_has_nothing_to_be_compared_with():
-    with pytest.raises(
-        ValueError, match="K = 1 rollouts for each prompt; there must be at least 2"
-    ):
+    with pytest.raises(ValueError, match="K = 1 rollouts for each prompt must be at least 2"):
         advantages(np.ones((3, 1)))
 
 

@@ -112,7 +112,7 @@ def sides(adapter):
 def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(
     which, tied, batch, params, close
 ) -> None:
-    """With dW of the model without adapters, dA = s dW B^T, dB = s A^T dW, and rows have their dW."""
+    """With dW of the model without adapters, dA = s dW B^T, dB = s A^T dW, and of rows dW."""
     base, model = (dataclasses.replace(m, tie_embeddings=tied) for m in (BASE, MODEL))
     if tied:
         params = {k: v for k, v in params.items() if not k.startswith("unembed")}
@@ -175,7 +175,7 @@ def test_there_are_moments_of_adapters_alone() -> None:
         )
         moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
         own = [leaf.shape for leaf in jax.tree.leaves(trained(state.params))]
-        # Muon keeps one moment of a matrix of a layer; AdamW, which moves rows of tokens, keeps two.
+        # Muon keeps one moment of a layer's matrix; AdamW, which updates rows of tokens, two.
         once = [shape for shape in own if algorithm == "muon" and len(shape) == 3]
         assert sorted([leaf.shape for leaf in moments] + once) == sorted(own * 2)
         assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}

@@ -23,9 +23,9 @@ largest query, and the smallest query is below the largest `exit` of its keys. Q
 block 0 only; a b need blocks 0 and 1; c d need blocks 0 and 2, because 4 < 4 fails for block 1. So
 index = [[0, ..], [0, 1, ..], [0, 2, ..]] and count = [1, 2, 2]: 5 pairs of blocks instead of 9.
 
-Layout inside, after `_fold`: the leading dimension counts blocks. The queries of the M = N / G heads
-that share a key head are stacked into the R = M * block rows of one matrix, so that keys and values
-are read once for all of them.
+Layout inside, after `_fold`: the leading dimension counts blocks. The queries of the M = N / G
+heads that share a key head are stacked into the R = M * block rows of one matrix, so that keys and
+values are read once for all of them.
 Source: the online softmax of FlashAttention (arXiv:2205.14135, 2307.08691), with our mask.
 """
 
@@ -153,7 +153,7 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(q: jax.Array, k: jax.Array, at: jax.Array, keys: Span, scale: float) -> jax.Array:
-    """Masked scores of a pair of blocks: q [G, R, H], k [G, b, H], at [R], keys [b] -> [G, R, b]."""
+    """Masked scores of a pair: q [G, R, H], k [G, b, H], at [R], keys [b] -> [G, R, b]."""
     scores = scale * _dot("grh,gbh->grb", q, k)
     return jnp.where(sees(at[:, None], keys), scores, HIDDEN)
 

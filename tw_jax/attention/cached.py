@@ -53,7 +53,7 @@ def attend(
     block = min(-(-slots // (_SHARE * _GRAIN)) * _GRAIN, slots)
     # The query heads that share a key head are stacked: [B, G, R, H] with R = (N / G) * T.
     stacked = q.reshape(rows, groups, -1, width)
-    stands = jnp.tile(at, (1, heads // groups))
+    stacked_at = jnp.tile(at, (1, heads // groups))
     padded = jax.tree.map(lambda x: pad(x, 1, block), keys)
     # All rows visit the same blocks, the union over rows, so that one slice serves the whole batch.
     need = needed(at, padded, query_block=queries, key_block=block).any(axis=0, keepdims=True)
@@ -68,13 +68,13 @@ def attend(
             where = (layer.astype(start.dtype), zero, zero, start, zero)
             return lax.dynamic_slice(cache, where, (1, rows, groups, block, width))[0]
 
-        # If the slots are not a multiple of the block, the last block starts earlier so that it ends
-        # with the cache. Its slots that the previous block has too are hidden.
+        # If the slots are not a multiple of the block, the last block starts earlier, so that it
+        # ends with the cache. Its slots that the previous block has too are hidden.
         is_own = start + jnp.arange(block) >= first
         key = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block, axis=1), keys)
         key = Span(enter=key.enter, exit=jnp.where(is_own, key.exit, key.enter))
         by_row = jax.vmap(fold_in, in_axes=(0, 0, 0, 0, 0, 0, None))
-        return by_row(carry, stacked, cut(k), cut(v), stands, key, scale)
+        return by_row(carry, stacked, cut(k), cut(v), stacked_at, key, scale)
 
     out, _, total = lax.fori_loop(0, count[0, 0], visit, nothing(stacked))
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype).reshape(q.shape)

@@ -1,8 +1,8 @@
 """`attend`, the only attention function that models call. It selects a backend and shards it.
 
-A backend is a function with the signature of `reference.attend`. It either computes exactly the same
-function or raises NotImplementedError with the reason. To add one, for example a GPU kernel, put it
-into `BACKENDS`, `BLOCKS`, `preferred` and `Impl`, and into the tests that all backends pass,
+A backend is a function with the signature of `reference.attend`. It either computes exactly the
+same function or raises NotImplementedError with the reason. To add one, for example a GPU kernel,
+put it into `BACKENDS`, `BLOCKS`, `preferred` and `Impl`, and into the tests that all backends pass,
 `tests/attention/test_exam.py`.
 """
 

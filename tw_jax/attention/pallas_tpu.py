@@ -109,14 +109,14 @@ def attend(
         )
 
     plan = _plan(at, keys, query_block, key_block)
-    places = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
+    stacked_at = jnp.tile(at.reshape(-1, 1, query_block), (1, 1, stack))
     spans = jax.tree.map(lambda x: x.reshape(-1, 1, key_block), keys)
     out = _attend(
         (scale, interpret),
         pad(q, 2, query_block).reshape(rows, groups, stack, -1, width),
         pad(k, 2, key_block),
         pad(v, 2, key_block),
-        places,
+        stacked_at,
         spans,
         plan,
     )
@@ -380,8 +380,8 @@ def _forward(options, q, k, v, at, keys, plan):
 def _backward(options, kept, d_out):
     """Two kernels, for dq and for dk with dv; both recompute p and ds.
 
-    With p = exp(scores - log_sum), and d for gradients: dv = p^T do, ds = p (do v^T - sum(o do)) scale, dq = ds k, dk =
-    ds^T q.
+    With p = exp(scores - log_sum), and d for gradients: dv = p^T do, ds = p (do v^T - sum(o do))
+    scale, dq = ds k, dk = ds^T q.
     """
     q, k, v, at, keys, plan, out, log_sum = kept
     (rows, groups, stack, queries, width), (blocks, _, lanes) = q.shape, at.shape

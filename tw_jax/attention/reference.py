@@ -1,7 +1,7 @@
 """Dense attention in a dozen lines, the definition that every other backend is tested against.
 
-It computes all T x S scores, so its memory is quadratic in the length of a row. For short rows it is
-also the fastest backend.
+It computes all T x S scores, so its memory is quadratic in the length of a row. For short rows it
+is also the fastest backend.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def attend(
     grouped = q.reshape(rows, groups, heads // groups, queries, width)
     scores = scale * jnp.einsum("bgmth,bgsh->bgmts", grouped, k, preferred_element_type=jnp.float32)
     # HIDDEN is finite, because in a row without visible keys the softmax would subtract -inf from
-    # -inf. With the maximum bounded below by LOWEST > HIDDEN, all weights of such a row are exactly 0.
+    # -inf. The maximum is at least LOWEST > HIDDEN, so all weights of such a row are exactly 0.
     scores = jnp.where(dense(at, keys)[:, None, None], scores, HIDDEN)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
     weights = jnp.exp(scores - jax.lax.stop_gradient(top))

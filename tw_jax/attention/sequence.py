@@ -39,8 +39,8 @@ def deal(span: Span, devices: int) -> jax.Array:
     """Assigns the blocks of each row to devices so that all compute about as many pairs.
 
     Blocks are sorted by their number of needed block pairs, the largest first, and assigned in
-    turn to devices 0, 1, ..., D - 1, D - 1, ..., 1, 0, 0, 1, and so on. Each device keeps its blocks
-    in the order of the row.
+    turn to devices 0, 1, ..., D - 1, D - 1, ..., 1, 0, 0, 1, and so on. Each device keeps its
+    blocks in the order of the row.
 
     Args:
       span: [B, T] int32 spans of packed rows; T must be a multiple of `devices`.
@@ -63,7 +63,7 @@ def deal(span: Span, devices: int) -> jax.Array:
 
 
 def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    """Gathers a dimension that is split over mesh axes; call it inside `jax.shard_map` over them."""
+    """Gathers a dimension that is split over mesh axes; call it inside their `jax.shard_map`."""
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
 
 

@@ -1,9 +1,8 @@
-"""The door to safetensors: Hugging Face folders of Qwen3 and Llama to parameters and back.
+"""Reads and writes Hugging Face folders of Qwen3 and Llama (safetensors).
 
-One table says which tensor of theirs is which array of ours and how its dimensions are cut and
-turned; reading and writing follow it in either direction, one tensor at a time. This file knows no
-checkpoints of ours and no tokenizer; it hands `Params` to `programs/`, and arrays under their names
-to what compares them.
+A single table maps each of their tensors to one of our arrays, with its dimensions and whether it
+is transposed. Reading and writing both follow this table, one tensor at a time. This is the only
+file that imports safetensors.
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 class _Row(NamedTuple):
-    """One array of ours, and the tensor of theirs that holds it or, of a block, one layer of it."""
+    """One of our arrays, and the tensor of theirs with its values (of a block, one per layer)."""
 
     path: tuple[str, ...]
-    name: str  # {} is the layer
-    theirs: str  # A letter is a dimension, see `_sizes`.
-    is_turned: bool  # Ours is [in, out], theirs [out, in].
+    name: str  # Name of their tensor; {} is the layer.
+    theirs: str  # Dimensions of their tensor, one letter each, see `_sizes`.
+    is_transposed: bool  # Ours is [in, out], theirs is [out, in].
 
 
 def _block(path: str, name: str, theirs: str) -> _Row:
-    is_turned = len(theirs) > 1
-    return _Row(("blocks", *path.split(".")), f"model.layers.{{}}.{name}.weight", theirs, is_turned)
+    where = ("blocks", *path.split("."))
+    return _Row(where, f"model.layers.{{}}.{name}.weight", theirs, is_transposed=len(theirs) > 1)
 
 
 _TABLE = (
-    _Row(("embed",), "model.embed_tokens.weight", "vd", is_turned=False),
+    _Row(("embed",), "model.embed_tokens.weight", "vd", is_transposed=False),
     _block("attention_norm.scale", "input_layernorm", "d"),
     _block("attention.q", "self_attn.q_proj", "qd"),
     _block("attention.k", "self_attn.k_proj", "kd"),
@@ -64,16 +63,16 @@ _TABLE = (
     _block("mlp.gate", "mlp.gate_proj", "fd"),
     _block("mlp.up", "mlp.up_proj", "fd"),
     _block("mlp.down", "mlp.down_proj", "df"),
-    _Row(("norm", "scale"), "model.norm.weight", "d", is_turned=False),
-    _Row(("unembed",), "lm_head.weight", "vd", is_turned=False),
+    _Row(("norm", "scale"), "model.norm.weight", "d", is_transposed=False),
+    _Row(("unembed",), "lm_head.weight", "vd", is_transposed=False),
 )
 
 _BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")
-"""Llama 2 was saved with this; it follows from the config."""
+"""A buffer in checkpoints of Llama 2. It is ignored, because it follows from the config."""
 
 
 def _rows(model: Model) -> list[_Row]:
-    """The rows that this model has."""
+    """The rows of the table for this model."""
     absent = {"unembed"} if model.tie_embeddings else set()
     if not model.qk_norm:
         absent |= {"q_norm", "k_norm"}
@@ -92,12 +91,12 @@ def _sizes(model: Model) -> dict[str, int]:
 
 
 def tensor_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a Hugging Face checkpoint of this model has."""
+    """Name and shape of every tensor in a Hugging Face checkpoint of this model."""
     return {name: _shape(row, model) for row, _, name in _tensors(model)}
 
 
 def _tensors(model: Model) -> Iterator[tuple[_Row, int | None, str]]:
-    """(row, layer, name) of every tensor, layer by layer as Hugging Face counts them."""
+    """(row, layer, name) of every tensor, layer by layer in Hugging Face's order."""
     rows = _rows(model)
     stacked = [row for row in rows if row.path[0] == "blocks"]
     yield rows[0], None, rows[0].name
@@ -126,19 +125,19 @@ def read_params(
 ) -> Params:
     """Reads the weights of a Hugging Face folder onto the devices.
 
-    Each device's piece of each tensor is cut out of the files, cast to `Model.param_dtype` and sent
-    on its way before the next is read, so that a host holds about one tensor, not the model.
+    The piece of a tensor that a device holds is read from the files, cast to `Model.param_dtype`
+    and transferred before the next piece is read. So a host holds about one tensor, not the model.
 
     Args:
-      folder: `model.safetensors`, or shards with their index.
-      model: what `read_model` says of the folder, with the dtypes of choice.
-      mesh: where to; the first local device by default.
-      rules: how the mesh splits parameters; needed with a mesh.
+      folder: A folder with `model.safetensors`, or with shards and their index.
+      model: The result of `read_model` for the folder; its dtypes may be changed.
+      mesh: Devices to read onto; the first local device by default.
+      rules: The mesh axes of each logical axis, `Rules()` by default.
 
     Raises:
-      FileNotFoundError: there are no weights.
-      ValueError: a file is cut or corrupt; tensors are missing, unknown, of another shape or
-        quantised; or a tied model's `lm_head.weight` is not its embedding.
+      FileNotFoundError: If there are no weights.
+      ValueError: If a file is truncated or corrupt; if tensors are missing, unknown, of another
+        shape or quantised; or if `lm_head.weight` of a tied model is not its embedding.
     """
     folder = Path(folder)
     net = network(model)
@@ -169,7 +168,7 @@ def _assembled(
     shape: jax.ShapeDtypeStruct,
     place: jax.sharding.Sharding,
 ) -> jax.Array:
-    """One array of ours. Layers are put into their stack one by one, where it lies."""
+    """One of our arrays. Layers are written one by one into the stacked array on its devices."""
     if row.path[0] != "blocks":
         return _tensor(stored[row.name], row, model, shape, place)
     one = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
@@ -191,7 +190,7 @@ def _assembled(
 def _tensor(
     stored: Any, row: _Row, model: Model, shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding
 ) -> jax.Array:
-    """One tensor, read piece by piece; what several devices hold is read once."""
+    """One tensor, read piece by piece. A piece that several devices hold is read once."""
     devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in place.addressable_devices_indices_map(shape.shape).items():
         bounds = zip(index or (), shape.shape, strict=True)
@@ -201,46 +200,46 @@ def _tensor(
     for piece, holders in devices.items():
         read = _read(stored, row, [slice(*bounds) for bounds in piece])
         read = np.ascontiguousarray(read, shape.dtype)
-        # Waited for, or the pieces of all devices would stand in host memory together.
+        # Without waiting, the pieces of all devices would be in host memory at the same time.
         arrays += jax.block_until_ready([jax.device_put(read, device) for device in holders])
         del read
     return jax.make_array_from_single_device_arrays(shape.shape, place, arrays)
 
 
 def _read(stored: Any, row: _Row, piece: Sequence[slice]) -> np.ndarray:
-    """A piece of one layer's array of ours, of which nothing else is read from disk."""
-    return stored[tuple(piece[::-1])].T if row.is_turned else stored[tuple(piece)]
+    """A piece of our array of one layer; only this piece is read from disk."""
+    return stored[tuple(piece[::-1])].T if row.is_transposed else stored[tuple(piece)]
 
 
 def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Their name and their layout of every array, one tensor at a time.
+    """Yields every array under Hugging Face's name and in its layout, one tensor at a time.
 
     Args:
-      params: parameters, or any tree shaped like them, gradients for instance.
-      model: sizes.
+      params: Parameters, or any tree shaped like them, for example gradients.
+      model: Sizes and adapters.
 
     Yields:
-      (name, tensor) in the order of Hugging Face's files, in the dtype that `params` has; a weight
-      that has an adapter comes with it in it, in float32.
+      (name, tensor) in the order of Hugging Face's files, in the dtype of `params`. A weight with
+      an adapter, or a table with trained rows, is merged with it and is float32.
     """
     for row, layer, name in _tensors(model):
         array = _of_layer(params, row.path, layer, model)
-        yield name, np.ascontiguousarray(array.T if row.is_turned else array)
+        yield name, np.ascontiguousarray(array.T if row.is_transposed else array)
 
 
 def _of_layer(params: Params, path: Sequence[str], layer: int | None, model: Model) -> np.ndarray:
-    """An array of ours, or one layer of it, with its adapter in it."""
+    """One of our arrays, or one layer of it, merged with its adapter."""
     *parents, name = path
-    beside = _at(params, parents)
-    adapter = beside.get(name + SUFFIX)
+    siblings = _at(params, parents)
+    adapter = siblings.get(name + SUFFIX)
 
     def read(array: jax.Array) -> np.ndarray:
         return np.asarray(array if layer is None else array[layer])
 
     if adapter is None:
-        return read(beside[name])
+        return read(siblings[name])
     assert model.lora is not None, "parameters have adapters and their model has none"
-    return merged(read(beside[name]), jax.tree.map(read, adapter), model.lora)
+    return merged(read(siblings[name]), jax.tree.map(read, adapter), model.lora)
 
 
 def write(
@@ -254,25 +253,25 @@ def write(
 ) -> None:
     """Writes a folder that `transformers` loads: safetensors and `config.json`.
 
-    Adapters are merged into their weights. The new folder is built beside the old one and takes its
-    place when it is complete; after an error the old folder is as it was.
+    Adapters are merged into their weights. The new folder is built next to the old one and replaces
+    it when it is complete. After an error the old folder is unchanged.
 
     Args:
-      folder: made where it does not exist. Weights and config in it are replaced, and its other
-        files are kept.
-      params: parameters, on this host's devices.
-      model: their sizes.
-      dtype: of the tensors written.
-      base: fields of a `config.json` to keep (its longest context, its ends of sequence); the
-        model's own fields replace theirs.
-      shard_bytes: a file is closed before it would grow beyond this.
+      folder: Created if it does not exist. Its weights and config are replaced, and its other files
+        are kept.
+      params: Parameters on devices of this host.
+      model: Their sizes and adapters.
+      dtype: Dtype of the written tensors.
+      base: Fields of a `config.json` to keep, for example the longest context and the ends of
+        sequence. Fields that the model determines are replaced.
+      shard_bytes: Largest size of a file, in bytes; a file has at least one tensor.
     """
     with folders.replacing(folder, is_replaced) as new:
         _write_into(new, params, model, dtype=dtype, base=base or {}, shard_bytes=shard_bytes)
 
 
 def is_replaced(name: str) -> bool:
-    """Whether `write` replaces a file of this name, or removes it where it writes none."""
+    """Whether `write` replaces or removes a file of this name."""
     return name in ("config.json", _INDEX) or name.endswith(".safetensors")
 
 
@@ -311,7 +310,7 @@ def _take(items: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Which tensors go into which file, in order; a file holds at least one."""
+    """Assigns tensors to files, in order; a file has at least one."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -327,11 +326,11 @@ def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# Files as they are found.
+# Reading and checking files.
 
 
 def _open(folder: Path) -> dict[str, Any]:
-    """Every tensor of a folder as a slice that reads from disk, by name."""
+    """Every tensor of a folder by name, as a slice object that reads from disk."""
     stored: dict[str, Any] = {}
     for file in weight_files(folder):
         try:
@@ -346,11 +345,11 @@ def _open(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the tensors of a folder are read from.
+    """The safetensors files of a folder.
 
     Raises:
-      FileNotFoundError: there is none, or one that the index names is missing.
-      ValueError: the index is damaged.
+      FileNotFoundError: If there is none, or if one that the index names is missing.
+      ValueError: If the index is damaged.
     """
     index, single = folder / _INDEX, folder / "model.safetensors"
     if index.is_file():
@@ -358,20 +357,20 @@ def weight_files(folder: Path) -> list[Path]:
         absent = [name for name in names if not (folder / name).is_file()]
         if absent or not names:
             raise FileNotFoundError(
-                f"{index} names {', '.join(absent) or 'no file'}: want every shard beside it. "
-                "Download the missing files."
+                f"{index} names {', '.join(absent) or 'no file'}. Every shard must be in the same "
+                "folder. Download the missing files."
             )
         return [folder / name for name in names]
     if single.is_file():
         return [single]
     raise FileNotFoundError(
-        f"{folder}: neither model.safetensors nor {_INDEX} is there. Give a folder as the Hub has "
-        "it; pickled weights (.bin) are not read, save them as safetensors first."
+        f"{folder} has neither model.safetensors nor {_INDEX}. Give a folder in the layout of the "
+        "Hub. Pickled weights (.bin) are not read; save them as safetensors first."
     )
 
 
 def _named_shards(index: Path) -> list[str]:
-    """The files that an index names, each once; the index must map tensors to files."""
+    """The files that an index names, each once."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict):
         found = "no weight_map" if where is None else f"a weight_map of type {type(where).__name__}"
@@ -390,7 +389,7 @@ def _named_shards(index: Path) -> list[str]:
 
 
 def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> None:
-    """Raises a sentence that names the first tensors that are not the model's."""
+    """Raises ValueError with the names of the first tensors that do not fit the model."""
     want = tensor_shapes(model)
     have = {name: tuple(stored[name].get_shape()) for name in stored}
     missing = [name for name in want if name not in have]
@@ -399,7 +398,7 @@ def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> Non
         spare.remove("lm_head.weight")
         _require_tied(folder, stored)
     wrong = [
-        f"{n} is {list(have[n])}, want {list(want[n])}"
+        f"{n} is {list(have[n])} and must be {list(want[n])}"
         for n in want
         if have.get(n, want[n]) != want[n]
     ]
@@ -412,13 +411,13 @@ def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> Non
         ("tensors are missing", missing),
         ("tensors are unknown", spare),
         ("tensors have another shape", wrong),
-        (f"tensors are of a dtype other than {', '.join(_DTYPES)}", odd),
+        (f"tensors have a dtype other than {', '.join(_DTYPES)}", odd),
     ):
         if names:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             raise ValueError(
-                f"{folder}: {len(names)} {problem}: {shown}. Want the {len(want)} tensors of a "
-                f"{family_of(model)} with {model.num_layers} layers, as its config.json says."
+                f"{folder}: {len(names)} {problem}: {shown}. According to its config.json it must "
+                f"have {len(want)} tensors, of a {family_of(model)} with {model.num_layers} layers."
             )
 
 
@@ -431,8 +430,8 @@ def _require_tied(folder: Path, stored: Mapping[str, Any]) -> None:
     )
     if not same:
         raise ValueError(
-            f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
-            "tie_word_embeddings. Set it to false there if the model was trained untied."
+            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+            "tie_word_embeddings = true. Set it to false if the model was trained untied."
         )
 
 
@@ -442,20 +441,22 @@ def _require_tied(folder: Path, stored: Mapping[str, Any]) -> None:
 def add_rows(
     params: Params, model: Model, words: Mapping[int, Sequence[int]], *, multiple: int
 ) -> tuple[Params, Model]:
-    """Gives new ids their rows: each starts as the mean of the rows of the word it stands for.
+    """Initialises the rows of new ids; each is the mean of the rows of its name's pieces.
 
-    embed[id] = mean(embed[w] for w in words[id]), and so for an untied unembedding. A table that is
-    too short, or no multiple, grows; its other new rows are the mean of all old ones, which no
-    sampler will prefer. A table never shrinks. Source: ThreadWeaver's SFT (its new control tokens).
+    embed[id] = mean(embed[w] for w in words[id]), and the same for an untied unembedding. A table
+    that is too short, or whose length is not a multiple of `multiple`, grows. Its other new rows
+    are the mean of all old ones. A table never shrinks. Source: ThreadWeaver's SFT. An opening and
+    a closing tag of the same name get the same row, so adapters alone cannot tell them apart; see
+    `Lora.token_rows`.
 
     Args:
-      params: pretrained.
-      model: their sizes.
-      words: ids of the pieces of each new id's name without its brackets; at least one each.
-      multiple: the number of rows is one of this, so that a mesh can split them.
+      params: Pretrained parameters.
+      model: Their sizes.
+      words: For each new id the ids of the pieces of its name without brackets, at least one.
+      multiple: The number of rows becomes a multiple of this, so that a mesh can split them.
 
     Returns:
-      (parameters, model) with `Model.vocab_size` as it became.
+      (parameters, model) with the new `Model.vocab_size`.
     """
     needed = max([model.vocab_size, *(new + 1 for new in words)])
     size = -(-needed // multiple) * multiple

@@ -1,7 +1,7 @@
-"""`config.json` of a Hugging Face folder to `Model` and back, for Qwen3 and Llama.
+"""Converts `config.json` of a Hugging Face folder to `Model` and back, for Qwen3 and Llama.
 
-What a config may switch on and our decoder does not have is refused by name. This file reads no
-weights; it hands `Model`s to `models/hf.py` and `programs/`.
+A config that enables a feature that our decoder does not have is refused, and the message names the
+feature.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The fields of a folder's `config.json`.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is not a JSON object.
+      FileNotFoundError: If there is none.
+      ValueError: If it is not a JSON object.
     """
     return read_json(Path(folder) / "config.json")
 
 
 def read_model(folder: str | Path) -> Model:
-    """The sizes that a folder's `config.json` says, in float32.
+    """The model that a folder's `config.json` describes, with dtypes float32.
 
     Raises:
-      FileNotFoundError: there is no `config.json`.
-      ValueError: a field is missing or of another type, or names another architecture or a feature
-        that ours does not have; the sentence names it.
+      FileNotFoundError: If there is no `config.json`.
+      ValueError: If a field is missing or has another type, or if the config names another
+        architecture or a feature that our decoder does not have. The message names the field.
     """
-    # A field that is null has its default.
+    # A field that is null has its default value.
     file = Path(folder) / "config.json"
     fields = _known(read_config(folder))
     family = fields.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(
-            f"{file}: model_type is {family!r}: want {' or '.join(_FAMILIES)} (Qwen3 dense; Llama "
-            "2, 3.x, SmolLM2). Other architectures are not implemented."
+            f"{file}: model_type is {family!r} and must be {' or '.join(_FAMILIES)} (Qwen3 dense; "
+            "Llama 2, 3.x, SmolLM2). Other architectures are not implemented."
         )
     _refuse_features(file, fields)
     heads, width = (
@@ -91,7 +91,7 @@ def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_features(file: Path, fields: Mapping[str, Any]) -> None:
-    """What a config may switch on and our decoder does not have."""
+    """Raises ValueError if a config enables a feature that our decoder does not have."""
     plain: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", None),
         "attention_bias": (False, None),
@@ -104,13 +104,13 @@ def _refuse_features(file: Path, fields: Mapping[str, Any]) -> None:
     for name, allowed in plain.items():
         if fields.get(name) not in allowed:
             raise ValueError(
-                f"{file}: {name} is {fields[name]!r}: want {allowed[0]!r}, for our decoder has "
-                "nothing else. Give a checkpoint without it."
+                f"{file}: {name} is {fields[name]!r} and must be {allowed[0]!r}, because our "
+                "decoder supports nothing else. Give a checkpoint without it."
             )
 
 
 def _read_rope(file: Path, fields: Mapping[str, Any]) -> Rope | Llama3Rope | YarnRope:
-    # transformers 5 writes rope_parameters, 4 wrote rope_theta beside rope_scaling.
+    # transformers 5 writes rope_parameters; version 4 wrote rope_theta and rope_scaling.
     given: dict[str, Any] = {"rope_theta": fields.get("rope_theta", 10_000.0)}
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.get(name, {})
@@ -143,22 +143,20 @@ def _read_rope(file: Path, fields: Mapping[str, Any]) -> Rope | Llama3Rope | Yar
                 attention_factor=_float(file, given, "attention_factor") if is_given else None,
             )
     except KeyError as error:
-        raise ValueError(
-            f"{file}: a {kind} rope has no {error}; want it in rope_scaling."
-        ) from None
+        raise ValueError(f"{file}: a {kind} rope has no {error}. Add it to rope_scaling.") from None
     raise ValueError(
-        f"{file}: the rope is {given}: want rope_type default, llama3 or yarn (truncated, without "
-        "mscale). Other scalings are not implemented."
+        f"{file}: the rope is {given}, and its rope_type must be default, llama3 or yarn "
+        "(truncated, without mscale). Other scalings are not implemented."
     )
 
 
 def config_fields(model: Model, *, dtype: Dtype, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `config.json`, as transformers 4 and 5 and the engines read them.
+    """The fields of a `config.json` that transformers 4 and 5 and inference engines can read.
 
     Args:
-      model: sizes; `qk_norm` says Qwen3, none says Llama.
-      dtype: of the tensors.
-      base: fields to keep beneath the model's own.
+      model: The model; it is a Qwen3 if `qk_norm` is set, and otherwise a Llama.
+      dtype: Dtype of the tensors.
+      base: Fields to keep. Fields that the model determines are replaced.
     """
     family = family_of(model)
     kept = {k: v for k, v in base.items() if k not in ("rope_parameters", "dtype")}
@@ -185,7 +183,7 @@ def config_fields(model: Model, *, dtype: Dtype, base: Mapping[str, Any]) -> dic
 
 
 def family_of(model: Model) -> str:
-    """The `model_type` with this model's parts: Qwen3 norms queries and keys, Llama none."""
+    """The `model_type` of this model: Qwen3 normalises queries and keys, Llama does not."""
     return "qwen3" if model.qk_norm else "llama"
 
 
@@ -215,20 +213,20 @@ def _rope_scaling(rope: Rope | Llama3Rope | YarnRope) -> dict[str, Any] | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object in a JSON file.
 
     Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is not JSON, or no object; or see `strict_json`.
+      FileNotFoundError: If the file does not exist.
+      ValueError: If it is not JSON or not an object; see also `strict_json`.
     """
     try:
         found = strict_json.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: not there. Give a folder as the Hub has it.") from None
+        raise FileNotFoundError(f"{file}: not there. Give a folder as on the Hub.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error}). Copy or download it again.") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: holds a {type(found).__name__}; want a JSON object.")
+        raise ValueError(f"{file}: holds a {type(found).__name__} and must hold a JSON object.")
     return found

@@ -1,7 +1,7 @@
 """Memory layouts that are fixed by hand: of an activation, and of the cache that a step writes to.
 
-A compiler chooses a layout for each loop. Where two loops share an array it may choose two, and then
-copies the array between them. The functions here keep dimensions in row-major order.
+A compiler chooses a layout for each loop. Where two loops share an array it may choose two layouts,
+and then copies the array between them. The functions here keep dimensions in row-major order.
 """
 
 from __future__ import annotations

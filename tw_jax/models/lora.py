@@ -67,7 +67,7 @@ class Lora:
         return self.alpha / self.rank
 
     def check(self) -> None:
-        """Raises ValueError for adapters that would have no effect, and for repeated names or ids."""
+        """Raises ValueError for adapters without effect, and for repeated names or ids."""
         require(self, "rank", least=1)
         require(self, "alpha", above=0)
         if not self.targets or len(set(self.targets)) < len(self.targets):
@@ -134,7 +134,7 @@ def trained_before(began: Params, current: Params) -> Params:
 
 
 def added_embeddings(rows: jax.Array, tokens: jax.Array, ids: np.ndarray) -> jax.Array:
-    """What the trained rows add to the embeddings of tokens.
+    """The difference that trained rows make to the embeddings of tokens.
 
     Args:
       rows: [N, D] float32.
@@ -150,7 +150,7 @@ def added_embeddings(rows: jax.Array, tokens: jax.Array, ids: np.ndarray) -> jax
 
 
 def added_logits(rows: jax.Array, hidden: jax.Array, ids: np.ndarray, vocab_size: int) -> jax.Array:
-    """What the trained rows add to the logits.
+    """The difference that trained rows make to the logits.
 
     Args:
       rows: [N, D] float32.

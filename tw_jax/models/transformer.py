@@ -1,9 +1,8 @@
-"""The decoder, Qwen3 or Llama by config, and `network(cfg)`, which hands it on as pure functions.
+"""The decoder, Qwen3 or Llama by config, and `network(cfg)`, which returns it as pure functions.
 
-The only file that imports flax.linen: modules own one collection, `params`, and declare logical
-axes where they declare a parameter. A module is declaration plus a few lines; numbers are made in
-`models/rope.py` and `attention/`. This file knows no tries and no sampling: where a token stands
-arrives as depth and span, and the key/value cache is an argument and a result.
+This is the only file that imports flax.linen. Modules have a single collection, `params`, and
+declare the logical axes of a parameter together with the parameter. The position of a token in its
+trie is given by its depth and span, and the key/value cache is an argument and a result.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tw_jax.sharding import LogicalAxes, constrain
 Dtype = Literal["float32", "bfloat16"]
 
 _NO_TOKEN = -1e30
-"""Logit of a row that no token has; it stays finite when it is divided by a low temperature."""
+"""Logit of a row without a token. It stays finite after division by a low temperature."""
 
 _KV_AXES = ("layer", "rows", "kv_heads", "slots", "head")
 
@@ -42,27 +41,28 @@ _KV_AXES = ("layer", "rows", "kv_heads", "slots", "head")
 class Model:
     """Sizes and numerics of a decoder.
 
-    Norms, rotations, softmax and logits are float32 whatever the dtypes say.
+    Norms, rotations, softmax and logits are float32 for all dtypes.
 
     Attributes:
-      vocab_size: rows of the embedding table, at least the tokenizer's number of ids.
-      num_layers: blocks.
-      width: model width D.
-      mlp_width: width F of the gated MLP.
-      num_heads: query heads N.
-      num_kv_heads: key/value heads G, a divisor of num_heads.
-      head_width: width H of a head, even.
-      qk_norm: whether each head's queries and keys are normed, as in Qwen3.
-      tie_embeddings: whether logits are read with the embedding table.
-      rope: rotary embedding.
-      norm_epsilon: added to the mean square in norms.
-      param_dtype: dtype in which parameters are kept.
-      compute_dtype: dtype of activations, matrix products and cache.
-      remat: what the backward pass computes anew: "none"; "dots", all but weight products and what
-        attention keeps; "attention", all but the input of each block and what attention keeps,
-        which is as large again; "full", all but the input of each block.
-      attention: backend; "auto" takes the first that accepts.
-      lora: adapters, which alone are then trained; None has none and trains all parameters.
+      vocab_size: Rows of the embedding table, at least the number of ids of the tokenizer.
+      num_layers: Number of blocks.
+      width: Model width D.
+      mlp_width: Width F of the gated MLP.
+      num_heads: Query heads N.
+      num_kv_heads: Key/value heads G, a divisor of num_heads.
+      head_width: Width H of a head, even.
+      qk_norm: Whether the queries and keys of each head are normalised, as in Qwen3.
+      tie_embeddings: Whether logits are computed with the embedding table.
+      rope: Rotary embedding.
+      norm_epsilon: Added to the mean square in norms.
+      param_dtype: Dtype of stored parameters.
+      compute_dtype: Dtype of activations, matrix products and cache.
+      remat: Activations that the backward pass recomputes: "none"; "dots", all except products with
+        weights and the residuals of attention; "attention", all except the input of each block and
+        the residuals of attention, which are of the same size; "full", all except the input of each
+        block.
+      attention: Attention backend; "auto" takes the first one that supports the case.
+      lora: Adapters. With them only the adapters are trained; None trains all parameters.
     """
 
     vocab_size: int
@@ -83,19 +83,19 @@ class Model:
     lora: Lora | None = None
 
     def check(self) -> None:
-        """Raises ValueError for sizes that do not fit each other."""
+        """Raises ValueError for sizes that contradict each other."""
         sizes = ("vocab_size", "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads")
         require(self, *sizes, "head_width", least=1)
         require(self, "norm_epsilon", above=0)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"Model.num_kv_heads = {self.num_kv_heads}: want a divisor of Model.num_heads = "
+                f"Model.num_kv_heads = {self.num_kv_heads} must divide Model.num_heads = "
                 f"{self.num_heads}."
             )
         if self.head_width % 2:
             raise ValueError(
-                f"Model.head_width = {self.head_width}: want an even number, for rotation pairs "
-                "entries."
+                f"Model.head_width = {self.head_width} must be even, because the rotary embedding "
+                "rotates pairs of entries."
             )
         ids = () if self.lora is None else self.lora.token_rows or ()
         if max(ids, default=0) >= self.vocab_size:
@@ -106,13 +106,13 @@ class Model:
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32, back in x's dtype."""
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32."""
 
     cfg: Model
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Norms [..., W], each of the last axis."""
+        """[..., W] to [..., W] in the same dtype."""
         scale = _declare(self, "scale", x.shape[-1:], ("norm",), nn.initializers.ones)
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.cfg.norm_epsilon)
@@ -120,7 +120,7 @@ class RmsNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention through the spans of a trie, with or without a cache."""
+    """Grouped-query attention with the interval mask of a trie, with or without a cache."""
 
     cfg: Model
 
@@ -135,17 +135,17 @@ class Attention(nn.Module):
         keys: Span,  # [B, T], or [B, S] with a cache
         start: jax.Array | None,  # [B] int32
     ) -> tuple[jax.Array, KV | None]:
-        """What the T tokens of each row read, [B, T, D], and the cache with their entries in it."""
+        """The output for the T tokens of each row, [B, T, D], and the updated cache."""
         cfg = self.cfg
         heads, kv_heads, head = cfg.num_heads, cfg.num_kv_heads, cfg.head_width
 
         def project(name: str, count: int, axis: str) -> jax.Array:
-            # Weights are matrices, for an array of heads lies otherwise in the memory of a TPU and
-            # would be copied before it is multiplied with.
+            # Weights are matrices. An array with a dimension of heads has another layout in the
+            # memory of a TPU and would be copied before the product.
             y = _times(self, name, x, (cfg.width, count * head), ("embed", axis), fan_in=cfg.width)
             if kv is not None:
-                # Else heads come first in memory here too, by a copy of all layers' weights that a
-                # loop of decoding begins with, transposed.
+                # Otherwise the compiler would put heads first in memory here too. For that it would
+                # copy and transpose the weights of all layers before the decoding loop.
                 y = pinned(y, ("rows", "tokens", axis))
             y = constrain(y.reshape(*x.shape[:2], count, head), ("rows", "tokens", axis, None))
             return y.swapaxes(1, 2)
@@ -196,17 +196,17 @@ class Mlp(nn.Module):
 
 
 class Adapter(nn.Module):
-    """What LoRA adds to the product with a weight: alpha / rank * (x A) B; see `Lora`.
+    """The term alpha / rank * (x A) B that LoRA adds to the product with a weight; see `Lora`.
 
-    A and B are kept in float32 whatever the weight is kept in, for they are what is trained. Each
-    takes the logical axes of the weight on its side, so both are split as the weight is.
+    A and B are float32 for any dtype of the weight, because they are trained. A has the logical
+    axis of the weight's input and B that of its output, so both are split like the weight.
     """
 
     cfg: Model
 
     @nn.compact
     def __call__(self, x: jax.Array, shape: tuple[int, int], axes: LogicalAxes) -> jax.Array:
-        """[B, T, K] to [B, T, M], beside a weight [K, M] with these axes."""
+        """[B, T, K] to [B, T, M], for a weight [K, M] with these axes."""
         lora = self.cfg.lora
         assert lora is not None
         a = _declare(
@@ -230,10 +230,10 @@ class Adapter(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One layer: attention, then MLP, each on a normed copy and added back.
+    """One layer: attention, then the MLP, each with a norm before it and a residual connection.
 
-    Its signature is that of a scan's body; it may be applied alone just so, to one layer's slice of
-    the parameters.
+    It has the signature of the body of a scan. It can also be applied to the parameters of a single
+    layer.
     """
 
     cfg: Model
@@ -248,7 +248,7 @@ class DecoderBlock(nn.Module):
         keys: Span,
         start: jax.Array | None,
     ) -> tuple[tuple[jax.Array, KV | None], None]:
-        """(carry, layer, what is the same for all layers) -> (carry, None); see `Attention`."""
+        """(carry, layer, arguments shared by all layers) -> (carry, None); see `Attention`."""
         x, kv = carry
         normed = RmsNorm(self.cfg, name="attention_norm")(x)
         mixed, kv = Attention(self.cfg, name="attention")(
@@ -260,7 +260,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; `unembed` turns what they return into logits."""
+    """Embedding, blocks and final norm; `unembed` computes logits from the result."""
 
     cfg: Model
 
@@ -303,7 +303,7 @@ class Decoder(nn.Module):
         x = self.lookup(tokens)
         cos_sin = rotation(cfg.rope, cfg.head_width, depth)
         layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
-        # The cache is carried, not scanned over: scanning would copy it whole at every step.
+        # The cache is a carry. If it were scanned over, every step would copy all of it.
         (x, kv), _ = self.blocks((x, kv), layers, cos_sin, at, keys, start)
         return self.norm(x), kv
 
@@ -350,19 +350,19 @@ def with_token_rows(cfg: Model, added: Sequence[int]) -> Model:
 
 
 def network(cfg: Model, *, num_ids: int | None = None) -> Network:
-    """The decoder as pure functions; see `Network` for what each takes and returns.
+    """The decoder as pure functions; see `Network` for their arguments and results.
 
     Args:
-      cfg: sizes and numerics.
-      num_ids: number of ids of the tokenizer. The logits of all later rows are set to a
-        floor. None keeps all `Model.vocab_size` rows, as PyTorch does.
+      cfg: Sizes and numerics. If `Lora.token_rows` is None, no rows are trained.
+      num_ids: Number of ids of the tokenizer. The logits of all later rows are set to a floor. None
+        keeps all `Model.vocab_size` rows, as PyTorch does.
 
     Returns:
-      A `Network`. `init` consumes its key and runs under jit, so sharded results may be asked of
-      an enclosing `jax.jit`; `empty_kv` gives a cache in the compute dtype.
+      A `Network`. `init` consumes its key and runs under jit, so an enclosing `jax.jit` can shard
+      its result. `empty_kv` returns a cache in the compute dtype.
 
     Raises:
-      ValueError: there are fewer rows than ids.
+      ValueError: If there are fewer rows than ids.
     """
     rows, num_ids = cfg.vocab_size, cfg.vocab_size if num_ids is None else num_ids
     if not 0 < num_ids <= rows:
@@ -370,7 +370,7 @@ def network(cfg: Model, *, num_ids: int | None = None) -> Network:
             f"num_ids = {num_ids}: the table has {rows} rows. Give 1 to {rows} ids, or raise "
             "Model.vocab_size."
         )
-    # Flax types what apply returns as a union with mutated collections, of which there are none.
+    # Flax types the result of apply as a union with mutated collections, which do not exist here.
     decoder: Any = Decoder(cfg)
 
     def apply(
@@ -439,11 +439,11 @@ def _head(cfg: Model) -> tuple[str, ...]:
 def walk(
     cfg: Model, params: Params, tokens: jax.Array, depth: jax.Array, span: Span
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The hidden states of `Network.apply`, one module after another, for whoever compares them.
+    """The hidden states of `Network.apply` after each module, to compare implementations.
 
     Args:
-      cfg: sizes and numerics.
-      params: parameters.
+      cfg: Sizes and numerics.
+      params: Parameters.
       tokens: [B, T] int32.
       depth: [B, T] int32.
       span: [B, T].
@@ -477,7 +477,7 @@ def _check_cache(
         return
     if kv is None or keys is None or start is None:
         raise ValueError(
-            "Of kv, keys and start some are given and some are None: want all three to write into "
+            "Of kv, keys and start some are given and some are None. Give all three to write into "
             "a cache, or none to attend within the tokens."
         )
     slots = kv.k.shape[3]
@@ -496,7 +496,7 @@ def _declare(
     *,
     dtype: Dtype | None = None,
 ) -> jax.Array:
-    """Declares a parameter of the module with its logical axes, by default in `param_dtype`."""
+    """Declares a parameter with its logical axes, by default in `param_dtype`."""
     boxed_init = nn.with_logical_partitioning(init, axes)
     return module.param(name, boxed_init, shape, jnp.dtype(dtype or module.cfg.param_dtype))
 
@@ -510,12 +510,13 @@ def _times(
     *,
     fan_in: int,
 ) -> jax.Array:
-    """[B, T, K] times a weight [K, M] that the module declares, and what its adapter adds."""
+    """The product of [B, T, K] with a declared weight [K, M], plus the output of its adapter."""
     cfg = module.cfg
     weight = _declare(module, name, shape, axes, _normal(fan_in)).astype(cfg.compute_dtype)
     if cfg.lora is None:
         return _product(x, weight)
-    # Without the gradient written out below: a frozen weight has none, and so it is never made.
+    # The plain product instead of `_product`, because JAX removes the gradient of a frozen weight
+    # from the former, and not from a custom derivative.
     y = x @ weight
     if f"{module.name}.{name}" in cfg.lora.targets:
         y += Adapter(cfg, name=name + SUFFIX)(x, shape, axes)
@@ -523,18 +524,19 @@ def _times(
 
 
 def _normal(fan_in: int) -> Any:
-    """Normal of variance 1 / fan_in, cut at two standard deviations of the uncut one."""
-    # 0.8796 is the standard deviation of a unit normal cut at +-2.
+    """A normal of variance 1 / fan_in, truncated at two standard deviations of the full normal."""
+    # 0.8796 is the standard deviation of a unit normal that is truncated at +-2.
     return nn.initializers.truncated_normal(stddev=1 / (0.87962566 * math.sqrt(fan_in)))
 
 
 @jax.custom_vjp
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[B, T, K] times [K, M]; the gradient is that of `x @ w`, put so that XLA on CPU is fast.
+    """[B, T, K] times [K, M]; the gradient is that of `x @ w`, in a form that is fast on CPU.
 
-    For the gradient of `w` it would transpose the cotangent, and fuse that with what makes the
-    cotangent into one loop across memory: 27 ms instead of 3 at [4096, 768], a sixth of the time of
-    all that is not attention (jax 0.10.2). So there the cotangent is finished before it is used.
+    For the gradient of `w`, XLA for CPU would transpose the cotangent and fuse the transposition
+    with the computation of the cotangent into one loop with strided access: 27 ms instead of 3 at
+    [4096, 768], a sixth of the time outside of attention (jax 0.10.2). A barrier on CPU prevents
+    the fusion.
     """
     return x @ w
 
@@ -563,5 +565,5 @@ def _remat(block: type[DecoderBlock], cfg: Model) -> Any:
         "attention": attention,
         "full": None,
     }
-    # Inside a scan the compiler cannot undo the recomputation, so no barrier is needed.
+    # Inside a scan the compiler cannot undo the recomputation, so it needs no barrier.
     return nn.remat(block, prevent_cse=False, policy=policies[cfg.remat])

@@ -78,9 +78,7 @@ def advantages(reward: np.ndarray, normalise: Literal["mean", "std"] = "mean") -
             "is not a finite number. Leave such groups out, and count them."
         )
     if reward.shape[1] < 2:
-        raise ValueError(
-            f"K = {reward.shape[1]} rollouts for each prompt; there must be at least 2."
-        )
+        raise ValueError(f"K = {reward.shape[1]} rollouts for each prompt must be at least 2.")
     reward = reward.astype(np.float64)
     centred = reward - reward.mean(axis=1, keepdims=True)
     if normalise == "std":
@@ -92,7 +90,8 @@ def has_signal(reward: np.ndarray) -> np.ndarray:
     """Groups whose rewards vary, [P, K] -> [P] bool; in all others every advantage is 0.
 
     A group in which all rollouts are correct can still have signal, because their acceleration
-    differs. The extremes are compared, because the computed variance of equal numbers need not be 0.
+    differs. The extremes are compared, because the computed variance of equal numbers may be above
+    0.
     """
     chex.assert_rank(reward, 2)
     return reward.max(axis=1) > reward.min(axis=1)

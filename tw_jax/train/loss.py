@@ -31,7 +31,7 @@ Scalars that are combined in another way, such as a maximum, are named in `accum
 """
 
 Objective = Callable[[Params, Any], tuple[jax.Array, Sums]]
-"""(params, batch) -> (total, sums): the scalar to differentiate, before division, and sums to log."""
+"""(params, batch) -> (total, sums): the undivided scalar to differentiate, and sums to log."""
 
 
 class TokenLogp(struct.PyTreeNode):

@@ -96,9 +96,9 @@ def loss_sums(
 
     total = sum over nodes of weight * (w * L + kl_coef * K - entropy_coef * H), where
     L is the clipped surrogate, see `surrogate`; w the truncated importance weight, see
-    `importance`; K = exp(d) - d - 1 with d = ref_logp - logp (k3, http://joschu.net/blog/kl-approx);
-    and H the entropy. Source: ThreadWeaver (arXiv:2512.07843), P-GRPO, and its trainer for the
-    terms that are off by default.
+    `importance`; K = exp(d) - d - 1 with d = ref_logp - logp (k3,
+    http://joschu.net/blog/kl-approx); and H the entropy. Source: ThreadWeaver (arXiv:2512.07843),
+    P-GRPO, and its trainer for the terms that are off by default.
 
     Without `old_logp` the old policy is the current one: all ratios are 1, no token is clipped and
     no second pass is made.
@@ -397,7 +397,7 @@ def _scores(
 
 
 def _k3(log_ratio: jax.Array) -> jax.Array:
-    """exp(d) - d - 1 for d = log(q / p): for samples of p an unbiased estimate of KL(p, q), >= 0."""
+    """exp(d) - d - 1, d = log(q / p): an unbiased estimate of KL(p, q) from samples of p, >= 0."""
     log_ratio = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jnp.expm1(log_ratio) - log_ratio
 
@@ -420,8 +420,8 @@ def _mismatch(gap: jax.Array, is_trained: jax.Array) -> Sums:
 def _check(cfg: PolicyLoss, batch: PolicyBatch, temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(
-            f"temperature = {temperature} must be above 0, because greedy sampling has no log-probs "
-            "to train on."
+            f"temperature = {temperature} must be above 0, because greedy sampling has no "
+            "log-probs to train on."
         )
     if cfg.kl_coef and batch.ref_logp is None:
         raise ValueError(
