@@ -31,6 +31,7 @@ from tw_jax.forkjoin.cost import tags_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.metrics import Metrics
+from tw_jax.models.load import LanguageModel, record_model
 from tw_jax.models.transformer import Model, network
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
@@ -249,6 +250,10 @@ def run(cfg: Pgrpo) -> None:
             print(standing(who, first=first, steps=cfg.steps), end="")
         if first < cfg.steps:
             workdir.record(cfg)
+        whole = LanguageModel(
+            model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.chat, forkjoin=cfg.forkjoin
+        )
+        kept = record_model(checkpoints.directory, whole, tokenizer, origin=cfg.init)
         rollouts.take(state)
         place = sharding.put_rows
         if cfg.loss.kl_coef:
@@ -265,7 +270,7 @@ def run(cfg: Pgrpo) -> None:
                 place=place,
                 hooks=(rollouts.after_step,),
                 guard=lambda index, numbers: refuse_mismatch(cfg.max_mismatch, index, numbers),
-                note=who.note,
+                note={**who.note, **kept},
             )
 
 

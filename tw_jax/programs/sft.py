@@ -22,6 +22,7 @@ from tw_jax.contracts import Params
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.metrics import Metrics
+from tw_jax.models.load import LanguageModel, record_model
 from tw_jax.models.lora import trained
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
@@ -146,6 +147,10 @@ def run(cfg: Sft) -> None:
             print(standing(who, first=first, steps=cfg.steps), end="")
         if first < cfg.steps:
             workdir.record(cfg)
+        whole = LanguageModel(
+            model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.data.chat, forkjoin=cfg.forkjoin
+        )
+        kept = record_model(checkpoints.directory, whole, tokenizer, origin=cfg.init)
         with Metrics(folder, step=first) as metrics, sharding.use(mesh, cfg.rules):
             fit(
                 state,
@@ -156,7 +161,7 @@ def run(cfg: Sft) -> None:
                 metrics=metrics,
                 checkpoints=checkpoints,
                 place=lambda batch: sharding.to_global(batch, mesh, cfg.rules),
-                note=who.note,
+                note={**who.note, **kept},
             )
         packed = _of_all_shares(batches, mesh, cfg.rules)
         # A run that was killed behind its last checkpoint has not written it.
