@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax.checkpoint import Checkpoints, read_note, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
@@ -36,7 +36,7 @@ def test_every_problem_has_its_rollouts_with_ids_and_log_probs(runs):
 
 def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
     cfg = load_config(Sample, [str(runs / "sample.gin")])
-    source = samples.load(cfg, load_tokenizer(cfg.tokenizer))
+    source = samples.load(cfg)
     for rollout in rollouts(runs / "samples"):
         prompt = cfg.chat.prompt(source.generate.tokenizer, rollout.question)
         assert rollout.prompt.tolist() == prompt.tolist()
@@ -124,9 +124,10 @@ def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, co
     assert run(runs, folder, f"Sample.checkpoint='{place}'") == 0
     assert "0 new rollouts" in capsys.readouterr().out, "the same parameters at another path"
     other = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1e-3), restore_params(place))
-    shutil.rmtree(place)
-    with Checkpoints(place, keep=1) as checkpoints:
-        checkpoints.save(4, {"params": other}, {})
+    note = read_note(place)
+    shutil.rmtree(place / "4")
+    with Checkpoints(place, keep=9) as checkpoints:
+        checkpoints.save(4, {"params": other}, note)
     assert run(runs, folder, f"Sample.checkpoint='{place}'") == 2
     assert "holds rollouts with another model_identity" in capsys.readouterr().err
 
@@ -174,7 +175,6 @@ def test_settings_without_a_rollout_are_replaced(runs, copy):
     (folder / "made_by.json").write_text(json.dumps(made | {"temperature": 0.5}))
     (folder / "rollouts.jsonl").unlink()
     cfg = load_config(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    source, problems = samples.load(cfg, tokenizer), samples.read_problems(cfg, tokenizer)
-    samples.sample(cfg, source, problems)
+    problems = samples.read_problems(cfg, load_tokenizer(cfg.tokenizer))
+    samples.sample(cfg, samples.load(cfg), problems)
     assert json.loads((folder / "made_by.json").read_text()) == made
