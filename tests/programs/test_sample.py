@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tw_jax.checkpoint import Checkpoints, read_note, restore_params
+from tw_jax import sharding
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
@@ -66,6 +67,24 @@ def test_rollouts_of_other_settings_are_not_mixed(runs, capsys, word):
     assert main(["sample", str(runs / "sample.gin"), "--set", word]) == 2
     name = "temperature" if "temperature" in word else "forkjoin"
     assert f"holds rollouts with another {name}" in capsys.readouterr().err
+
+
+def test_one_four_and_eight_devices_sample_the_same_ids(runs, tmp_path, monkeypatch):
+    make_mesh = sharding.make_mesh
+    found = []
+    for count in (1, 4, 8):
+        devices = jax.devices()[:count]
+        monkeypatch.setattr(sharding, "make_mesh", lambda cfg, d=devices: make_mesh(cfg, d))
+        assert run(runs, tmp_path / str(count)) == 0
+        made = rollouts(tmp_path / str(count))
+        found.append({r.id: [call.sampled.tolist() for call in r.calls] for r in made})
+    assert len(found[0]) == 6
+    assert found[0] == found[1] == found[2]
+
+
+def test_rows_that_the_devices_do_not_divide_are_refused(runs, tmp_path, capsys):
+    assert run(runs, tmp_path, "Sampler.rows=4") == 2
+    assert "Sampler.rows = 4: want a multiple of 8" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(runs, tmp_path, capsys):
