@@ -5,7 +5,7 @@ import pytest
 from tw_jax.rollouts.watch import PATIENCE, SignalWatch, shown, steps_without_signal
 
 
-def told(signals, *, correct=0.0):
+def sentences_of(signals, *, correct=0.0):
     """The sentences about steps with these numbers of groups with signal."""
     watch = SignalWatch()
     return [
@@ -22,7 +22,7 @@ def test_a_step_shows_its_reward_and_its_signal_and_not_its_loss():
 
 def test_five_steps_in_a_row_without_signal_are_told_once():
     assert PATIENCE == 5
-    sentences = told([1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+    sentences = sentences_of([1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
     assert [index for index, sentence in enumerate(sentences) if sentence] == [10]
     assert sentences[10].startswith("Steps 6 to 10 had no group whose rewards differ")
 
@@ -31,7 +31,7 @@ def test_five_steps_in_a_row_without_signal_are_told_once():
     ("correct", "advice"), [(0.0, "Use easier problems"), (1.0, "Use harder problems")]
 )
 def test_the_advice_depends_on_the_share_of_correct_rollouts(correct, advice):
-    sentence = told([0] * 5, correct=correct)[-1]
+    sentence = sentences_of([0] * 5, correct=correct)[-1]
     assert advice in sentence
     for field in ("Sampler.temperature", "Pgrpo.rollouts", "Pgrpo.max_prompts", "Reward"):
         assert field in sentence
