@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tw_jax.bounds import require, require_text, shown
+from tw_jax.bounds import counted, require, require_text, shown
 from tw_jax.config import configurable
 
 
@@ -59,6 +59,14 @@ def test_blank_text_and_null_characters_are_refused(field, value):
     with pytest.raises(ValueError, match=rf"^Sampler\.{field} = .* must not be empty or blank"):
         require_text(Sampler(**{field: value}), field)
     require_text(Sampler(), "path", "stops", "count")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "step", "1 step"), (0, "step", "0 steps"), (2, "process", "2 processes")],
+)
+def test_counts_are_written_in_english(number, noun, text):
+    assert counted(number, noun) == text
 
 
 def test_a_long_value_is_shown_in_part():

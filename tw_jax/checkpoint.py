@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from tw_jax import hosts
+from tw_jax import files, hosts
 from tw_jax.checksums import checksums
 from tw_jax.contracts import Params
 from tw_jax.damage import DamagedError, agreed, damage, first_line, judged, os_error_code
@@ -222,7 +222,7 @@ class Checkpoints:
 
     def _set_aside(self, faults: Mapping[str, str], then: str) -> None:
         """Renames damaged checkpoints, so that their steps can be saved again, and says so."""
-        folder = ocp.path.step.build_step_path(self.directory, _NAMES, 0).parent
+        folder = _folder(self.directory)
         for name, fault in faults.items() if hosts.is_first() else ():
             numbers = itertools.chain([""], map(".{}".format, itertools.count(2)))
             kept = next(
@@ -287,6 +287,66 @@ def identity(directory: str | Path, *, step: int | None = None) -> str:
     return _seal(params)[:16]
 
 
+def read_note(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
+    """Returns what process 0 kept beside the state of one checkpoint; no array is read.
+
+    Args:
+      directory: the folder of a `Checkpoints`.
+      step: which checkpoint; None for the newest.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      DamagedError: its record is damaged.
+    """
+    path = _existing(_normalised(directory), step)
+    try:
+        return _read_extra(path)["processes"][0]
+    except DamagedError as error:
+        raise _for_readers(error, path) from error
+
+
+def write_beside(directory: str | Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files that belong to all checkpoints of a folder, each in one move, by process 0.
+
+    A file that has this content already is not touched.
+
+    Args:
+      directory: the folder of a `Checkpoints`. It is made if it does not exist.
+      contents: content by name ("tokenizer.json"), which must not begin with a digit.
+
+    Raises:
+      OSError: in every process, if a file cannot be written.
+    """
+    folder = _folder(_normalised(directory))
+
+    def write() -> None:
+        for name, content in contents.items() if hosts.is_first() else ():
+            file = folder / name
+            if file.exists() and file.read_bytes() == content:
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not _is_local(directory):
+                file.write_bytes(content)  # an object of a bucket appears whole
+                continue
+            with files.replacing(Path(file)) as part:
+                part.write_bytes(content)
+
+    hosts.together(write, OSError)
+
+
+def read_beside(directory: str | Path, name: str) -> bytes | None:
+    """The content of a file that `write_beside` wrote; None where there is none.
+
+    Raises:
+      ValueError: it is a link that leads out of the folder, or no regular file.
+    """
+    folder = _folder(_normalised(directory))
+    file = folder / name
+    if _is_local(directory) and os.path.lexists(file):
+        files.require_own(Path(file), Path(folder))
+    return file.read_bytes() if file.exists() else None
+
+
 def restore_params(
     directory: str | Path,
     *,
@@ -346,6 +406,11 @@ def _open(directory: str, **options: Any) -> ocp.CheckpointManager:
 
 def _normalised(directory: str | Path) -> str:
     return os.path.abspath(directory) if _is_local(directory) else str(directory)
+
+
+def _folder(directory: str) -> Any:
+    """The folder of checkpoints as a path that reads and writes URLs, too."""
+    return ocp.path.step.build_step_path(directory, _NAMES, 0).parent
 
 
 def _paths(directory: str) -> dict[int, Any]:

@@ -1,11 +1,11 @@
 """Declares config classes, and builds them from gin files.
 
-`@configurable` makes a frozen dataclass whose fields are checked when it is built. `@interface` marks an
-abstract class that stands for all config classes that inherit from it. `load_config` reads gin files into
-one immutable tree of config classes, `describe` lists the fields that a file may set, and
-`operative` writes a tree as gin text. No global state is kept, so that several roots can be loaded
-in one process. This file does not depend on any config class; it finds them by walking the
-annotations of the root.
+`@configurable` makes a frozen dataclass whose fields are checked when it is built. `@interface`
+marks an abstract class that stands for all config classes that inherit from it. `load_config` reads
+gin files into one immutable tree of config classes, `describe` lists the fields that a file may
+set, and `operative` writes a tree as gin text. No global state is kept, so that several roots can
+be loaded in one process. This file does not depend on any config class; it finds them by walking
+the annotations of the root.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def describe(root: type) -> str:
 
 
 def operative(instance: object) -> str:
-    """Writes a config and all that it holds as gin text, with defaults; `load_config` builds it again.
+    """Writes a config and all that it holds as gin text, which `load_config` reads again.
 
     If different values of one class occur, each but the root gets a scope. The scope is named
     after the first field that holds the value.

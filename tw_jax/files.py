@@ -38,3 +38,19 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file atomically; see `replacing`."""
     with replacing(Path(path)) as part:
         part.write_text(text, encoding="utf-8", newline="")
+
+
+def require_own(file: Path, *folders: Path) -> None:
+    """Refuses a link that leads out of the folders that a file may be in, and what is no file.
+
+    Raises:
+      ValueError: names the file, and where the link leads.
+    """
+    real = file.resolve()
+    if not any(real.is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError(
+            f"{file} is a link to {real}, outside of its folder, and is not read. Replace the "
+            "link by the file that you mean."
+        )
+    if not real.is_file():
+        raise ValueError(f"{file} is not a regular file. Replace it by the file that you mean.")

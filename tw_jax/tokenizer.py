@@ -205,8 +205,14 @@ class Chat:
             ) from None
 
 
-def load_tokenizer(cfg: Bytes | SentencePiece | HuggingFace) -> Tokenizer:
+def load_tokenizer(
+    cfg: Bytes | SentencePiece | HuggingFace, *, content: bytes | None = None
+) -> Tokenizer:
     """Builds the tokenizer of a config.
+
+    Args:
+      cfg: which one.
+      content: of its file, where the caller has read it; `cfg.path` then only names it in errors.
 
     Raises:
       FileNotFoundError: its file is not there.
@@ -216,9 +222,9 @@ def load_tokenizer(cfg: Bytes | SentencePiece | HuggingFace) -> Tokenizer:
         case Bytes():
             return _ByteTokenizer()
         case SentencePiece():
-            return _SentencePieceTokenizer(cfg)
+            return _SentencePieceTokenizer(cfg, content)
         case HuggingFace():
-            return _HuggingFaceTokenizer(cfg)
+            return _HuggingFaceTokenizer(cfg, content)
 
 
 def require_single_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> None:
@@ -236,6 +242,16 @@ def require_single_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> None:
             "forced, stopped and joined by id. Use the hf/tokenizer.json that `tw convert` writes, "
             "or a SentencePiece file of train_sentencepiece: both have the control tokens."
         )
+
+
+def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of each control token that the vocabulary has."""
+    ids = {text: tokenizer.encode(text) for text in CONTROL}
+    return {
+        text: int(found[0])
+        for text, found in ids.items()
+        if len(found) == 1 and tokenizer.piece(int(found[0])) == text
+    }
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> None:
@@ -380,9 +396,9 @@ class _ByteTokenizer(_TableBackend):
 
 
 class _SentencePieceTokenizer(_TableBackend):
-    def __init__(self, cfg: SentencePiece) -> None:
+    def __init__(self, cfg: SentencePiece, content: bytes | None) -> None:
+        data = _existing(cfg.path).read_bytes() if content is None else content
         try:
-            data = _existing(cfg.path).read_bytes()
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
             raise ValueError(
@@ -420,8 +436,8 @@ class _SentencePieceTokenizer(_TableBackend):
 
 
 class _HuggingFaceTokenizer(_Backend):
-    def __init__(self, cfg: HuggingFace) -> None:
-        tokenizer = _read_hugging_face(cfg.path)
+    def __init__(self, cfg: HuggingFace, content: bytes | None) -> None:
+        tokenizer = _read_hugging_face(cfg.path, content)
         # A file may carry the limits of the program that wrote it; they would cut documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -544,8 +560,8 @@ def add_control_tokens(source: str | Path, target: str | Path) -> list[AddedToke
     ]
 
 
-def _read_hugging_face(path: str | Path) -> tokenizers.Tokenizer:
-    data = _existing(path).read_bytes()
+def _read_hugging_face(path: str | Path, content: bytes | None = None) -> tokenizers.Tokenizer:
+    data = _existing(path).read_bytes() if content is None else content
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no narrower class

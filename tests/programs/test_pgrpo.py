@@ -353,6 +353,19 @@ def test_a_step_whose_groups_all_lack_signal_changes_nothing(trained, tmp_path, 
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_run_that_learns_nothing_says_so_on_the_console(trained, tmp_path, capsys):
+    words = ["Pgrpo.steps=6", "Pgrpo.max_prompts=2", "Sampler.rows=16", "Reward.overlong='keep'"]
+    without_evaluation(trained, tmp_path)
+    text = (tmp_path / "pgrpo.gin").read_text().splitlines()
+    kept = [line for line in text if not line.startswith("SoftOverlong")]
+    (tmp_path / "pgrpo.gin").write_text("\n".join(kept))
+    assert pgrpo(tmp_path, tmp_path / "run", *words) == 0
+    console = capsys.readouterr()
+    assert "Steps 0 to 4 had no group whose rewards differ" in console.out
+    assert "Use easier problems" in console.out
+    assert console.out.endswith("6 of 6 steps did not change the model.\n")
+
+
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [

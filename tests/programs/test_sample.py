@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax import sharding
+from tw_jax.checkpoint import Checkpoints, read_note, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
@@ -36,7 +37,7 @@ def test_every_problem_has_its_rollouts_with_ids_and_log_probs(runs):
 
 def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
     cfg = load_config(Sample, [str(runs / "sample.gin")])
-    source = samples.load(cfg, load_tokenizer(cfg.tokenizer))
+    source = samples.load(cfg)
     for rollout in rollouts(runs / "samples"):
         prompt = cfg.chat.prompt(source.generate.tokenizer, rollout.question)
         assert rollout.prompt.tolist() == prompt.tolist()
@@ -66,6 +67,24 @@ def test_rollouts_of_other_settings_are_not_mixed(runs, capsys, word):
     assert main(["sample", str(runs / "sample.gin"), "--set", word]) == 2
     name = "temperature" if "temperature" in word else "forkjoin"
     assert f"holds rollouts with another {name}" in capsys.readouterr().err
+
+
+def test_one_four_and_eight_devices_sample_the_same_ids(runs, tmp_path, monkeypatch):
+    make_mesh = sharding.make_mesh
+    found = []
+    for count in (1, 4, 8):
+        devices = jax.devices()[:count]
+        monkeypatch.setattr(sharding, "make_mesh", lambda cfg, d=devices: make_mesh(cfg, d))
+        assert run(runs, tmp_path / str(count)) == 0
+        made = rollouts(tmp_path / str(count))
+        found.append({r.id: [call.sampled.tolist() for call in r.calls] for r in made})
+    assert len(found[0]) == 6
+    assert found[0] == found[1] == found[2]
+
+
+def test_rows_that_the_devices_do_not_divide_are_refused(runs, tmp_path, capsys):
+    assert run(runs, tmp_path, "Sampler.rows=4") == 2
+    assert "Sampler.rows = 4: want a multiple of 8" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(runs, tmp_path, capsys):
@@ -124,9 +143,10 @@ def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, co
     assert run(runs, folder, f"Sample.checkpoint='{place}'") == 0
     assert "0 new rollouts" in capsys.readouterr().out, "the same parameters at another path"
     other = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1e-3), restore_params(place))
-    shutil.rmtree(place)
-    with Checkpoints(place, keep=1) as checkpoints:
-        checkpoints.save(4, {"params": other}, {})
+    note = read_note(place)
+    shutil.rmtree(place / "4")
+    with Checkpoints(place, keep=9) as checkpoints:
+        checkpoints.save(4, {"params": other}, note)
     assert run(runs, folder, f"Sample.checkpoint='{place}'") == 2
     assert "holds rollouts with another model_identity" in capsys.readouterr().err
 
@@ -174,7 +194,6 @@ def test_settings_without_a_rollout_are_replaced(runs, copy):
     (folder / "made_by.json").write_text(json.dumps(made | {"temperature": 0.5}))
     (folder / "rollouts.jsonl").unlink()
     cfg = load_config(Sample, [str(runs / "sample.gin")], [f"Sample.workdir='{folder}'"])
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    source, problems = samples.load(cfg, tokenizer), samples.read_problems(cfg, tokenizer)
-    samples.sample(cfg, source, problems)
+    problems = samples.read_problems(cfg, load_tokenizer(cfg.tokenizer))
+    samples.sample(cfg, samples.load(cfg), problems)
     assert json.loads((folder / "made_by.json").read_text()) == made

@@ -56,6 +56,13 @@ def test_wilson_has_width_where_all_or_none_are_correct():
     assert wilson(1.0, 10) == pytest.approx((1.0, 10 / (10 + z2), 1.0), abs=1e-12)
 
 
+def test_an_interval_of_none_begins_at_0_and_one_of_all_ends_at_1():
+    for trials in range(1, 300):
+        assert wilson(0.0, trials).low == 0
+        assert wilson(1.0, trials).high == 1
+        assert bootstrap(np.zeros(trials), resamples=3)[1:] == (0, 0)
+
+
 def test_wilson_solves_its_own_equation():
     z = 1.959963984540054
     for share, trials in ((0.3, 17), (0.9, 200), (0.5, 1)):

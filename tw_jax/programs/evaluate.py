@@ -70,7 +70,7 @@ def run(cfg: Evaluate) -> None:
     problems = samples.read_problems(cfg.sample, tokenizer)
     check_truths(cfg.grader, ((p.id, p.answer) for p in problems if has_answer(p)))
     quoted = hosts.together(lambda: _quoted(cfg, problems), ValueError, OSError)
-    source = samples.load(cfg.sample, tokenizer)
+    source = samples.load(cfg.sample)
     rollouts, _ = samples.sample(cfg.sample, source, problems)
     trajectories = [trajectory_of(source.generate.sampler.protocol, one) for one in rollouts]
     by_id = samples.by_rollout(cfg.sample, problems)

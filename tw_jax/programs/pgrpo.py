@@ -19,6 +19,7 @@ from tw_jax.bounds import counted
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.metrics import FILE, Metrics, read
+from tw_jax.models.load import LanguageModel, record_model
 from tw_jax.rollouts.evaluate import evaluate_held_out
 from tw_jax.rollouts.judge import judge_groups
 from tw_jax.rollouts.pgrpo import Pgrpo, Setup, make_reference, prepare
@@ -89,6 +90,10 @@ def run(cfg: Pgrpo) -> None:
         files = StepFiles(folder, run=who.digest, fingerprint=names, protocol=protocol)
         files.delete_from(first)
         reference = make_reference(cfg, setup.network, began, state.params)
+        model = LanguageModel(
+            model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.chat, forkjoin=cfg.forkjoin
+        )
+        kept = record_model(checkpoints.directory, model, setup.tokenizer, origin=cfg.init)
         with (
             Metrics(folder, step=first) as metrics,
             TrainingLoop(
@@ -98,7 +103,7 @@ def run(cfg: Pgrpo) -> None:
                 save_every=cfg.save_every,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                note=who.note,
+                note={**who.note, **kept},
             ) as loop,
         ):
             prompts = 0 if position is None else position["prompts"]

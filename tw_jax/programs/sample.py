@@ -22,7 +22,7 @@ def run(cfg: Sample) -> None:
     """Samples what is missing and prints how the new rollouts ended."""
     tokenizer = load_tokenizer(cfg.tokenizer)
     problems = samples.read_problems(cfg, tokenizer)
-    _, new = samples.sample(cfg, samples.load(cfg, tokenizer), problems)
+    _, new = samples.sample(cfg, samples.load(cfg), problems)
     workdir.record(cfg)
     if not hosts.is_first():
         return

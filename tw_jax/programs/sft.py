@@ -24,6 +24,7 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.metrics import Metrics
+from tw_jax.models.load import LanguageModel, record_model
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer import (
@@ -151,6 +152,10 @@ def run(cfg: Sft) -> None:
             print(standing(who, first=first, steps=cfg.steps), end="")
         if first < cfg.steps:
             workdir.record(cfg)
+        model = LanguageModel(
+            model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.data.chat, forkjoin=cfg.forkjoin
+        )
+        kept = record_model(checkpoints.directory, model, tokenizer, origin=cfg.init)
         with (
             Metrics(folder, step=first) as metrics,
             sharding.use(mesh, cfg.rules),
@@ -161,7 +166,7 @@ def run(cfg: Sft) -> None:
                 save_every=cfg.save_every,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                note=who.note,
+                note={**who.note, **kept},
             ) as loop,
         ):
             for _ in loop:

@@ -18,9 +18,7 @@ from tw_jax import sharding
 from tw_jax.contracts import Network, Params
 from tw_jax.data.records import Problem, Rollout
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
-from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.sample.draw import sampling_arrays
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Rules
@@ -112,7 +110,7 @@ def make_generator(
     tokenizer: Tokenizer,
     *,
     chat: Chat,
-    forkjoin: ForkJoin,
+    protocol: ThreadWeaver,
     sampler: Sampler,
     mesh: jax.sharding.Mesh,
     rules: Rules,
@@ -123,12 +121,11 @@ def make_generator(
       network: the model.
       tokenizer: that of the model.
       chat: how a question becomes a prompt.
-      forkjoin: limits of fork and join.
+      protocol: decides on fork and join, with their limits.
       sampler: rows and sizes; seeds and temperature are given to each call.
       mesh: devices.
       rules: which logical axis is split over which axis of the mesh.
     """
-    protocol = ThreadWeaver(make_table(tokenizer), forkjoin)
     return Generator(make_sampler(network, protocol, sampler), tokenizer, chat, mesh, rules)
 
 

@@ -15,6 +15,8 @@ from tw_jax.contracts import Network, Params
 from tw_jax.data.prompts import Problems
 from tw_jax.data.stored import fingerprint
 from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models.transformer import Model, network
 from tw_jax.rollouts.evaluate import Evaluation
 from tw_jax.rollouts.generate import (
@@ -181,7 +183,7 @@ def prepare(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> Setup:
         net,
         tokenizer,
         chat=cfg.chat,
-        forkjoin=cfg.forkjoin,
+        protocol=ThreadWeaver(make_table(tokenizer), cfg.forkjoin),
         sampler=cfg.sampler,
         mesh=mesh,
         rules=cfg.rules,

@@ -9,25 +9,24 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
-
 from tw_jax import hosts, sharding
 from tw_jax.bounds import require, require_text
-from tw_jax.checkpoint import identity, newest, restore_params
+from tw_jax.checkpoint import identity
 from tw_jax.config import configurable, operative
-from tw_jax.contracts import Network, Params
+from tw_jax.contracts import Params
 from tw_jax.data.problems import content_hash
 from tw_jax.data.prompts import Problems
 from tw_jax.data.records import Problem, Rollout
 from tw_jax.data.stored import fingerprint
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.metrics import progress
-from tw_jax.models.transformer import Model, network
+from tw_jax.models.load import LanguageModel, load_model
+from tw_jax.models.transformer import Model
 from tw_jax.rollouts.generate import Generator, make_generator
 from tw_jax.rollouts.store import kept_samples
 from tw_jax.sample.sampler import Sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, check_rows
+from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer
 
 
 @configurable
@@ -81,41 +80,30 @@ class Source(NamedTuple):
     step: int  # of the checkpoint
 
 
-def load(cfg: Sample, tokenizer: Tokenizer) -> Source:
+def load(cfg: Sample) -> Source:
     """Reads the newest checkpoint onto the mesh and builds the sampler.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: the parameters do not fit the model, the model has fewer rows than the tokenizer
-        has ids, or the devices do not divide `Sampler.rows`.
+      ValueError: the checkpoint does not fit the config, see `load_model`; or the devices do not
+        divide `Sampler.rows`.
     """
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_split("Sampler.rows", cfg.sampler.rows, mesh, sharding.sampling(cfg.rules))
-    check_rows(tokenizer, cfg.model.vocab_size)
-    net = network(cfg.model, num_ids=tokenizer.vocab_size)
-    step = newest(cfg.checkpoint)
-    hosts.agree(checkpoint=f"step {step}")
-    abstract = _abstract_params(net, mesh, cfg.rules)
+    config = LanguageModel(
+        model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.chat, forkjoin=cfg.forkjoin
+    )
+    loaded = load_model(cfg.checkpoint, mesh=mesh, rules=cfg.rules, config=config)
     generate = make_generator(
-        net,
-        tokenizer,
-        chat=cfg.chat,
-        forkjoin=cfg.forkjoin,
+        loaded.network,
+        loaded.tokenizer,
+        chat=loaded.chat,
+        protocol=loaded.protocol,
         sampler=cfg.sampler,
         mesh=mesh,
         rules=cfg.rules,
     )
-    return Source(restore_params(cfg.checkpoint, step=step, abstract=abstract), generate, step)
-
-
-def _abstract_params(net: Network, mesh: jax.sharding.Mesh, rules: Rules) -> Params:
-    """Shapes, dtypes and shardings of the parameters, without an array."""
-    shapes = jax.eval_shape(net.init, jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        sharding.shardings(net.axes(), shapes, mesh, rules),
-    )
+    return Source(loaded.params, generate, loaded.step)
 
 
 def read_problems(cfg: Sample, tokenizer: Tokenizer) -> list[Problem]:

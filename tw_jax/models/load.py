@@ -1,0 +1,285 @@
+"""A checkpoint is enough: its record says which model, tokenizer, chat and limits it belongs to.
+
+`record_model` is called by every program that saves checkpoints: it puts the tokenizer's file into
+the folder of checkpoints and returns the note that each checkpoint keeps. `load_model` reads such a
+folder onto any mesh, on any number of hosts; `describe` gives the note as gin text. The folder can
+be moved or copied, and nothing outside of it is read. This file does not know how a model is
+trained or sampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tw_jax import hosts
+from tw_jax.checkpoint import newest, read_beside, read_note, restore_params, write_beside
+from tw_jax.config import configurable, load_config, operative
+from tw_jax.contracts import Network, Params
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.table import make_table
+from tw_jax.models.transformer import Model, network
+from tw_jax.sharding import Rules, shardings
+from tw_jax.tokenizer import (
+    Bytes,
+    Chat,
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    check_rows,
+    control_ids,
+    load_tokenizer,
+    require_single_ids,
+)
+
+_KEY = "language_model"
+"""Where a checkpoint's note keeps what this file writes."""
+
+HF_FILES = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
+)
+"""The files of a Hugging Face folder that go along beside tokenizer.json: no code, no weights.
+
+An import puts them into `hf/` of the folder of checkpoints, and an export takes them from there.
+"""
+
+
+@configurable
+class LanguageModel:
+    """A model with all that its ids and its rollouts depend on.
+
+    Attributes:
+      model: sizes and numerics.
+      tokenizer: text to ids.
+      chat: how a question becomes a prompt.
+      forkjoin: limits of fork and join.
+    """
+
+    model: Model
+    tokenizer: Bytes | SentencePiece | HuggingFace
+    chat: Chat
+    forkjoin: ForkJoin
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to be sampled, scored or trained.
+
+    Attributes:
+      network: pure functions of the parameters.
+      params: on the devices that `load_model` was told, with adapters where the model has them.
+      tokenizer: text to ids.
+      chat: how a question becomes a prompt.
+      protocol: decisions of fork and join, with the limits of `config.forkjoin`.
+      config: all of it as config.
+      step: of the checkpoint.
+    """
+
+    network: Network
+    params: Params
+    tokenizer: Tokenizer
+    chat: Chat
+    protocol: ThreadWeaver
+    config: LanguageModel
+    step: int
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = Rules(),  # noqa: B008  (immutable)
+    step: int | None = None,
+    config: LanguageModel | None = None,
+) -> Loaded:
+    """Reads and verifies a model from a folder of checkpoints; nothing is written.
+
+    Every process of a job calls it with the same arguments and reads its part of the parameters.
+
+    Args:
+      folder: the `checkpoints/` of a run or an import; a URL such as gs://bucket/run/checkpoints is
+        read too.
+      mesh: devices to put the parameters on, whatever the mesh was that they were saved from; None
+        for the first local device.
+      rules: how the mesh splits parameters.
+      step: which checkpoint; None for the newest.
+      config: replaces what the checkpoint says, to change limits or the attention backend for
+        instance. Its tokenizer must have the checkpoint's vocabulary.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint, or its tokenizer's file is missing.
+      DamagedError: the checkpoint is damaged.
+      ValueError: an earlier version wrote it, without its model; the tokenizer's file is another
+        one; or `config` does not fit the parameters.
+    """
+    step = _step(folder) if step is None else step
+
+    def read() -> tuple[LanguageModel, Tokenizer]:
+        kept = _kept(folder, step)
+        chosen = _config(folder, kept) if config is None else config
+        return chosen, _tokenizer(folder, chosen.tokenizer, kept)
+
+    chosen, tokenizer = hosts.together(read, ValueError, OSError)
+    chosen.chat.answer_suffix(tokenizer)  # refuses a tokenizer of another family
+    check_rows(tokenizer, chosen.model.vocab_size)
+    protocol = ThreadWeaver(make_table(tokenizer), chosen.forkjoin)
+    net = network(chosen.model, num_ids=tokenizer.vocab_size)
+    params = restore_params(folder, step=step, abstract=abstract_params(net, mesh, rules))
+    return Loaded(net, params, tokenizer, chosen.chat, protocol, chosen, step)
+
+
+def describe(folder: str | Path) -> str:
+    """What the newest checkpoint of a folder knows, as the gin text of a `LanguageModel`.
+
+    Returns:
+      Text that `load_config(LanguageModel, ...)` reads. The tokenizer's path is that of its file in
+      `folder`.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      DamagedError: its record is damaged.
+      ValueError: an earlier version wrote it, without its model.
+    """
+    return operative(_config(folder, _kept(folder, newest(folder))))
+
+
+def record_model(
+    folder: str | Path,
+    config: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    origin: str | Path | None = None,
+) -> dict[str, Any]:
+    """Makes a folder of checkpoints enough to load a model from.
+
+    The tokenizer's file is copied into the folder, in one move and by process 0, and so are the
+    `HF_FILES` that an import left, so that an export finds them.
+
+    Args:
+      folder: of the checkpoints that will be saved.
+      config: what they belong to.
+      tokenizer: of `config`.
+      origin: the folder of checkpoints that the run begins with. It need not be there any more when
+        a run is resumed.
+
+    Returns:
+      What each checkpoint must keep in its `extra`: JSON, to be merged into what else it keeps.
+
+    Raises:
+      OSError: the file cannot be read or written.
+    """
+    portable = config
+    if not isinstance(config.tokenizer, Bytes):
+        name = _file_name(config.tokenizer)
+        content = hosts.together(Path(config.tokenizer.path).read_bytes, OSError)
+        write_beside(folder, {name: content})
+        portable = dataclasses.replace(
+            config, tokenizer=dataclasses.replace(config.tokenizer, path=name)
+        )
+    if origin is not None:
+        found = hosts.together(lambda: _hf_files(origin, tokenizer), ValueError, OSError)
+        write_beside(folder, found)
+    return {
+        _KEY: {
+            "config": operative(portable),
+            "tokenizer": tokenizer.fingerprint,
+            "control_tokens": control_ids(tokenizer),
+        }
+    }
+
+
+def abstract_params(net: Network, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
+    """Shapes and dtypes of a network's parameters, and where a mesh puts them.
+
+    Args:
+      net: the network.
+      mesh: devices; None leaves the place open.
+      rules: how the mesh splits parameters.
+
+    Returns:
+      The tree of parameters with `jax.ShapeDtypeStruct`s for leaves.
+    """
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings(net.axes(), shapes, mesh, rules),
+    )
+
+
+def _step(folder: str | Path) -> int:
+    """The newest step, as process 0 sees it: a run may save another one at this moment."""
+    found = hosts.together(lambda: newest(folder), FileNotFoundError)
+    return hosts.gather(found)[0]
+
+
+def _kept(folder: str | Path, step: int) -> dict[str, Any]:
+    """What `record_model` returned for a checkpoint."""
+    kept = read_note(folder, step=step).get(_KEY)
+    if kept is None:
+        raise ValueError(
+            f"{folder}/{step} does not say which model, tokenizer and chat template it belongs to, "
+            "because an earlier version of tw_jax wrote it. Run tw sft, tw pgrpo or tw convert "
+            "again to write a new checkpoint."
+        )
+    return kept
+
+
+def _config(folder: str | Path, kept: dict[str, Any]) -> LanguageModel:
+    """The config of a checkpoint, with the tokenizer's path inside of its folder."""
+    try:
+        lines = filter(None, kept["config"].split("\n"))
+        config = load_config(LanguageModel, [], list(lines))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: this version of tw_jax cannot read what the checkpoint says of its model: "
+            f"{error} Use the version that wrote it, or convert or train again."
+        ) from error
+    if isinstance(config.tokenizer, Bytes):
+        return config
+    path = os.path.join(str(folder), _file_name(config.tokenizer))
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+
+
+def _tokenizer(
+    folder: str | Path, cfg: Bytes | SentencePiece | HuggingFace, kept: dict[str, Any]
+) -> Tokenizer:
+    """Builds the tokenizer and compares its vocabulary with that of the checkpoint."""
+    content = None
+    if not isinstance(cfg, Bytes):
+        name = _file_name(cfg)
+        if cfg.path == os.path.join(str(folder), name):
+            content = read_beside(folder, name)
+    tokenizer = load_tokenizer(cfg, content=content)
+    if tokenizer.fingerprint != kept["tokenizer"]:
+        raise ValueError(
+            f"{tokenizer.source} is not the tokenizer of the checkpoints in {folder}: the "
+            f"fingerprint of its vocabulary is {tokenizer.fingerprint[:16]}, and that of the "
+            f"checkpoint's is {kept['tokenizer'][:16]}. Put the tokenizer's own file there."
+        )
+    require_single_ids(tokenizer, kept["control_tokens"])
+    return tokenizer
+
+
+def _hf_files(folder: str | Path, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The `HF_FILES` beside the checkpoints of a folder; none if it has another tokenizer."""
+    names = [f"hf/{name}" for name in HF_FILES]
+    found = {name: content for name in names if (content := read_beside(folder, name)) is not None}
+    if found and read_note(folder).get(_KEY, {}).get("tokenizer") != tokenizer.fingerprint:
+        return {}
+    return found
+
+
+def _file_name(cfg: SentencePiece | HuggingFace) -> str:
+    """The name of the tokenizer's file in a folder of checkpoints."""
+    return "tokenizer.model" if isinstance(cfg, SentencePiece) else "tokenizer.json"
