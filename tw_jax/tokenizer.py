@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -64,6 +64,11 @@ class Tokenizer(Protocol):
     pad_id: int
     fingerprint: str
     source: str
+
+    @property
+    def control_ids(self) -> Mapping[str, int]:
+        """The id of each control token that the vocabulary has."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a document, [n] int32; a control string in it becomes its control id."""
@@ -206,12 +211,16 @@ class Chat:
 
 
 def load_tokenizer(
-    cfg: Bytes | SentencePiece | HuggingFace, *, content: bytes | None = None
+    cfg: Bytes | SentencePiece | HuggingFace,
+    *,
+    control: Sequence[str] = CONTROL,
+    content: bytes | None = None,
 ) -> Tokenizer:
     """Builds the tokenizer of a config.
 
     Args:
       cfg: which one.
+      control: the control tokens of the method that the ids are for, in order.
       content: of its file, where the caller has read it; `cfg.path` then only names it in errors.
 
     Raises:
@@ -220,11 +229,11 @@ def load_tokenizer(
     """
     match cfg:
         case Bytes():
-            return _ByteTokenizer()
+            return _ByteTokenizer(control)
         case SentencePiece():
-            return _SentencePieceTokenizer(cfg, content)
+            return _SentencePieceTokenizer(cfg, control, content)
         case HuggingFace():
-            return _HuggingFaceTokenizer(cfg, content)
+            return _HuggingFaceTokenizer(cfg, control, content)
 
 
 def require_single_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> None:
@@ -242,16 +251,6 @@ def require_single_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> None:
             "forced, stopped and joined by id. Use the hf/tokenizer.json that `tw convert` writes, "
             "or a SentencePiece file of train_sentencepiece: both have the control tokens."
         )
-
-
-def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The id of each control token that the vocabulary has."""
-    ids = {text: tokenizer.encode(text) for text in CONTROL}
-    return {
-        text: int(found[0])
-        for text, found in ids.items()
-        if len(found) == 1 and tokenizer.piece(int(found[0])) == text
-    }
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> None:
@@ -298,7 +297,8 @@ class _Backend(abc.ABC):
 
     Attributes:
       pieces: names of the ids in order, for the fingerprint; None for a hole.
-      reserved: strings that `encode_plain` must keep from becoming one id.
+      control: control tokens.
+      reserved: further strings that `encode_plain` must keep from becoming one id.
     """
 
     def __init__(
@@ -308,6 +308,7 @@ class _Backend(abc.ABC):
         source: str,
         eos_ids: tuple[int, ...],
         pad_id: int,
+        control: Sequence[str],
         reserved: Iterable[str] = (),
     ) -> None:
         self.source = source
@@ -316,7 +317,8 @@ class _Backend(abc.ABC):
         self.pad_id = pad_id
         named = json.dumps([type(self).__name__, pieces])
         self.fingerprint = hashlib.sha256(named.encode()).hexdigest()
-        strings = sorted({*CONTROL, *_THINK, *reserved})
+        self._control = tuple(control)
+        strings = sorted({*control, *_THINK, *reserved})
         # Looking ahead without consuming finds occurrences that overlap, too.
         self._reserved = re.compile(f"(?={'|'.join(re.escape(s) for s in strings if len(s) > 1)})")
 
@@ -325,6 +327,15 @@ class _Backend(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+
+    @property
+    def control_ids(self) -> Mapping[str, int]:
+        encoded = {text: self.encode(text).tolist() for text in self._control}
+        return {
+            text: ids[0]
+            for text, ids in encoded.items()
+            if len(ids) == 1 and self.piece(ids[0]) == text
+        }
 
     def encode_plain(self, text: str) -> np.ndarray:
         # Every reserved string is cut behind its first character and the parts are encoded one by
@@ -368,8 +379,9 @@ class _TableBackend(_Backend):
         *,
         pad_id: int,
         source: str,
+        control: Sequence[str],
     ) -> None:
-        super().__init__(pieces, source=source, eos_ids=eos_ids, pad_id=pad_id)
+        super().__init__(pieces, source=source, eos_ids=eos_ids, pad_id=pad_id, control=control)
         self._table = table
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -379,13 +391,14 @@ class _TableBackend(_Backend):
 
 
 class _ByteTokenizer(_TableBackend):
-    def __init__(self) -> None:
+    def __init__(self, control: Sequence[str]) -> None:
         table = [bytes([i]) for i in range(256)]
-        table += [s.encode() for s in ("<pad>", "</s>", *CONTROL)]
+        table += [s.encode() for s in ("<pad>", "</s>", *control)]
         pieces = [b.decode("latin-1") for b in table]
-        super().__init__(table, pieces, (257,), pad_id=256, source="Bytes()")
-        self._controls = re.compile(f"({'|'.join(CONTROL)})")
-        self._ids = {text: np.array([258 + i], np.int32) for i, text in enumerate(CONTROL)}
+        super().__init__(table, pieces, (257,), pad_id=256, source="Bytes()", control=control)
+        # Without control tokens the pattern matches nothing.
+        self._controls = re.compile(f"({'|'.join(map(re.escape, control)) or '(?!)'})")
+        self._ids = {text: np.array([258 + i], np.int32) for i, text in enumerate(control)}
 
     def encode(self, text: str) -> np.ndarray:
         parts = self._controls.split(text)  # text, control, text, ...
@@ -396,7 +409,7 @@ class _ByteTokenizer(_TableBackend):
 
 
 class _SentencePieceTokenizer(_TableBackend):
-    def __init__(self, cfg: SentencePiece, content: bytes | None) -> None:
+    def __init__(self, cfg: SentencePiece, control: Sequence[str], content: bytes | None) -> None:
         data = _existing(cfg.path).read_bytes() if content is None else content
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -421,7 +434,7 @@ class _SentencePieceTokenizer(_TableBackend):
             for i, piece in enumerate(pieces)
         ]
         pad = pad if pad >= 0 else eos
-        super().__init__(table, pieces, (eos,), pad_id=pad, source=cfg.path)
+        super().__init__(table, pieces, (eos,), pad_id=pad, source=cfg.path, control=control)
         self._space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._require_lossless(cfg.path)
 
@@ -436,12 +449,12 @@ class _SentencePieceTokenizer(_TableBackend):
 
 
 class _HuggingFaceTokenizer(_Backend):
-    def __init__(self, cfg: HuggingFace, content: bytes | None) -> None:
+    def __init__(self, cfg: HuggingFace, control: Sequence[str], content: bytes | None) -> None:
         tokenizer = _read_hugging_face(cfg.path, content)
         # A file may carry the limits of the program that wrote it; they would cut documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.add_special_tokens(list(CONTROL))
+        tokenizer.add_special_tokens(list(control))
         self._tokenizer = tokenizer
         known = tokenizer.get_vocab(with_added_tokens=True)
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
@@ -456,7 +469,12 @@ class _HuggingFaceTokenizer(_Backend):
             pieces[id] = text
         eos_ids = tuple(known[text] for text in cfg.eos)
         super().__init__(
-            pieces, source=cfg.path, eos_ids=eos_ids, pad_id=eos_ids[0], reserved=special
+            pieces,
+            source=cfg.path,
+            eos_ids=eos_ids,
+            pad_id=eos_ids[0],
+            control=control,
+            reserved=special,
         )
         self._require_lossless(cfg.path)
 
@@ -469,7 +487,9 @@ class _HuggingFaceTokenizer(_Backend):
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
 
-def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
+def train_sentencepiece(
+    texts: Iterable[str], path: str | Path, vocab_size: int, *, control: Sequence[str] = CONTROL
+) -> None:
     """Trains a SentencePiece file on a corpus and writes it in one move.
 
     Byte-pair merges with byte fallback, which lose no character; the control tokens, `<think>`,
@@ -482,6 +502,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
       path: the .model file to write.
       vocab_size: ids in all. 285 are fixed and every frequent character takes one; the rest are
         merges.
+      control: the control tokens, which are its first symbols in this order.
 
     Raises:
       ValueError: the corpus is empty, or does not carry that vocabulary.
@@ -494,7 +515,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            user_defined_symbols=[*CONTROL, *_THINK, "\n", ":"],
+            user_defined_symbols=[*control, *_THINK, "\n", ":"],
             required_chars="0123456789",
             split_digits=True,
             byte_fallback=True,
@@ -531,33 +552,49 @@ class AddedToken(NamedTuple):
     word: list[int]
 
 
-def add_control_tokens(source: str | Path, target: str | Path) -> list[AddedToken]:
-    """Writes a tokenizer.json that has the control tokens, for engines that read it by themselves.
+def add_control_tokens(
+    content: bytes, *, source: str, control: Sequence[str] = CONTROL
+) -> tuple[bytes, list[AddedToken]]:
+    """Adds control tokens to a tokenizer.json, for engines that read it by themselves.
 
-    Those that the source has keep their ids; the others come behind its last id, in order.
+    Those that it has keep their ids; the others get the ids after its last one, in order.
 
     Args:
-      source: the tokenizer.json of a checkpoint.
-      target: the file to write, in one move; may be the source.
+      content: of the tokenizer.json of a checkpoint.
+      source: what errors call it.
+      control: the control tokens.
 
     Returns:
-      The added tokens in order; none where the source has all twelve.
+      The new content, and the added tokens in order. Where all are there, the old content and none.
 
     Raises:
-      FileNotFoundError: the source is not there.
       ValueError: it is not a tokenizer.json.
     """
-    before = _read_hugging_face(source)
+    before = _read_hugging_face(source, content)
     known = before.get_vocab(with_added_tokens=True)
-    after = _read_hugging_face(source)
-    after.add_special_tokens(list(CONTROL))
-    files.write_text(target, after.to_str(pretty=True))
+    missing = [text for text in control if text not in known]
+    if not missing:
+        return content, []
+    after = _read_hugging_face(source, content)
+    after.add_special_tokens(list(control))
     ids = after.get_vocab(with_added_tokens=True)
-    return [
+    return after.to_str(pretty=True).encode(), [
         AddedToken(text, ids[text], before.encode(text[1:-1], add_special_tokens=False).ids)
-        for text in CONTROL
-        if text not in known
+        for text in missing
     ]
+
+
+def read_vocabulary(content: bytes, *, source: str) -> dict[str, int]:
+    """The ids of a tokenizer.json by their names, special tokens included.
+
+    Args:
+      content: of the file.
+      source: what errors call it.
+
+    Raises:
+      ValueError: it is not a tokenizer.json.
+    """
+    return _read_hugging_face(source, content).get_vocab(with_added_tokens=True)
 
 
 def _read_hugging_face(path: str | Path, content: bytes | None = None) -> tokenizers.Tokenizer:

@@ -20,7 +20,6 @@ EXPORT = """
 Convert.workdir = '{folder}'
 Convert.job = @Export()
 Export.checkpoint = '{folder}/sft/checkpoints'
-Export.model = @Model()
 Export.dtype = 'float32'
 """
 IMPORT = """
@@ -102,10 +101,8 @@ def test_reinforcement_moves_only_adapters_and_its_reference_is_the_model_beneat
 def test_an_export_is_the_merged_model_and_its_import_has_no_adapters(
     runs, adapted, tmp_path, close
 ):
-    lines = (runs / "sft.gin").read_text().splitlines(keepends=True)
-    model = "".join(line for line in lines if line.startswith("Model."))
-    (tmp_path / "export.gin").write_text(model + EXPORT.format(folder=adapted))
-    assert run("convert", tmp_path / "export.gin", *LORA) == 0
+    (tmp_path / "export.gin").write_text(EXPORT.format(folder=adapted))
+    assert run("convert", tmp_path / "export.gin") == 0
     blocks = params(adapted / "sft")["blocks"]
     tensors = load_file(adapted / "hf" / "model.safetensors")
     for name, theirs, module in (

@@ -7,11 +7,13 @@ file that imports safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tw_jax import folders
+from tw_jax import folders, hosts
 from tw_jax.contracts import Network, Params
 from tw_jax.models.hf_config import config_fields, family_of, read_json
 from tw_jax.models.lora import SUFFIX, merged
@@ -214,6 +216,8 @@ def _read(stored: Any, row: _Row, piece: Sequence[slice]) -> np.ndarray:
 def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every array under Hugging Face's name and in its layout, one tensor at a time.
 
+    In a job of many processes all take the same tensors in turn, and each gets all of them whole.
+
     Args:
       params: Parameters, or any tree shaped like them, for example gradients.
       model: Sizes and adapters.
@@ -234,7 +238,7 @@ def _of_layer(params: Params, path: Sequence[str], layer: int | None, model: Mod
     adapter = siblings.get(name + SUFFIX)
 
     def read(array: jax.Array) -> np.ndarray:
-        return np.asarray(array if layer is None else array[layer])
+        return hosts.to_host(array if layer is None else array[layer])
 
     if adapter is None:
         return read(siblings[name])
@@ -249,25 +253,33 @@ def write(
     *,
     dtype: Dtype,
     base: Mapping[str, Any] | None = None,
+    others: Mapping[str, bytes] | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Writes a folder that `transformers` loads: safetensors and `config.json`.
 
     Adapters are merged into their weights. The new folder is built next to the old one and replaces
     it when it is complete. After an error the old folder is unchanged.
+    All processes of a job call this, and process 0 writes.
 
     Args:
       folder: Created if it does not exist. Its weights and config are replaced, and its other files
         are kept.
-      params: Parameters on devices of this host.
+      params: Parameters on the devices of the job.
       model: Their sizes and adapters.
       dtype: Dtype of the written tensors.
       base: Fields of a `config.json` to keep, for example the longest context and the ends of
         sequence. Fields that the model determines are replaced.
       shard_bytes: Largest size of a file, in bytes; a file has at least one tensor.
+      others: Content of further files by name, such as the tokenizer's.
     """
-    with folders.replacing(folder, is_replaced) as new:
+    is_first = hosts.is_first()
+    with folders.replacing(folder, is_replaced) if is_first else contextlib.nullcontext() as new:
+        if new is not None:
+            for name, content in (others or {}).items():
+                (new / name).write_bytes(content)
         _write_into(new, params, model, dtype=dtype, base=base or {}, shard_bytes=shard_bytes)
+    hosts.gather("written")
 
 
 def is_replaced(name: str) -> bool:
@@ -276,7 +288,7 @@ def is_replaced(name: str) -> bool:
 
 
 def _write_into(
-    folder: Path,
+    folder: Path | None,  # None in a process that does not write
     params: Params,
     model: Model,
     *,
@@ -294,14 +306,22 @@ def _write_into(
         file = f"model-{number:05}-of-{len(files):05}.safetensors"
         file = "model.safetensors" if len(files) == 1 else file
         held = {
-            name: tensor.astype(jnp.dtype(dtype)) for name, tensor in _take(tensors, len(names))
+            name: tensor.astype(jnp.dtype(dtype)) if folder is not None else tensor[:0]
+            for name, tensor in _take(tensors, len(names))
         }
-        save_file(held, folder / file, metadata={"format": "pt"})
+        hosts.together(partial(_save, held, folder, file), OSError)
         where |= dict.fromkeys(held, file)
+    if folder is None:
+        return
     if len(files) > 1:
         size = itemsize * sum(map(math.prod, tensor_shapes(model).values()))
         _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
     _write_json(folder / "config.json", config_fields(model, dtype=dtype, base=base))
+
+
+def _save(tensors: dict[str, np.ndarray], folder: Path | None, file: str) -> None:
+    if folder is not None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def _take(items: Iterator[Any], count: int) -> Iterator[Any]:

@@ -220,9 +220,24 @@ def read_json(file: Path) -> dict[str, Any]:
       ValueError: If it is not JSON or not an object; see also `strict_json`.
     """
     try:
-        found = strict_json.parse(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: not there. Give a folder as on the Hub.") from None
+    return json_object(content, file)
+
+
+def json_object(content: bytes, file: str | Path) -> dict[str, Any]:
+    """The object that the content of a JSON file holds.
+
+    Args:
+      content: UTF-8.
+      file: what errors call it.
+
+    Raises:
+      ValueError: it is not JSON, or no object; or see `strict_json`.
+    """
+    try:
+        found = strict_json.parse(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error}). Copy or download it again.") from None
     except ValueError as error:

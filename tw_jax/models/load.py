@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from tw_jax.contracts import Network, Params
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
+from tw_jax.models import hf_files
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Rules, shardings
 from tw_jax.tokenizer import (
@@ -32,25 +34,12 @@ from tw_jax.tokenizer import (
     SentencePiece,
     Tokenizer,
     check_rows,
-    control_ids,
     load_tokenizer,
     require_single_ids,
 )
 
 _KEY = "language_model"
 """Where a checkpoint's note keeps what this file writes."""
-
-HF_FILES = (
-    *("config.json", "generation_config.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
-)
-"""The files of a Hugging Face folder that go along beside tokenizer.json: no code, no weights.
-
-An import puts them into `hf/` of the folder of checkpoints, and an export takes them from there.
-"""
 
 
 @configurable
@@ -120,20 +109,16 @@ def load_model(
       ValueError: an earlier version wrote it, without its model; the tokenizer's file is another
         one; or `config` does not fit the parameters.
     """
-    step = _step(folder) if step is None else step
-
-    def read() -> tuple[LanguageModel, Tokenizer]:
-        kept = _kept(folder, step)
-        chosen = _config(folder, kept) if config is None else config
-        return chosen, _tokenizer(folder, chosen.tokenizer, kept)
-
-    chosen, tokenizer = hosts.together(read, ValueError, OSError)
+    record = read_record(folder, step=step)
+    chosen = record.config if config is None else config
+    read = partial(_tokenizer, folder, chosen.tokenizer, record)
+    tokenizer = hosts.together(read, ValueError, OSError)
     chosen.chat.answer_suffix(tokenizer)  # refuses a tokenizer of another family
     check_rows(tokenizer, chosen.model.vocab_size)
     protocol = ThreadWeaver(make_table(tokenizer), chosen.forkjoin)
     net = network(chosen.model, num_ids=tokenizer.vocab_size)
-    params = restore_params(folder, step=step, abstract=abstract_params(net, mesh, rules))
-    return Loaded(net, params, tokenizer, chosen.chat, protocol, chosen, step)
+    params = restore_params(folder, step=record.step, abstract=abstract_params(net, mesh, rules))
+    return Loaded(net, params, tokenizer, chosen.chat, protocol, chosen, record.step)
 
 
 def describe(folder: str | Path) -> str:
@@ -148,25 +133,70 @@ def describe(folder: str | Path) -> str:
       DamagedError: its record is damaged.
       ValueError: an earlier version wrote it, without its model.
     """
-    return operative(_config(folder, _kept(folder, newest(folder))))
+    # Without a word to other processes: configs are built before they are compared.
+    return operative(_read(folder, newest(folder)).config)
+
+
+class Record(NamedTuple):
+    """What one checkpoint says of itself.
+
+    Attributes:
+      step: its step.
+      config: the model and what belongs to it; the tokenizer's path is in the folder.
+      fingerprint: of the tokenizer; "" where an import kept one that the library cannot use.
+      control_tokens: the control tokens of the vocabulary and their ids.
+    """
+
+    step: int
+    config: LanguageModel
+    fingerprint: str
+    control_tokens: dict[str, int]
+
+
+def read_record(folder: str | Path, *, step: int | None = None) -> Record:
+    """Reads what a checkpoint says of itself; no array is read. All processes get the same.
+
+    Raises:
+      FileNotFoundError, DamagedError, ValueError: in every process; see `load_model`.
+    """
+    if step is None:
+        # As process 0 sees it: a run may save another one at this moment.
+        step = hosts.gather(hosts.together(partial(newest, folder), FileNotFoundError))[0]
+    assert step is not None
+    return hosts.together(partial(_read, folder, step), ValueError, OSError)
+
+
+def read_files(folder: str | Path, config: LanguageModel) -> dict[str, bytes]:
+    """The tokenizer's file and what an import kept of its Hugging Face folder, by their names.
+
+    Args:
+      folder: of checkpoints.
+      config: of one of them.
+    """
+    names = {name: f"hf/{name}" for name in hf_files.NAMES}
+    if not isinstance(config.tokenizer, Bytes):
+        own = _file_name(config.tokenizer)
+        names[own] = own
+    found = {name: read_beside(folder, place) for name, place in names.items()}
+    return {name: content for name, content in found.items() if content is not None}
 
 
 def record_model(
     folder: str | Path,
     config: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     origin: str | Path | None = None,
 ) -> dict[str, Any]:
     """Makes a folder of checkpoints enough to load a model from.
 
     The tokenizer's file is copied into the folder, in one move and by process 0, and so are the
-    `HF_FILES` that an import left, so that an export finds them.
+    files that an import left in `hf/`, so that an export finds them.
 
     Args:
       folder: of the checkpoints that will be saved.
       config: what they belong to.
-      tokenizer: of `config`.
+      tokenizer: of `config`; None for one that can only be kept for an export.
       origin: the folder of checkpoints that the run begins with. It need not be there any more when
         a run is resumed.
 
@@ -184,14 +214,15 @@ def record_model(
         portable = dataclasses.replace(
             config, tokenizer=dataclasses.replace(config.tokenizer, path=name)
         )
-    if origin is not None:
-        found = hosts.together(lambda: _hf_files(origin, tokenizer), ValueError, OSError)
+    if origin is not None and tokenizer is not None:
+        fingerprint = tokenizer.fingerprint
+        found = hosts.together(lambda: _kept_files(origin, fingerprint), ValueError, OSError)
         write_beside(folder, found)
     return {
         _KEY: {
             "config": operative(portable),
-            "tokenizer": tokenizer.fingerprint,
-            "control_tokens": control_ids(tokenizer),
+            "tokenizer": "" if tokenizer is None else tokenizer.fingerprint,
+            "control_tokens": {} if tokenizer is None else dict(tokenizer.control_ids),
         }
     }
 
@@ -217,14 +248,8 @@ def abstract_params(net: Network, mesh: jax.sharding.Mesh | None, rules: Rules) 
     )
 
 
-def _step(folder: str | Path) -> int:
-    """The newest step, as process 0 sees it: a run may save another one at this moment."""
-    found = hosts.together(lambda: newest(folder), FileNotFoundError)
-    return hosts.gather(found)[0]
-
-
-def _kept(folder: str | Path, step: int) -> dict[str, Any]:
-    """What `record_model` returned for a checkpoint."""
+def _read(folder: str | Path, step: int) -> Record:
+    """As `read_record`, without a word to other processes."""
     kept = read_note(folder, step=step).get(_KEY)
     if kept is None:
         raise ValueError(
@@ -232,11 +257,6 @@ def _kept(folder: str | Path, step: int) -> dict[str, Any]:
             "because an earlier version of tw_jax wrote it. Run tw sft, tw pgrpo or tw convert "
             "again to write a new checkpoint."
         )
-    return kept
-
-
-def _config(folder: str | Path, kept: dict[str, Any]) -> LanguageModel:
-    """The config of a checkpoint, with the tokenizer's path inside of its folder."""
     try:
         lines = filter(None, kept["config"].split("\n"))
         config = load_config(LanguageModel, [], list(lines))
@@ -245,14 +265,15 @@ def _config(folder: str | Path, kept: dict[str, Any]) -> LanguageModel:
             f"{folder}: this version of tw_jax cannot read what the checkpoint says of its model: "
             f"{error} Use the version that wrote it, or convert or train again."
         ) from error
-    if isinstance(config.tokenizer, Bytes):
-        return config
-    path = os.path.join(str(folder), _file_name(config.tokenizer))
-    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+    if not isinstance(config.tokenizer, Bytes):
+        path = os.path.join(str(folder), _file_name(config.tokenizer))
+        tokenizer = dataclasses.replace(config.tokenizer, path=path)
+        config = dataclasses.replace(config, tokenizer=tokenizer)
+    return Record(step, config, kept["tokenizer"], kept["control_tokens"])
 
 
 def _tokenizer(
-    folder: str | Path, cfg: Bytes | SentencePiece | HuggingFace, kept: dict[str, Any]
+    folder: str | Path, cfg: Bytes | SentencePiece | HuggingFace, record: Record
 ) -> Tokenizer:
     """Builds the tokenizer and compares its vocabulary with that of the checkpoint."""
     content = None
@@ -260,22 +281,23 @@ def _tokenizer(
         name = _file_name(cfg)
         if cfg.path == os.path.join(str(folder), name):
             content = read_beside(folder, name)
-    tokenizer = load_tokenizer(cfg, content=content)
-    if tokenizer.fingerprint != kept["tokenizer"]:
+    control = sorted(record.control_tokens, key=record.control_tokens.__getitem__)
+    tokenizer = load_tokenizer(cfg, control=control, content=content)
+    if tokenizer.fingerprint != record.fingerprint:
         raise ValueError(
             f"{tokenizer.source} is not the tokenizer of the checkpoints in {folder}: the "
             f"fingerprint of its vocabulary is {tokenizer.fingerprint[:16]}, and that of the "
-            f"checkpoint's is {kept['tokenizer'][:16]}. Put the tokenizer's own file there."
+            f"checkpoint's is {record.fingerprint[:16]}. Put the tokenizer's own file there."
         )
-    require_single_ids(tokenizer, kept["control_tokens"])
+    require_single_ids(tokenizer, record.control_tokens)
     return tokenizer
 
 
-def _hf_files(folder: str | Path, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The `HF_FILES` beside the checkpoints of a folder; none if it has another tokenizer."""
-    names = [f"hf/{name}" for name in HF_FILES]
+def _kept_files(folder: str | Path, fingerprint: str) -> dict[str, bytes]:
+    """What an import kept in `hf/`; nothing if its checkpoints have another tokenizer."""
+    names = [f"hf/{name}" for name in hf_files.NAMES]
     found = {name: content for name in names if (content := read_beside(folder, name)) is not None}
-    if found and read_note(folder).get(_KEY, {}).get("tokenizer") != tokenizer.fingerprint:
+    if found and read_note(folder).get(_KEY, {}).get("tokenizer") != fingerprint:
         return {}
     return found
 
