@@ -60,9 +60,9 @@ _HOME = {
     "make_step": "train.sft",
     "token_logp": "train.loss",
     # rewards, advantages and the loss of P-GRPO; its step is `train.pgrpo.make_pgrpo_step`
-    "Reward": "tasks.reward",
-    "reward": "tasks.reward",
-    "totals": "tasks.reward",
+    "Reward": "rollouts.reward",
+    "reward": "rollouts.reward",
+    "totals": "rollouts.reward",
     "Aggregation": "train.groups",
     "PolicyBatch": "train.groups",
     "Scored": "train.groups",

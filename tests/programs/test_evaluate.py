@@ -13,7 +13,7 @@ from tw_jax.cli import main
 from tw_jax.data import records
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
-from tw_jax.tasks import reward
+from tw_jax.rollouts import reward
 from tw_jax.tasks.grader import Grader
 
 

@@ -32,11 +32,7 @@ from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.metrics import Metrics
 from tw_jax.models.transformer import Model, network
-from tw_jax.sample.draw import sampling_params
-from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
-from tw_jax.sharding import Mesh, Rules
-from tw_jax.tasks.grader import Grader, GraderPool, check_truths
-from tw_jax.tasks.reward import (
+from tw_jax.rollouts.reward import (
     CUT,
     Parts,
     Reward,
@@ -48,6 +44,10 @@ from tw_jax.tasks.reward import (
     totals,
     trains,
 )
+from tw_jax.sample.draw import sampling_params
+from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
+from tw_jax.sharding import Mesh, Rules
+from tw_jax.tasks.grader import Grader, GraderPool, check_truths
 from tw_jax.tasks.score import Evaluation, held_out
 from tw_jax.tokenizer import (
     Bytes,

@@ -11,7 +11,7 @@ import rollouts
 
 from tw_jax.forkjoin import cost
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
-from tw_jax.tasks.reward import (
+from tw_jax.rollouts.reward import (
     GroupLength,
     Reward,
     SoftOverlong,
