@@ -15,6 +15,7 @@ from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
 from tw_jax.rollouts import reward
 from tw_jax.tasks.grader import Grader
+from tw_jax.tasks.task import Problem
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +142,9 @@ def test_nothing_to_evaluate_ends_in_a_sentence(runs, tmp_path, capsys, word, se
     assert sentence in capsys.readouterr().err
 
 
-def rollout(text, answer):
-    ids = np.zeros(1, np.int32)
-    return records.Rollout("a/0", "q", answer, "f", ids, (), "eos", {}, text)
-
-
 def test_a_problem_without_a_known_answer_is_neither_right_nor_wrong():
-    found = [rollout(r"</think> \boxed{5}", answer) for answer in ("5", "6", "", " ")]
-    assert program.grade(Grader(mode="number"), found) == ["correct", "wrong", "unknown", "unknown"]
+    items = [(Problem("a", "q", answer), r"</think> \boxed{5}") for answer in ("5", "6", "", " ")]
+    assert program.grade(Grader(mode="number"), items) == ["correct", "wrong", "unknown", "unknown"]
 
 
 def test_accuracy_is_over_the_problems_whose_answer_is_known():

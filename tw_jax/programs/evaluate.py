@@ -24,7 +24,7 @@ from tw_jax import files, strict_json, workdir
 from tw_jax.bounds import require, require_text
 from tw_jax.config import configurable
 from tw_jax.data import records
-from tw_jax.data.problems import content_hash, has_answer
+from tw_jax.data.problems import content_hash
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin import cost, grammar
 from tw_jax.forkjoin.calls import Trajectory
@@ -33,7 +33,8 @@ from tw_jax.programs import sample
 from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
-from tw_jax.tasks.grader import Grader, GraderPool, check_truths
+from tw_jax.tasks.grader import GraderPool
+from tw_jax.tasks.task import Problem, Task, check_problems
 from tw_jax.tokenizer import Tokenizer, load_tokenizer
 
 _UNKNOWN = "unknown"
@@ -47,7 +48,7 @@ class Evaluate:
     Attributes:
       workdir: where `summary.json` and `graded.jsonl` go.
       sample: what to sample; finished rollouts of an earlier attempt are kept.
-      grader: how answers are judged.
+      grader: the task that judges responses.
       prompt_in_text: counts prompt tokens in the numbers that are read from the text, as the
         reference does.
       timed: trajectories whose decoding is timed; 0 leaves wall clock out.
@@ -58,7 +59,7 @@ class Evaluate:
 
     workdir: str
     sample: Sample
-    grader: Grader
+    grader: Task
     prompt_in_text: bool = False
     timed: int = 8
     training: str | None = None
@@ -75,14 +76,15 @@ def run(cfg: Evaluate) -> None:
     began = time.monotonic()
     tokenizer = load_tokenizer(cfg.sample.tokenizer)
     asked = sample.problems(cfg.sample, tokenizer)
-    check_truths(cfg.grader, ((p.id, p.answer) for p in asked if has_answer(p)))
+    check_problems(cfg.grader, filter(cfg.grader.can_grade, asked))
     before = None if cfg.before is None else _summary_of(cfg.before, asked)
     loaded = sample.load(cfg.sample, tokenizer)
     for _ in sample.rollouts(cfg.sample, loaded, asked):
         pass
     found = _in_order(cfg, asked)
     trajectories = [trajectory_of(loaded.sampler.protocol, rollout) for rollout in found]
-    verdicts = grade(cfg.grader, found)
+    of_rollout = sample.names(cfg.sample, asked)
+    verdicts = grade(cfg.grader, [(of_rollout[rollout.id], rollout.text) for rollout in found])
     texts = texts_of(cfg, trajectories, tokenizer)
     summary = summarise(cfg, found, trajectories, verdicts, texts)
     summary["problems_hash"] = content_hash(*asked)
@@ -100,12 +102,12 @@ def run(cfg: Evaluate) -> None:
     _print(summary)
 
 
-def grade(cfg: Grader, found: list[records.Rollout]) -> list[str]:
-    """A verdict for each rollout; "unknown" where the right answer is not known."""
-    is_known = list(map(has_answer, found))
-    items = [(r.text, r.answer) for r, known in zip(found, is_known, strict=True) if known]
-    with GraderPool(cfg) as pool:
-        verdicts = iter(pool.grade_all(items))
+def grade(task: Task, items: list[tuple[Problem, str]]) -> list[str]:
+    """A verdict for each (problem, response); "unknown" where the right answer is not known."""
+    is_known = [task.can_grade(problem) for problem, _ in items]
+    with GraderPool(task) as pool:
+        known = [item for item, known in zip(items, is_known, strict=True) if known]
+        verdicts = iter(pool.grade_all(known))
     return [next(verdicts) if known else _UNKNOWN for known in is_known]
 
 

@@ -47,8 +47,9 @@ from tw_jax.rollouts.reward import (
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tasks.grader import Grader, GraderPool, check_truths
+from tw_jax.tasks.grader import GraderPool
 from tw_jax.tasks.score import Evaluation, held_out
+from tw_jax.tasks.task import Task, check_problems
 from tw_jax.tokenizer import (
     Bytes,
     Chat,
@@ -106,7 +107,7 @@ class Pgrpo:
         fills `ForkJoin.max_context`: "refuse" stops at the start with its line, "drop" leaves it
         out and counts it. Held-out problems are always refused.
       sampler: rows, temperature and seed; `rollouts` divides its rows.
-      grader: how answers are judged.
+      grader: the task that judges responses.
       reward: what a rollout earns.
       normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
       loss: clipping and importance weights.
@@ -138,7 +139,7 @@ class Pgrpo:
     rollouts: int
     max_prompts: int
     sampler: Sampler
-    grader: Grader
+    grader: Task
     reward: Reward
     loss: PolicyLoss
     aggregation: Aggregation
@@ -333,6 +334,7 @@ class Rollouts:
             Problems,
             prompt=partial(cfg.chat.prompt, tokenizer),
             limits=prompt_limits(cfg.sampler, cfg.forkjoin),
+            can_grade=cfg.grader.can_grade,
         )
         self._problems = read(
             cfg.problems,
@@ -346,7 +348,7 @@ class Rollouts:
         self._held_out = aside and read(aside.problems, count=aside.count, unanswered="drop")
         # Each process of a job does all that is drawn.
         for asked in (self._problems, self._held_out or ()):
-            check_truths(cfg.grader, ((problem.id, problem.answer) for problem in asked))
+            check_problems(cfg.grader, asked)
         self.contents = {
             "problems": fingerprint(cfg.problems),
             "tokenizer": self._tokenizer.fingerprint,
@@ -540,7 +542,7 @@ class Rollouts:
 
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
-        items = [(self._text(t), g.problem.answer) for g in groups for t in g.trajectories]
+        items = [(g.problem, self._text(t)) for g in groups for t in g.trajectories]
         # A host's deadline is its own, so each item is judged by one of them.
         found = iter(hosts.divide(self._pool.grade_all, items))
         judged = []
