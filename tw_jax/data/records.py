@@ -336,7 +336,9 @@ _QWEN_TEXT = re.compile(
     re.DOTALL,
 )
 
-_READ_COLUMNS = "id uuid question prompt qwen_text response answer reward_model task data_source extra"
+_READ_COLUMNS = (
+    "id uuid question prompt qwen_text response answer reward_model task data_source extra"
+)
 _COLUMNS = frozenset(_READ_COLUMNS.split())
 """The columns that are read. All others become entries of `extra`."""
 

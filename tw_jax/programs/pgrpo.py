@@ -36,13 +36,13 @@ from tw_jax.rollouts.reward import (
     CUT,
     Parts,
     Reward,
-    are_finite,
-    leave_out_long,
+    exclude_long,
+    finite_groups,
     refuse_short_rows,
     reward,
-    summary,
+    reward_metrics,
     totals,
-    trains,
+    trainable_groups,
 )
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler, prompt_limits
@@ -419,8 +419,8 @@ class Rollouts:
         begun = folder / f".{self._step:06}.jsonl"
         drawn, parts, verdicts = self._draw(begun)
         values = totals(parts, cfg.reward)
-        finite = are_finite(values)
-        found = np.flatnonzero(finite & has_signal(values) & trains(parts))
+        finite = finite_groups(values)
+        found = np.flatnonzero(finite & has_signal(values) & trainable_groups(parts))
         kept = found[: cfg.prompts]
         advantage = np.zeros(values.shape, np.float32)
         advantage[finite] = advantages(values[finite], cfg.normalise)
@@ -437,7 +437,7 @@ class Rollouts:
         )
         told = {
             (n, k): {
-                **parts[n][k].told(values[n, k]),
+                **parts[n][k].record(values[n, k]),
                 "advantage": float(advantage[n, k]),
                 "group": n,
                 "is_trained": n in kept and bool(parts[n][k].is_trained),
@@ -452,7 +452,7 @@ class Rollouts:
             )
             begun.unlink()
         self._numbers = {
-            **summary(parts, values),
+            **reward_metrics(parts, values),
             "cut": float(
                 np.mean([made.finish in CUT for one in drawn for made in one.trajectories])
             ),
@@ -485,11 +485,12 @@ class Rollouts:
                 count = min(cfg.max_prompts - len(drawn), cfg.sampler.rows // cfg.rollouts)
                 some = self._sample(count, have, add)
                 judged = [
-                    leave_out_long(parts, group.trajectories, cfg.packing.row_tokens)
+                    exclude_long(parts, group.trajectories, cfg.packing.row_tokens)
                     for group, parts in zip(some, self._judge(some, verdicts), strict=True)
                 ]
                 values = totals(judged, cfg.reward)
-                good += int((are_finite(values) & has_signal(values) & trains(judged)).sum())
+                is_good = finite_groups(values) & has_signal(values) & trainable_groups(judged)
+                good += int(is_good.sum())
                 drawn += some
                 parts += judged
         if not any(one.is_trained for group in parts for one in group):
@@ -543,19 +544,16 @@ class Rollouts:
     def _judge(self, groups: Sequence[Drawn], verdicts: Counter[str]) -> list[list[Parts]]:
         """Grades and rewards; what was not judged in time is not correct, and counted."""
         items = [(g.problem, self._text(t)) for g in groups for t in g.trajectories]
-        # A host's deadline is its own, so each item is judged by one of them.
-        found = iter(hosts.divide(self._pool.grade_all, items))
-        judged = []
-        for group in groups:
-            said = [next(found) for _ in group.trajectories]
-            verdicts.update(map(str, said))
-            judged.append(
-                [
-                    reward(made, verdict == "correct", self._cfg.reward, tags=self._tags)
-                    for made, verdict in zip(group.trajectories, said, strict=True)
-                ]
-            )
-        return judged
+        # Whether an item exceeds its time limit depends on the host, so one host grades it.
+        found = hosts.divide(self._pool.grade_all, items)
+        verdicts.update(map(str, found))
+        trajectories = (made for group in groups for made in group.trajectories)
+        parts = [
+            reward(made, verdict, self._cfg.reward, problem=problem, text=text, tags=self._tags)
+            for made, (problem, text), verdict in zip(trajectories, items, found, strict=True)
+        ]
+        size = len(groups[0].trajectories)
+        return [parts[n : n + size] for n in range(0, len(parts), size)]
 
     def _scored(self, group: Drawn, advantage: np.ndarray, parts: Sequence[Parts]) -> list[Scored]:
         tries = group_tries(group.trajectories, max_tokens=self._cfg.packing.row_tokens)
@@ -591,7 +589,7 @@ class Rollouts:
         ]
         parts = self._judge(groups, Counter())
         correct = np.array([[one.is_correct for one in group] for group in parts])
-        numbers = summary(parts, totals(parts, self._cfg.reward))
+        numbers = reward_metrics(parts, totals(parts, self._cfg.reward))
         return {
             "eval_without_answer": self._held_out.without_answer if self._held_out else 0,
             **held_out(correct),
