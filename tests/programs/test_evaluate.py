@@ -17,6 +17,7 @@ from tw_jax.rollouts import reward
 from tw_jax.rollouts.evaluate import accuracy, summarise
 from tw_jax.rollouts.judge import judge
 from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.task import Problem
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,9 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
     assert summary["latency_ratio"] == pytest.approx(longest / total, rel=tolerance["rounding"])
     assert summary["text_total_tokens"] == pytest.approx(drawn, rel=tolerance["rounding"])
     assert summary["text_longest_tokens"] == pytest.approx(drawn - 4, rel=tolerance["rounding"])
-    parts = [[reward.reward(t, True, reward.Reward()) for t in made]]
-    of_reward = reward.summary(parts, np.zeros((1, 2)))
+    problem, cfg = Problem("p", "q"), reward.Reward()
+    parts = [[reward.reward(t, "correct", cfg, problem=problem, text="") for t in made]]
+    of_reward = reward.reward_metrics(parts, np.zeros((1, 2)))
     for name in ("longest_tokens", "total_tokens", "latency_ratio"):
         assert summary[name] == pytest.approx(of_reward[name], rel=tolerance["rounding"])
 
@@ -136,10 +138,7 @@ def test_nothing_to_evaluate_ends_in_a_sentence(runs, tmp_path, capsys, word, se
 
 
 def test_a_problem_without_a_known_answer_is_neither_right_nor_wrong():
-    items = [
-        (records.Problem("a", "q", answer, ""), r"</think> \boxed{5}")
-        for answer in ("5", "6", "", " ")
-    ]
+    items = [(Problem("a", "q", answer), r"</think> \boxed{5}") for answer in ("5", "6", "", " ")]
     with GraderPool(Grader(mode="number")) as pool:
         assert judge(pool, items) == ["correct", "wrong", "unknown", "unknown"]
 

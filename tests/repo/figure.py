@@ -10,7 +10,7 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
-from tw_jax.tasks.multiplication import Multiplication, Product, gold
+from tw_jax.tasks.multiplication import Multiplication, Product
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.view import timeline, trie_figure
 from tw_jax.view.style import Figure, save
@@ -56,8 +56,8 @@ def example_trajectory() -> Trajectory:
 
 def multiplication_trajectory(*factors: int) -> Trajectory:
     """The gold text of a product in bytes, replayed; each round forks if it can."""
-    problem = Product(factors=factors, seed=0)
-    response = gold(problem, Multiplication(parallel=True, lone_pair="fork"))
+    problem = Product(factors=factors, seed=0).problem
+    response = Multiplication(parallel=True, lone_pair="fork").gold(problem)
     tokenizer, chat = load_tokenizer(Bytes()), Chat(template="plain")
     ids = chat.document(tokenizer, problem.question, response)
     protocol = ThreadWeaver(make_table(tokenizer), ForkJoin())

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from tw_jax import hosts
-from tw_jax.data.problems import has_answer
 from tw_jax.data.records import Problem
 from tw_jax.rollouts.generate import RolloutGroup
-from tw_jax.tasks import answers
+from tw_jax.tasks import task
 from tw_jax.tasks.grader import GraderPool
 
-Verdict = answers.Verdict | Literal["unknown"]
+Verdict = task.Verdict | Literal["unknown"]
 """What the grader says of an answer; "unknown" where the right answer is not known."""
 
 
@@ -31,11 +30,9 @@ def judge(pool: GraderPool, items: Iterable[tuple[Problem, str]]) -> list[Verdic
       A verdict for each item, in their order. "timeout" is an answer that was not judged in time.
     """
     items = list(items)
-    can_grade = [has_answer(problem) for problem, _ in items]
+    can_grade = [pool.task.can_grade(problem) for problem, _ in items]
     gradable = [item for item, can in zip(items, can_grade, strict=True) if can]
-    graded = iter(
-        hosts.divide(pool.grade_all, [(text, problem.answer) for problem, text in gradable])
-    )
+    graded = iter(hosts.divide(pool.grade_all, gradable))
     return [next(graded) if can else "unknown" for can in can_grade]
 
 
