@@ -127,7 +127,7 @@ def test_frequencies_are_those_of_transformers(rope, parameters, head_width, clo
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Rope(theta=1.0), "Rope.theta = 1.0: must be above 1"),
+        (lambda: Rope(theta=1.0), "Rope.theta = 1.0 must be above 1"),
         (lambda: YarnRope(factor=0.5), "YarnRope.factor = 0.5 must be at least 1"),
         (lambda: YarnRope(beta_slow=40.0), "YarnRope.beta_slow = 40.0 must be below"),
         (lambda: Llama3Rope(low_freq_factor=4.0), "Llama3Rope.low_freq_factor = 4.0 must be below"),
