@@ -12,7 +12,9 @@ from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin import threadweaver, tries
 from tw_jax.forkjoin.replay import replay
 from tw_jax.tasks import multiplication
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.trie.pack import Packing
 
 TOKENIZER = load_tokenizer(Bytes())

@@ -17,7 +17,9 @@ from tw_jax.forkjoin.grammar import (
     well_formed,
 )
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 
 TOKENIZER = load_tokenizer(Bytes())
 PROTOCOL = ThreadWeaver(make_table(TOKENIZER), ForkJoin())

@@ -22,7 +22,8 @@ from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.programs import pgrpo as program
 from tw_jax.tasks import grader
-from tw_jax.tokenizer import SentencePiece, load_tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 HANGS = r"3^{13!}"

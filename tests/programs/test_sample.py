@@ -16,7 +16,8 @@ from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
 from tw_jax.programs import sample
 from tw_jax.programs.sample import Sample
-from tw_jax.tokenizer import SentencePiece, load_tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 
 def rollouts(folder):

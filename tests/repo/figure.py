@@ -9,7 +9,9 @@ from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.tasks.multiplication import Multiplication, Product, gold
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.view import plots
 
 PATHS = ((), (0, "1"), (0, "2"), ())

@@ -20,7 +20,8 @@ from tw_jax.forkjoin.threadweaver import ForkJoin, Table, ThreadWeaver, make_tab
 from tw_jax.models import presets
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model
-from tw_jax.tokenizer import Bytes, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.load import load_tokenizer
 
 _BYTES = 256
 """Ids below are bytes of text, those above control tokens and ends of sequence."""

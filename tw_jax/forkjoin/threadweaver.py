@@ -36,7 +36,7 @@ from tw_jax.forkjoin.protocol import (
     Piece,
     Thread,
 )
-from tw_jax.tokenizer import Tokenizer, require_single_ids
+from tw_jax.tokenizer.interface import Tokenizer, require_single_ids
 
 _NUMBER_CHARACTERS = "0123456789."
 RADIX = len(_NUMBER_CHARACTERS)

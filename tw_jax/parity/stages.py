@@ -22,7 +22,7 @@ from tw_jax.models import hf
 from tw_jax.models.rope import frequencies
 from tw_jax.models.transformer import Model, network, walk
 from tw_jax.sample.sampler import Sampler, make_sampler
-from tw_jax.tokenizer import Tokenizer
+from tw_jax.tokenizer.interface import Tokenizer
 from tw_jax.train.loss import token_logp
 from tw_jax.train.sft import make_sft_step, nll_sums
 from tw_jax.train.state import Optim, create

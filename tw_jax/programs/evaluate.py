@@ -34,7 +34,8 @@ from tw_jax.programs.sample import Loaded, Sample
 from tw_jax.sample import sampler as samplers
 from tw_jax.tasks import score
 from tw_jax.tasks.grader import Grader, GraderPool, check_truths
-from tw_jax.tokenizer import Tokenizer, load_tokenizer
+from tw_jax.tokenizer.interface import Tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
 
 _UNKNOWN = "unknown"
 """The verdict where the right answer is not known."""

@@ -19,7 +19,8 @@ from tw_jax.data import records
 from tw_jax.metrics import progress
 from tw_jax.tasks import multiplication
 from tw_jax.tasks.multiplication import Multiplication
-from tw_jax.tokenizer import SentencePiece, load_tokenizer, train_sentencepiece
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 
 _THRESHOLDS = (4_096, 8_192, 16_384, 24_576, 32_768)
 _CORPUS = 5_000

@@ -33,7 +33,12 @@ from tw_jax.models.hf_config import read_model
 from tw_jax.models.transformer import Dtype, Model, network
 from tw_jax.parity import compare, stages
 from tw_jax.parity.stages import Material, Training
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, check_ids, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.ids import check_ids
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.pack import Packing, PackingStats, pack
 from tw_jax.trie.tree import Trie, build, flat_labels

@@ -50,15 +50,12 @@ from tw_jax.tasks.reward import (
     trains,
 )
 from tw_jax.tasks.score import Evaluation, held_out
-from tw_jax.tokenizer import (
-    Bytes,
-    Chat,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    check_rows,
-    load_tokenizer,
-)
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer, check_rows
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.train.groups import (
     Aggregation,
     PolicyBatch,
@@ -255,9 +252,8 @@ def run(cfg: Pgrpo) -> None:
         )
         kept = record_model(checkpoints.directory, whole, tokenizer, origin=cfg.init)
         rollouts.take(state)
-        place = sharding.put_rows
-        if cfg.loss.kl_coef:
-            place = _placing(cfg, net, began(), rollouts)
+        has_reference = cfg.loss.kl_coef > 0
+        place = _placing(cfg, net, began(), rollouts) if has_reference else sharding.put_rows
         with Metrics(folder, step=first) as metrics:
             fit(
                 state,

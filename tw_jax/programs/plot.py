@@ -19,7 +19,11 @@ from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import open_records
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.view import plots
 
 

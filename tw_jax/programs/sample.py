@@ -31,15 +31,12 @@ from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, prompt_limits
-from tw_jax.tokenizer import (
-    Bytes,
-    Chat,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    check_rows,
-    load_tokenizer,
-)
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer, check_rows
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 
 @configurable
