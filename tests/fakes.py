@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.contracts import KV, Network
-from tw_jax.tokenizer import CONTROL
+from tw_jax.tokenizer.control import THREADWEAVER
 
 
 def path_network(
@@ -60,7 +60,7 @@ class Characters:
     """A tokenizer of single characters, control tokens, and two ends of sequence."""
 
     def __init__(self, characters: str = "0123456789.:\n abcdefgh", extra: tuple[str, ...] = ()):
-        self._pieces = ["<pad>", "<eos>", "<end>", *CONTROL, *extra, *characters]
+        self._pieces = ["<pad>", "<eos>", "<end>", *THREADWEAVER, *extra, *characters]
         self.vocab_size = len(self._pieces)
         self.pad_id, self.eos_ids = 0, (1, 2)
         self.fingerprint = "characters"

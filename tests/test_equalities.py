@@ -28,7 +28,9 @@ from tw_jax.models.transformer import Model, network
 from tw_jax.sample import sampler as samplers
 from tw_jax.sample.draw import sampling_arrays
 from tw_jax.tasks import multiplication
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.train.groups import Aggregation, Scored, pack_groups
 from tw_jax.train.loss import token_logp
 from tw_jax.train.pgrpo import PolicyLoss, loss_sums

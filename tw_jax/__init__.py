@@ -18,11 +18,11 @@ _HOME = {
     "config": "config",
     "load": "config",
     # text to ids
-    "Bytes": "tokenizer",
-    "Chat": "tokenizer",
-    "HuggingFace": "tokenizer",
-    "SentencePiece": "tokenizer",
-    "load_tokenizer": "tokenizer",
+    "Bytes": "tokenizer.bytes",
+    "Chat": "tokenizer.chat",
+    "HuggingFace": "tokenizer.hugging_face",
+    "SentencePiece": "tokenizer.sentencepiece",
+    "load_tokenizer": "tokenizer.load",
     # calls, protocol, cost
     "Call": "forkjoin.calls",
     "StopReason": "forkjoin.calls",

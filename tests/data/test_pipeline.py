@@ -15,7 +15,9 @@ from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tasks import multiplication
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.trie.pack import Packing
 
 TOKENIZER = load_tokenizer(Bytes())

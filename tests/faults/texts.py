@@ -32,7 +32,9 @@ from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.tasks import answers
 from tw_jax.tasks.grader import Grader, GraderPool
 from tw_jax.tasks.task import Problem
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 
 CPU_SECONDS = 2.0
 """A text that keeps the processor busy for longer hangs."""

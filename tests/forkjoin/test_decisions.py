@@ -15,7 +15,9 @@ from tw_jax.forkjoin.replay import RecordError, rebuild
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.forkjoin.tries import trajectory_trie
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.trie.tree import flat_labels
 
 PAGE = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")

@@ -19,7 +19,9 @@ from tw_jax.forkjoin.threadweaver.grammar import (
 )
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
-from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.load import load_tokenizer
 
 TOKENIZER = load_tokenizer(Bytes())
 PROTOCOL = ThreadWeaver(make_table(TOKENIZER), ForkJoin())

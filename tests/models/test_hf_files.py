@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from tw_jax.models import hf_files
-from tw_jax.tokenizer import Chat
+from tw_jax.tokenizer.chat import Chat
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]

@@ -19,14 +19,11 @@ from tw_jax.models.lora import Lora
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules, make_mesh
-from tw_jax.tokenizer import (
-    Bytes,
-    Chat,
-    HuggingFace,
-    SentencePiece,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 from tw_jax.train.state import Optim, initial_state
 
 MODEL = Model(

@@ -17,7 +17,10 @@ from tw_jax.models import hf, hf_config, hf_files
 from tw_jax.models.hf_export import Export, export_folder
 from tw_jax.models.hf_import import Import, import_folder
 from tw_jax.models.load import describe, load_model
-from tw_jax.tokenizer import CONTROL, Chat, HuggingFace, load_tokenizer
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.control import THREADWEAVER
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.load import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 MODEL = tiny.model(
@@ -97,12 +100,12 @@ def test_an_import_adds_control_tokens_and_their_rows(source, tmp_path, close):
     assert convert(tmp_path, IMPORT, folder=ours, source=source) == 0
     path = str(ours / "checkpoints" / "tokenizer.json")
     tokenizer = load_tokenizer(HuggingFace(path=path, eos=("<|im_end|>",)))
-    ids = [tokenizer.id_of(text) for text in CONTROL]
+    ids = [tokenizer.id_of(text) for text in THREADWEAVER]
     assert ids == list(range(257, 269))
     listed = json.loads((ours / "checkpoints" / "hf" / "tokenizer_config.json").read_text())[
         "added_tokens_decoder"
     ]
-    assert [listed[str(id)]["content"] for id in ids] == list(CONTROL)
+    assert [listed[str(id)]["content"] for id in ids] == list(THREADWEAVER)
     params = restore_params(ours / "checkpoints")
     head = np.asarray(tensors_of(source)["lm_head.weight"], np.float32)
     assert params["unembed"].shape == (384, 32)  # 300 rows, to the next multiple of 128

@@ -26,7 +26,8 @@ from tw_jax.rollouts import step
 from tw_jax.rollouts.generate import Generator
 from tw_jax.rollouts.store import StepFiles
 from tw_jax.tasks import grader
-from tw_jax.tokenizer import SentencePiece, load_tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 HANGS = r"3^{13!}"

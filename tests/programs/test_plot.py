@@ -8,7 +8,8 @@ from tw_jax.data import records
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.metrics import Metrics
 from tw_jax.programs import plot
-from tw_jax.tokenizer import Bytes, Chat
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
 
 RESPONSE = (
     "a<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>"

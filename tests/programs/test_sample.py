@@ -18,7 +18,8 @@ from tw_jax.forkjoin.protocol import Result
 from tw_jax.forkjoin.replay import rebuild
 from tw_jax.rollouts import samples, store
 from tw_jax.rollouts.samples import Sample
-from tw_jax.tokenizer import SentencePiece, load_tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 
 def rollouts(folder):

@@ -14,7 +14,8 @@ from tw_jax.cli import main
 from tw_jax.config import load_config, operative
 from tw_jax.models.transformer import network
 from tw_jax.programs.sft import Sft
-from tw_jax.tokenizer import load_tokenizer, train_sentencepiece
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import train_sentencepiece
 from tw_jax.train.state import abstract_state
 
 pytestmark = pytest.mark.usefixtures("quick_programs")

@@ -23,7 +23,9 @@ from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
 from tw_jax.forkjoin.threadweaver.grammar import Document, GrammarError, normalise, parse, point
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.tries import chain_trie, trajectory_trie
-from tw_jax.tokenizer import Chat, Tokenizer, check_ids
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.ids import check_ids
+from tw_jax.tokenizer.interface import Tokenizer
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.pack import Packing, PackingStats, fit_row, pack
 from tw_jax.trie.tree import Trie, flat_labels

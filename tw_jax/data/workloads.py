@@ -23,7 +23,8 @@ from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models import presets
 from tw_jax.models.rope import Rope
 from tw_jax.models.transformer import Model
-from tw_jax.tokenizer import Bytes, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.load import load_tokenizer
 
 _BYTES = 256
 """Smaller ids are bytes of text, larger ids are control tokens and ends of sequence."""

@@ -13,7 +13,7 @@ from collections import defaultdict
 import numpy as np
 
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.tokenizer import Tokenizer
+from tw_jax.tokenizer.interface import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from tw_jax import files
 from tw_jax.models import hf_config
-from tw_jax.tokenizer import AddedToken, Chat, add_control_tokens, read_vocabulary
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import AddedToken, add_control_tokens, read_vocabulary
 
 TOKENIZER = "tokenizer.json"
 

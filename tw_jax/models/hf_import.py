@@ -22,15 +22,12 @@ from tw_jax.models import hf, hf_config, hf_files
 from tw_jax.models.load import LanguageModel, record_model
 from tw_jax.models.transformer import Dtype, Model
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tokenizer import (
-    CONTROL,
-    Chat,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    load_tokenizer,
-    read_vocabulary,
-)
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.control import THREADWEAVER
+from tw_jax.tokenizer.hugging_face import HuggingFace, read_vocabulary
+from tw_jax.tokenizer.interface import Tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 
 @configurable
@@ -163,7 +160,7 @@ def _tokenizer_files(
     """The files with control tokens, and the ids of the word that each added one stands for."""
     if not job.control_tokens or hf_files.TOKENIZER not in contents:
         return contents, {}
-    made, added = hf_files.with_control_tokens(contents, CONTROL, source=job.source)
+    made, added = hf_files.with_control_tokens(contents, THREADWEAVER, source=job.source)
     return made, {token.id: token.word for token in added}
 
 
@@ -194,10 +191,10 @@ def _built(job: Import, cfg: HuggingFace | SentencePiece, content: bytes) -> Tok
     """The tokenizer; None without control tokens, if the library cannot use it."""
     if job.control_tokens:
         return load_tokenizer(cfg, content=content)
-    known: Any = CONTROL
+    known: Any = THREADWEAVER
     if isinstance(cfg, HuggingFace):
         vocabulary = read_vocabulary(content, source=cfg.path)
-        known = [text for text in CONTROL if text in vocabulary]
+        known = [text for text in THREADWEAVER if text in vocabulary]
     try:
         return load_tokenizer(cfg, control=known, content=content)
     except ValueError:

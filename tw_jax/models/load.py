@@ -27,16 +27,12 @@ from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models import hf_files
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Rules, shardings
-from tw_jax.tokenizer import (
-    Bytes,
-    Chat,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    check_rows,
-    load_tokenizer,
-    require_single_ids,
-)
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer, check_rows, require_single_ids
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 _KEY = "language_model"
 """Where a checkpoint's note keeps what this file writes."""

@@ -20,7 +20,12 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.forkjoin.tries import trajectory_trie
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.trie.batch import TrieBatch, stack_rows
 from tw_jax.trie.pack import Packing, PackingStats, pack
 from tw_jax.trie.tree import Trie, build, flat_labels

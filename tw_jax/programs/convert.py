@@ -18,7 +18,7 @@ from tw_jax.models.hf_export import Export, export_folder
 from tw_jax.models.hf_import import Import, import_folder
 from tw_jax.models.load import LanguageModel
 from tw_jax.models.transformer import Model
-from tw_jax.tokenizer import HuggingFace
+from tw_jax.tokenizer.hugging_face import HuggingFace
 
 MANY_HOSTS = True
 """`tw convert --hosts` is one process of many: a model may be larger than a host."""

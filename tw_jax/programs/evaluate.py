@@ -28,7 +28,7 @@ from tw_jax.rollouts.samples import Sample
 from tw_jax.rollouts.wall_clock import wall_clock
 from tw_jax.tasks.grader import GraderPool
 from tw_jax.tasks.task import Task, check_problems
-from tw_jax.tokenizer import load_tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
 
 MANY_HOSTS = True
 """`tw evaluate --hosts` is one process of many."""

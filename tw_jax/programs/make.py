@@ -20,7 +20,8 @@ from tw_jax.config import configurable
 from tw_jax.data import records
 from tw_jax.metrics import progress
 from tw_jax.tasks.task import Problem, Task
-from tw_jax.tokenizer import SentencePiece, load_tokenizer, train_sentencepiece
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 
 _THRESHOLDS = (4_096, 8_192, 16_384, 24_576, 32_768)
 _CORPUS = 5_000

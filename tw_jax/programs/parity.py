@@ -28,7 +28,7 @@ from tw_jax.parity.material import Material, Problems, Texts, Trajectories, read
 from tw_jax.parity.source import Folder, Gguf, Random, Trained, write_source
 from tw_jax.parity.stages import Training
 from tw_jax.parity.summary import summarize
-from tw_jax.tokenizer import check_ids
+from tw_jax.tokenizer.ids import check_ids
 from tw_jax.view.plots import parity_figure
 from tw_jax.view.style import save
 

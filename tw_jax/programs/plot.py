@@ -17,7 +17,12 @@ from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.view.plots import latency_figure, loss_figure, policy_figure
 from tw_jax.view.style import Figure, save
 from tw_jax.view.timeline import timeline_figure

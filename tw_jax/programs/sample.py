@@ -12,7 +12,7 @@ from tw_jax import hosts, workdir
 from tw_jax.bounds import counted
 from tw_jax.rollouts import samples
 from tw_jax.rollouts.samples import Sample
-from tw_jax.tokenizer import load_tokenizer
+from tw_jax.tokenizer.load import load_tokenizer
 
 MANY_HOSTS = True
 """`tw sample --hosts` is one process of many."""

@@ -27,14 +27,11 @@ from tw_jax.metrics import Metrics
 from tw_jax.models.load import LanguageModel, record_model
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tokenizer import (
-    Bytes,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    check_rows,
-    load_tokenizer,
-)
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer, check_rows
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.train.identity import establish, origin_params, standing
 from tw_jax.train.loop import TrainingLoop, resume
 from tw_jax.train.sft import make_sft_step

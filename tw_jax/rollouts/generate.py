@@ -22,7 +22,8 @@ from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.sample.draw import sampling_arrays
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Rules
-from tw_jax.tokenizer import Chat, Tokenizer
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.interface import Tokenizer
 
 
 class RolloutGroup(NamedTuple):

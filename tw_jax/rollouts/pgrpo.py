@@ -29,15 +29,12 @@ from tw_jax.rollouts.reward import Reward
 from tw_jax.sample.sampler import Sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tasks.task import Task, check_problems
-from tw_jax.tokenizer import (
-    Bytes,
-    Chat,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    check_rows,
-    load_tokenizer,
-)
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer, check_rows
+from tw_jax.tokenizer.load import load_tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.train.groups import Aggregation
 from tw_jax.train.pgrpo import PolicyLoss, make_logp
 from tw_jax.train.reference import Logp, reference_logp

@@ -26,7 +26,11 @@ from tw_jax.rollouts.generate import Generator, make_generator
 from tw_jax.rollouts.store import kept_samples
 from tw_jax.sample.sampler import Sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer
+from tw_jax.tokenizer.bytes import Bytes
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.hugging_face import HuggingFace
+from tw_jax.tokenizer.interface import Tokenizer
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 
 @configurable

@@ -18,7 +18,7 @@ from tw_jax.forkjoin.table import (
     Table,
     encode_label,
 )
-from tw_jax.tokenizer import Tokenizer, require_single_ids
+from tw_jax.tokenizer.interface import Tokenizer, require_single_ids
 
 
 def make_table(tokenizer: Tokenizer) -> Table:

@@ -22,7 +22,10 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.grammar import normalise
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
-from tw_jax.tokenizer import CONTROL, Chat, HuggingFace, add_control_tokens, load_tokenizer
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.control import THREADWEAVER
+from tw_jax.tokenizer.hugging_face import HuggingFace, add_control_tokens
+from tw_jax.tokenizer.load import load_tokenizer
 
 ADDED = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
@@ -95,7 +98,7 @@ def qwen(published, tmp_path_factory):
     path = tmp_path_factory.mktemp("converted") / "tokenizer.json"
     content, added = add_control_tokens(published.read_bytes(), source="published")
     path.write_bytes(content)
-    assert [token.text for token in added] == list(CONTROL)
+    assert [token.text for token in added] == list(THREADWEAVER)
     return load_tokenizer(HuggingFace(path=str(path), eos=("<|im_end|>", "<|endoftext|>")))
 
 
@@ -113,7 +116,7 @@ def test_the_vocabulary_is_that_of_the_published_checkpoints(qwen):
 
 
 def test_control_tokens_come_behind_the_151669_published_ones(qwen):
-    assert [qwen.id_of(text) for text in CONTROL] == list(range(151_669, 151_681))
+    assert [qwen.id_of(text) for text in THREADWEAVER] == list(range(151_669, 151_681))
     # Qwen3's tables have 151,936 rows, so no row is added for them.
     assert qwen.vocab_size == 151_681
 
