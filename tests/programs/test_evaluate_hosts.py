@@ -1,4 +1,4 @@
-"""`tw evaluate --hosts`: two real processes sample and grade what one does, and one of them writes."""
+"""`tw evaluate --hosts`: two real processes sample and grade what one does, and one writes."""
 
 import json
 

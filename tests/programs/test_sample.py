@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from tw_jax.checkpoint import Checkpoints, read_note, restore_params
 from tw_jax import sharding
+from tw_jax.checkpoint import Checkpoints, read_note, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
