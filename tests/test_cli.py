@@ -284,7 +284,7 @@ def test_an_interrupt_is_a_word_not_a_traceback(programs, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupt)
+    monkeypatch.setattr(cli, "load_config", interrupt)
     assert cli.main(["train", TOY]) == 130
     assert capsys.readouterr().err == "tw: interrupted.\n"
 
