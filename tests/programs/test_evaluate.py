@@ -14,10 +14,7 @@ from tw_jax.forkjoin import cost
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
 from tw_jax.rollouts import reward
-from tw_jax.rollouts.evaluate import accuracy, summarise
-from tw_jax.rollouts.judge import judge
-from tw_jax.tasks.grader import Grader, GraderPool
-from tw_jax.tasks.task import Problem
+from tw_jax.rollouts.evaluate import summarise
 
 
 @pytest.fixture(scope="module")
@@ -135,21 +132,6 @@ def test_nothing_to_evaluate_ends_in_a_sentence(runs, tmp_path, capsys, word, se
     words = [f"Evaluate.workdir='{tmp_path}'", f"Sample.workdir='{tmp_path}/samples'"]
     assert evaluate(runs, *words, word.format(folder=tmp_path)) == 2
     assert sentence in capsys.readouterr().err
-
-
-def test_a_problem_without_a_known_answer_is_neither_right_nor_wrong():
-    items = [(Problem("a", "q", answer), r"</think> \boxed{5}") for answer in ("5", "6", "", " ")]
-    with GraderPool(Grader(mode="number")) as pool:
-        assert judge(pool, items) == ["correct", "wrong", "unknown", "unknown"]
-
-
-def test_accuracy_is_over_the_problems_whose_answer_is_known():
-    numbers = accuracy(["correct", "wrong", "unknown", "unknown", "wrong", "wrong"], 2)
-    assert numbers["exact_match"] == 0.25
-    assert numbers["pass_at_2"] == 0.5
-    assert numbers["without_answer"] == 1
-    none = accuracy(["unknown"] * 2, 1)
-    assert (none["exact_match"], none["without_answer"]) == (None, 2)
 
 
 def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.programs.pgrpo import Pgrpo
 from tw_jax.rollouts import step
 from tw_jax.rollouts.generate import Generator
-from tw_jax.rollouts.store import StepFiles
 from tw_jax.tasks import grader
 from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.tokenizer.sentencepiece import SentencePiece
@@ -194,16 +193,6 @@ def test_rollouts_that_an_attempt_with_other_settings_left_are_drawn_again(
     assert pgrpo(trained, tmp_path, "Pgrpo.steps=1") == 0
     assert drawn == [3, 4, 3]
     assert same_first_batch(trained, tmp_path)
-
-
-def test_rollouts_of_later_steps_than_the_newest_checkpoint_are_deleted(tmp_path):
-    (tmp_path / "rollouts").mkdir()
-    names = ("000000", "000001", "000002", "000003", ".000001", ".000002", ".000003", "notes")
-    for name in names:
-        (tmp_path / "rollouts" / f"{name}.jsonl").touch()
-    StepFiles(tmp_path, run="0123456789abcdef", fingerprint="", protocol=None).delete_from(2)
-    left = {path.stem for path in (tmp_path / "rollouts").iterdir()}
-    assert left == {"000000", "000001", ".000002", "notes"}
 
 
 def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained, tmp_path, numbers):
