@@ -15,6 +15,7 @@ from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
 from tw_jax.rollouts import reward
 from tw_jax.rollouts.evaluate import summarise
+from tw_jax.tasks.task import Problem
 
 
 @pytest.fixture(scope="module")
