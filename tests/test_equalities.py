@@ -108,8 +108,8 @@ def task_trajectories(count):
             min_value=11, max_value=99, min_factors=2 if lone_pair == "fork" else 4, max_factors=4,
             parallel=True, lone_pair=lone_pair,
         )  # fmt: skip
-        for problem in multiplication.problems(cfg, seed=3, count=count):
-            ids = chat.document(tokenizer, problem.question, multiplication.gold(problem, cfg))
+        for problem in cfg.problems(seed=3, count=count):
+            ids = chat.document(tokenizer, problem.question, cfg.gold(problem))
             prompt = chat.prompt(tokenizer, problem.question)
             made.append(replay.replay(protocol_of(tokenizer, limits), ids, len(prompt)))
     return tokenizer.vocab_size, made

@@ -58,6 +58,15 @@ def configurable(cls: type[C]) -> type[C]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
+def interface(cls: type[C]) -> type[C]:
+    """Marks an abstract class: a field annotated with it takes every config that inherits from it.
+
+    The class that inherits must be imported before the config is read.
+    """
+    setattr(cls, "_is_interface", True)  # noqa: B010  (pyright knows no such attribute)
+    return cls
+
+
 def load_config(root: type[C], files: Sequence[str | Path], bindings: Sequence[str] = ()) -> C:
     """Builds the root config from gin files and single bindings.
 
@@ -170,6 +179,14 @@ def _is_config(kind: object) -> bool:
     return isinstance(kind, type) and getattr(kind, "__post_init__", None) is _post_init
 
 
+def _is_interface(kind: object) -> bool:
+    return isinstance(kind, type) and "_is_interface" in vars(kind)
+
+
+def _heirs(cls: type) -> list[type]:
+    return [one for heir in cls.__subclasses__() for one in (heir, *_heirs(heir))]
+
+
 def _fit(value: Any, kind: Any) -> Any:
     """The value in the form in which a field of this annotation stores it, or `_MISFIT`."""
     origin = typing.get_origin(kind)
@@ -188,6 +205,8 @@ def _fit(value: Any, kind: Any) -> Any:
         return float(value) if type(value) is int or isinstance(value, float) else _MISFIT
     if kind in (int, bool, str, types.NoneType) or _is_config(kind):
         return value if type(value) is kind else _MISFIT
+    if _is_interface(kind):
+        return value if isinstance(value, kind) and _is_config(type(value)) else _MISFIT
     raise TypeError(
         f"{_type_text(kind)} is no annotation for a config field. Want int, float, bool, str, "
         "None, Literal, tuple, a config, or a union of these."
@@ -245,6 +264,8 @@ def _configs_in(kind: Any) -> Iterator[type]:
     """The configs that an annotation names, left to right."""
     if _is_config(kind):
         yield kind
+    elif _is_interface(kind):
+        yield from sorted(filter(_is_config, _heirs(kind)), key=lambda one: one.__name__)
     for part in typing.get_args(kind) if typing.get_origin(kind) is not Literal else ():
         yield from _configs_in(part)
 

@@ -6,6 +6,7 @@ in a RecursionError. This file does not know what is read; a caller puts the pla
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -33,6 +34,37 @@ def parse(text: str) -> Any:
         ) from None
     except ValueError as error:
         raise ValueError(f"{error}. Write that number as a string.") from None
+
+
+def check_fields(record: Any) -> None:
+    """Checks the text fields and the JSON objects of a record, a dataclass.
+
+    Raises:
+      TypeError: If a field that is annotated with `str` is no text, or one that is annotated with
+        `dict[str, Any]` no dict.
+      ValueError: If a text cannot be encoded, because it has one half of a surrogate pair.
+    """
+    for field in dataclasses.fields(record):
+        name, value = f"{type(record).__name__}.{field.name}", getattr(record, field.name)
+        if field.type == "dict[str, Any]" and not isinstance(value, dict):
+            raise TypeError(f"{name} = {value!r:.40} must be an object of JSON.")
+        if field.type == "str":
+            _check_text(name, value)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} = {value!r:.40} must be text, not {type(value).__name__}. Write it in quotes; "
+            "numbers stay exact."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a surrogate pair at character {error.start}, which is not Unicode "
+            "text. Replace that character."
+        ) from None
 
 
 def _refuse_constant(name: str) -> float:

@@ -29,11 +29,11 @@ def examples(count):
         records.Example(
             id=str(n),
             question=problem.question,
-            response=multiplication.gold(problem, TASK),
+            response=TASK.gold(problem),
             answer=problem.answer,
             task="multiplication",
         )
-        for n, problem in enumerate(multiplication.problems(TASK, seed=1, count=count))
+        for n, problem in enumerate(TASK.problems(seed=1, count=count))
     ]
 
 

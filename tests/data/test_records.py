@@ -293,10 +293,13 @@ def test_a_threadweaver_row_with_its_text_is_an_example_of_that_text(tmp_path, s
         response="<think>\nx\n</think>\n\n\\boxed{3}",
         answer="3",
         task="synthetic_multiplication",
+        extra={"ability": "math", "extra_info": {"split": "train", "index": 7}},
     )
     turns = f"{example.question}<|im_end|>\n<|im_start|>assistant\n{example.response}"
     assert f"<|im_start|>user\n{turns}<|im_end|>\n" == QWEN_TEXT
-    assert example.problem == Problem("mult:0", "Find 3. Think.", "3", "synthetic_multiplication")
+    assert example.problem == Problem(
+        "mult:0", "Find 3. Think.", "3", "synthetic_multiplication", example.extra
+    )
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -315,6 +318,16 @@ def test_a_threadweaver_row_without_text_is_a_problem(tmp_path, suffix):
     ("row", "record"),
     [
         ({"question": "q", "response": "r"}, Example("aime:0", "q", "r", "", "aime")),
+        ({"question": "q"}, Problem("aime:0", "q", "", "aime")),
+        (
+            {"question": "q", "task": "t", "extra": {"a": 1}, "b": 2},
+            Problem("aime:0", "q", "", "t", {"a": 1, "b": 2}),
+        ),
+        (
+            {"question": "q", "response": "r", "target": 24},
+            Example("aime:0", "q", "r", "", "aime", {"target": 24}),
+        ),
+        ({"kind": "problem", "id": "a", "question": "q"}, Problem("a", "q")),
         ({"question": "q", "response": "r", "uuid": "u"}, Example("u", "q", "r", "", "aime")),
         ({"id": 4, "question": "q", "answer": "7"}, Problem("4", "q", "7", "aime")),
         ({"question": "q", "answer": 10**40 + 1}, Problem("aime:0", "q", f"1{'0' * 39}1", "aime")),
@@ -360,28 +373,31 @@ GOOD = to_json(problem())
         ("[1, 2]", r"want a JSON object, got \[1, 2\]"),
         ('{"question": "q", "answer": NaN}', "NaN is not a JSON number"),
         (f'{{"question": "q", "answer": {"9" * 5000}}}', "4300.*Write that number as a string"),
-        (GOOD | {"kind": "rolout"}, "kind = 'rolout': want one of problem, example, rollout"),
-        (GOOD | {"kind": ["problem"]}, "want one of problem, example, rollout"),
+        (GOOD | {"kind": "rolout"}, "kind = 'rolout' must be one of problem, example, rollout"),
+        (GOOD | {"kind": ["problem"]}, "must be one of problem, example, rollout"),
         (
-            {k: v for k, v in GOOD.items() if k != "answer"} | {"anser": "4"},
-            "the problem lacks answer and has the unknown anser .*"
-            "The fields of a problem are id, question, answer, task, extra",
+            {k: v for k, v in GOOD.items() if k != "question"} | {"anser": "4"},
+            "the problem lacks question and has the unknown anser .*"
+            "A problem must have id, question and may have answer, task, extra",
         ),
-        (GOOD | {"answer": 42}, r"Problem\.answer = 42: want str, got int; in quotes"),
-        (GOOD | {"extra": [1]}, r"Problem\.extra = \[1\]: want a dict"),
+        (GOOD | {"answer": 42}, r"Problem\.answer = 42 must be text, not int\. Write it in quotes"),
+        (GOOD | {"extra": [1]}, r"Problem\.extra = \[1\] must be an object of JSON"),
         (GOOD | {"question": "\ud800"}, r"Problem\.question has half a surrogate pair"),
-        ({"a": 1, "b": 2}, r"the columns a, b make no record \(\{'a': 1, 'b': 2\}\)\. Want kind"),
-        ({"question": "q"}, "answer = None: want text or an int in answer or reward_model"),
-        ({"question": "q", "answer": 0.5}, "answer = 0.5: want text or an int"),
-        ({"question": "q", "answer": True}, "answer = True: want text or an int"),
-        ({"question": 5, "answer": "1"}, r"Problem\.question = 5: want str"),
-        ({"prompt": "q", "answer": "1"}, "prompt = 'q': want a list of one message"),
+        (
+            {"a": 1, "b": 2},
+            r"the columns a, b make no record \(\{'a': 1, 'b': 2\}\)\. A row needs question",
+        ),
+        ({"question": "q", "extra": 3}, "extra = 3 must be an object"),
+        ({"question": "q", "answer": 0.5}, "answer = 0.5 must be text or a whole number"),
+        ({"question": "q", "answer": True}, "answer = True must be text or a whole number"),
+        ({"question": 5, "answer": "1"}, r"Problem\.question = 5 must be text"),
+        ({"prompt": "q", "answer": "1"}, "prompt = 'q' must be a list of one message"),
         (
             {"prompt": [{"role": "system", "content": "s"}] * 2, "answer": "1"},
-            "want a list of one message",
+            "must be a list of one message",
         ),
         ({"qwen_text": QWEN_TEXT * 2}, "one user turn, one assistant turn and nothing else"),
-        ({"qwen_text": "hello"}, "qwen_text = 'hello': want Qwen's template"),
+        ({"qwen_text": "hello"}, "qwen_text = 'hello' must be Qwen's template"),
     ],
 )
 def test_a_bad_line_is_told_with_file_line_fault_and_remedy(tmp_path, line, sentence):
@@ -405,22 +421,22 @@ def _with_call(**changes):
     [
         (
             _with_call(stop_reason="bored"),
-            "stop_reason = 'bored': want one of eos, stop, length, error",
+            "stop_reason = 'bored' must be one of eos, stop, length, error",
         ),
-        (_with_call(logp=[0.0]), r"logp = array\(\[0.*: want 3 numbers, one for each sampled id"),
-        (_with_call(logp=["a", 0, 0]), "calls: logp = .*want numbers or null"),
-        (_with_call(sampled=[1, -1, 2]), "calls: sampled = .*want a list of token ids"),
-        (_with_call(sampled=[1, 2**31, 2]), "want a list of token ids"),
-        (_with_call(sampled=[1, True, 2]), "want a list of token ids"),
-        (_with_call(path=[[0]]), r"calls: path = \[\[0\]\]: want a list of integers and strings"),
+        (_with_call(logp=[0.0]), r"logp = array\(\[0.* must be 3 numbers, one for each sampled id"),
+        (_with_call(logp=["a", 0, 0]), "calls: logp = .* must be numbers or null"),
+        (_with_call(sampled=[1, -1, 2]), "calls: sampled = .* must be a list of token ids"),
+        (_with_call(sampled=[1, 2**31, 2]), "must be a list of token ids"),
+        (_with_call(sampled=[1, True, 2]), "must be a list of token ids"),
+        (_with_call(path=[[0]]), r"calls: path = \[\[0\]\] must be a list of integers and strings"),
         (
             _with_call(context=[]),
-            "the call has the unknown context .*path, sampled, logp, stop_reason",
+            "the call has the unknown context .*must have path, sampled, logp, stop_reason",
         ),
-        (to_json(rollout()) | {"calls": {}}, r"calls = \{\}: want a list"),
-        (to_json(rollout()) | {"calls": [3]}, "calls = 3: want an object for each call"),
-        (to_json(rollout()) | {"counts": {"a": 0.5}}, "counts = .*want an object of integers"),
-        (to_json(rollout()) | {"prompt": "1 2"}, "prompt = '1 2': want a list of token ids"),
+        (to_json(rollout()) | {"calls": {}}, r"calls = \{\} must be a list"),
+        (to_json(rollout()) | {"calls": [3]}, "calls = 3 must be an object for each call"),
+        (to_json(rollout()) | {"counts": {"a": 0.5}}, "counts = .* must be an object of integers"),
+        (to_json(rollout()) | {"prompt": "1 2"}, "prompt = '1 2' must be a list of token ids"),
     ],
 )
 def test_a_bad_rollout_is_told_by_field(row, sentence):
@@ -429,9 +445,11 @@ def test_a_bad_rollout_is_told_by_field(row, sentence):
 
 
 def test_a_bad_row_of_parquet_is_told_with_its_number(tmp_path):
-    rows = [{"question": "q", "answer": "1"}, {"question": "q", "answer": None}]
+    rows = [{"question": "q", "answer": "1"}, {"question": None, "answer": "1"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: row 1: answer = None: want text"):
+    with pytest.raises(
+        ValueError, match=r"x\.parquet: row 1: Problem\.question = None must be text"
+    ):
         list(read(tmp_path / "x.parquet"))
 
 
@@ -469,9 +487,9 @@ def test_unknown_suffixes_and_missing_files_are_refused(tmp_path):
 
 
 def test_records_are_checked_when_they_are_built():
-    with pytest.raises(TypeError, match=r"Example\.answer = 3: want str, got int"):
+    with pytest.raises(TypeError, match=r"Example\.answer = 3 must be text, not int"):
         Example("1", "q", "r", 3, "t")
-    with pytest.raises(TypeError, match="want 1 numbers, one for each sampled id"):
+    with pytest.raises(TypeError, match="must be 1 numbers, one for each sampled id"):
         CallRecord((), np.zeros(1, np.int32), np.zeros(2, np.float32), StopReason.EOS)
 
 

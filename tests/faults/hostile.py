@@ -77,8 +77,8 @@ def hostile(seed: int, number: int) -> Hostile:
 
 @functools.cache
 def _valid(index: int) -> tuple[multiplication.Product, str]:
-    problem = multiplication.problem(TASK, 0, index)
-    return problem, multiplication.gold(problem, TASK)
+    product = TASK.product(0, index)
+    return product, TASK.gold(product.problem)
 
 
 # Trajectories.

@@ -29,6 +29,7 @@ from tw_jax.forkjoin import grammar
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
 from tw_jax.tasks import answers
 from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.task import Problem
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 
 CPU_SECONDS = 2.0
@@ -125,7 +126,7 @@ class Texts:
     def _number(self, text: Hostile) -> None:
         for where in ("after_thinking", "anywhere"):
             answers.final_answer(text.response, where=where)
-        verdict = self._pools["number"].grade(text.response, text.truth)
+        verdict = self._pools["number"].grade(_problem(text), text.response)
         assert verdict in ("correct", "wrong", "no_answer"), f"the verdict is {verdict}"
         self.counts[f"number_{verdict}"] += 1
         if verdict != "correct":
@@ -136,11 +137,15 @@ class Texts:
         assert may_be(given, int(text.truth)), f"{given!r} is graded correct for {text.truth}"
 
     def _mathematics(self, text: Hostile) -> None:
-        verdict = self._pools["mathematics"].grade(text.response, text.truth)
+        verdict = self._pools["mathematics"].grade(_problem(text), text.response)
         assert verdict in ("correct", "wrong", "no_answer", "timeout")
         self.counts[f"mathematics_{verdict}"] += 1
         is_wrong = verdict == "correct" and text.wrong == "value"
         assert not is_wrong, "another value is graded correct in mathematics mode"
+
+
+def _problem(text: Hostile) -> Problem:
+    return Problem(id="x", question="", answer=text.truth)
 
 
 _TERM = r"(\d*)(?:\.(\d*))?(?:[eE]\+?(\d{1,4}))?"

@@ -15,6 +15,7 @@ from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
 from tw_jax.programs import evaluate as program
 from tw_jax.rollouts import reward
 from tw_jax.rollouts.evaluate import summarise
+from tw_jax.tasks.task import Problem
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,9 @@ def test_latency_is_counted_from_calls_as_in_the_reward_and_the_text_has_names_o
     assert summary["latency_ratio"] == pytest.approx(longest / total, rel=tolerance["rounding"])
     assert summary["text_total_tokens"] == pytest.approx(drawn, rel=tolerance["rounding"])
     assert summary["text_longest_tokens"] == pytest.approx(drawn - 4, rel=tolerance["rounding"])
-    parts = [[reward.reward(t, True, reward.Reward()) for t in made]]
-    of_reward = reward.summary(parts, np.zeros((1, 2)))
+    asked, cfg = Problem("p", "q"), reward.Reward()
+    parts = [[reward.reward(t, "correct", cfg, problem=asked, text="") for t in made]]
+    of_reward = reward.reward_metrics(parts, np.zeros((1, 2)))
     for name in ("longest_tokens", "total_tokens", "latency_ratio"):
         assert summary[name] == pytest.approx(of_reward[name], rel=tolerance["rounding"])
 

@@ -5,7 +5,9 @@ import json
 from tw_jax.cli import main
 from tw_jax.data import records
 from tw_jax.forkjoin import grammar
-from tw_jax.tasks import multiplication
+from tw_jax.tasks.multiplication import Multiplication
+
+TASK = Multiplication(parallel=True)
 
 
 def test_examples_are_right_well_formed_and_held_out(runs):
@@ -14,7 +16,7 @@ def test_examples_are_right_well_formed_and_held_out(runs):
     assert (len(train), len(held_out)) == (40, 3)
     assert not {e.question for e in train} & {e.question for e in held_out}
     for example in [*train, *held_out]:
-        assert multiplication.grade(example.response, example.answer)
+        assert TASK.grade(example.problem, example.response) == "correct"
         assert grammar.well_formed(example.response).trajectory_well_formed
 
 

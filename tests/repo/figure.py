@@ -8,7 +8,7 @@ from repo.example import PROMPT, VOCABULARY, WRITTEN, calls
 from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
 from tw_jax.forkjoin.replay import replay
 from tw_jax.forkjoin.threadweaver import ForkJoin, ThreadWeaver, make_table
-from tw_jax.tasks.multiplication import Multiplication, Product, gold
+from tw_jax.tasks.multiplication import Multiplication, Product
 from tw_jax.tokenizer import Bytes, Chat, load_tokenizer
 from tw_jax.view import plots
 
@@ -53,8 +53,8 @@ def example_trajectory() -> Trajectory:
 
 def multiplication_trajectory() -> Trajectory:
     """12 * 34 in bytes: two threads, a row each of the long multiplication."""
-    problem = Product(factors=(12, 34), seed=0)
-    response = gold(problem, Multiplication(parallel=True, lone_pair="fork"))
+    problem = Product(factors=(12, 34), seed=0).problem
+    response = Multiplication(parallel=True, lone_pair="fork").gold(problem)
     tokenizer, chat = load_tokenizer(Bytes()), Chat(template="plain")
     ids = chat.document(tokenizer, problem.question, response)
     protocol = ThreadWeaver(make_table(tokenizer), ForkJoin())

@@ -11,17 +11,19 @@ import trajectories
 
 from tw_jax.forkjoin import cost
 from tw_jax.forkjoin.calls import Call, StopReason, Trajectory
+from tw_jax.rollouts import reward as rewards
 from tw_jax.rollouts.reward import (
     GroupLength,
     Reward,
     SoftOverlong,
-    are_finite,
+    finite_groups,
     length_penalty,
-    reward,
-    summary,
+    reward_metrics,
     totals,
-    trains,
+    trainable_groups,
 )
+from tw_jax.rollouts.terms import RewardTerm
+from tw_jax.tasks.task import Problem
 
 NOTHING = np.zeros(0, np.int32)
 
@@ -36,6 +38,13 @@ def made(*sizes, finish="eos", new=100):
     calls = (call((), 60), *(call((0, str(n)), size) for n, size in enumerate(sizes, 1)))
     ids = np.zeros(10 + new, np.int32)
     return Trajectory(10, calls, ids, ids.astype(np.int8), bool(sizes), finish, {})
+
+
+def reward(trajectory, is_correct, cfg, *, text="", tags=None):
+    """The parts of a rollout that was graded so."""
+    verdict = "correct" if is_correct else "wrong"
+    problem = Problem("p", "What?", "4")
+    return rewards.reward(trajectory, verdict, cfg, problem=problem, text=text, tags=tags)
 
 
 # Parts.
@@ -94,13 +103,13 @@ def test_text_that_looks_parallel_earns_nothing_by_calls_and_pays_by_text(close)
     close("rounding", with_prompt.acceleration, 4 / (total + 3))
     assert with_prompt.text.total == by_text.text.total + 3
     assert with_prompt.cost == by_text.cost == cost.cost_from_calls(written)
-    numbers = summary([[by_text]], np.zeros((1, 1)))
+    numbers = reward_metrics([[by_text]], np.zeros((1, 1)))
     assert numbers["latency_ratio"] == 1, "one call drew it all"
     assert numbers["text_latency_ratio"] < 1
 
 
 def test_reading_text_needs_tags():
-    with pytest.raises(ValueError, match="'response' reads the text: want the ids of its tags"):
+    with pytest.raises(ValueError, match="'response' reads the text and needs the ids of its tags"):
         reward(made(), True, Reward(counted="response"))
 
 
@@ -126,6 +135,64 @@ def test_a_soft_penalty_grows_over_the_buffer(new, penalty):
     assert parts.overlong == pytest.approx(penalty)
     assert parts.total == parts.correctness + parts.acceleration + parts.overlong
     assert parts.is_trained
+
+
+# Terms.
+
+
+class Half(RewardTerm):
+    """Half a point for each letter of the response; not a config class, so no config names it."""
+
+    def score(self, rollout):
+        assert rollout.problem.question == "What?"
+        assert rollout.cost == cost.cost_from_calls(rollout.trajectory)
+        return 0.5 * len(rollout.text) + (10 if rollout.is_correct else 0) + rollout.num_tokens
+
+
+class LengthOfURL2Text(Half):
+    def score(self, rollout):
+        return float("nan")
+
+
+class Overlong(Half):
+    pass
+
+
+def test_the_name_of_a_term_is_that_of_its_class_in_snake_case():
+    assert (Half().name, LengthOfURL2Text().name) == ("half", "length_of_url2_text")
+
+
+def test_terms_are_added_and_each_has_its_metric_and_its_record():
+    cfg = build_unchecked(Reward(), terms=(Half(),))
+    group = [reward(made(new=3), right, cfg, text="ab") for right in (True, False)]
+    assert [dict(parts.terms) for parts in group] == [{"half": 14.0}, {"half": 4.0}]
+    got = totals([group], cfg)
+    assert got.tolist() == [[1.0 + 14.0, -1.0 + 4.0]]
+    assert reward_metrics([group], got)["reward_half"] == 9.0
+    assert group[0].record(15.0)["reward_half"] == 14.0
+
+
+def test_a_term_that_is_no_number_keeps_its_group_from_being_trained():
+    cfg = build_unchecked(Reward(), terms=(LengthOfURL2Text(),))
+    groups = [[reward(made(), True, cfg)], [reward(made(), True, Reward())]]
+    assert finite_groups(totals(groups, cfg)).tolist() == [False, True]
+    assert groups[0][0].record(np.nan)["reward_length_of_url2_text"] is None
+    assert reward_metrics([groups[0]], totals([groups[0]], cfg))["reward_length_of_url2_text"] == 0
+
+
+def test_two_terms_of_one_name_and_the_names_of_the_parts_are_refused():
+    with pytest.raises(ValueError, match="'overlong', and its metric reward_overlong exists"):
+        build_unchecked(Reward(), terms=(Overlong(),)).check()
+    with pytest.raises(ValueError, match="'half', and its metric reward_half exists"):
+        build_unchecked(Reward(), terms=(Half(), Half())).check()
+
+
+def build_unchecked(cfg, **changes):
+    """A copy with values that only a config file could not give it, as terms of no config class."""
+    copied = dataclasses.replace(cfg)
+    for name, value in changes.items():
+        object.__setattr__(copied, name, value)
+    return copied
 
 
 # Groups.
@@ -173,13 +240,13 @@ def test_totals_are_the_sums_of_the_parts():
 def test_a_summary_leaves_out_what_is_no_number():
     parts = [reward(made(10, 30), is_correct, Reward()) for is_correct in (True, False)]
     groups, rewards = [parts, parts], np.array([[1.1, -1.0], [np.nan, -1.0]])
-    found = summary(groups, rewards)
+    found = reward_metrics(groups, rewards)
     assert found["reward"] == pytest.approx(0.05)
     assert found["reward_std"] == pytest.approx(1.05)
     assert found["correct"] == 0.5
     assert (found["total_tokens"], found["longest_tokens"]) == (100, 90)
-    assert parts[0].told(np.nan)["reward"] is None
-    assert parts[0].told(1.1)["longest"] == 90
+    assert parts[0].record(np.nan)["reward"] is None
+    assert parts[0].record(1.1)["longest"] == 90
 
 
 @pytest.mark.parametrize("drawn", [(0, 0, 1, 0), (0, 0, 0, 0)])
@@ -188,18 +255,18 @@ def test_the_latency_ratio_of_calls_without_a_fork_is_one_however_few_their_toke
         Trajectory(3, (call((), n),), NOTHING, NOTHING.astype(np.int8), 0, "eos", {}) for n in drawn
     ]
     parts = [reward(rollout, False, Reward()) for rollout in rollouts]
-    assert summary([parts], np.zeros((1, 4)))["latency_ratio"] == 1
+    assert reward_metrics([parts], np.zeros((1, 4)))["latency_ratio"] == 1
 
 
 def test_a_group_of_rollouts_that_are_all_left_out_trains_nothing():
     cut = reward(made(10, finish="length"), False, Reward(overlong="filter"))
     whole = reward(made(10), False, Reward(overlong="filter"))
-    assert trains([[cut, cut], [cut, whole]]).tolist() == [False, True]
+    assert trainable_groups([[cut, cut], [cut, whole]]).tolist() == [False, True]
 
 
 def test_groups_with_a_reward_that_is_no_number_are_found():
     rewards = np.array([[1, 2], [np.nan, 1], [np.inf, 1], [-np.inf, 0]])
-    assert are_finite(rewards).tolist() == [True, False, False, False]
+    assert finite_groups(rewards).tolist() == [True, False, False, False]
 
 
 # Choices.
@@ -216,6 +283,8 @@ def values(hint):
         return list(typing.get_args(hint))
     if hint is types.NoneType:
         return [None]
+    if hint is RewardTerm:
+        return []  # any, none by default
     if hint in EXAMPLES:
         return [EXAMPLES[hint]]
     return [value for part in typing.get_args(hint) for value in values(part)]
@@ -245,10 +314,13 @@ def test_m7_every_choice_of_the_reward_is_computed():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: Reward(correct=0.0, incorrect=0.0), "want more than Reward.incorrect"),
+        (lambda: Reward(correct=0.0, incorrect=0.0), "must be greater than Reward.incorrect"),
         (lambda: Reward(correct=float("inf")), "must be a finite number"),
         (lambda: Reward(acceleration_factor=-1.0), "acceleration_factor = -1.0 must be at least 0"),
-        (lambda: SoftOverlong(limit_tokens=5, buffer_tokens=6), "want 1 to limit_tokens = 5"),
+        (
+            lambda: SoftOverlong(limit_tokens=5, buffer_tokens=6),
+            "must be 1 to SoftOverlong.limit_tokens = 5",
+        ),
         (lambda: GroupLength(threshold=1.0), "must be at least 0 and below 1"),
         (lambda: GroupLength(window_tokens=0), "must be at least 1"),
     ],

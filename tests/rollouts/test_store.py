@@ -7,9 +7,10 @@ import trajectories
 from tw_jax.data import records
 from tw_jax.rollouts.generate import RolloutGroup
 from tw_jax.rollouts.store import StepFiles, continued
+from tw_jax.tasks.task import Problem
 
 IDS = ["0/0/a/0", "0/0/a/1"]
-PROBLEM = records.Problem("a", "1 + 1?", "2", "sums")
+PROBLEM = Problem("a", "1 + 1?", "2", "sums")
 
 
 @pytest.fixture

@@ -10,13 +10,24 @@ from pathlib import Path
 
 import jax
 import pytest
+from words import Words
 
 from tw_jax.tasks import grader
-from tw_jax.tasks.grader import Grader, GraderPool, check_truths
+from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.task import Problem, check_problems
 
 # An exponent that passes for small, and a power that would take minutes and gigabytes.
 HANGS = r"3^{13!}"
 SYMBOLIC = ("(x+1)^2", "x^2+2x+1")
+
+
+def problem(answer):
+    return Problem(id="p", question="", answer=answer)
+
+
+def items(*pairs):
+    """(problem, response) of each (response, right answer)."""
+    return [(problem(truth), text) for text, truth in pairs]
 
 
 def boxed(answer):
@@ -27,14 +38,14 @@ def test_exact_answers_start_no_process():
     with GraderPool(Grader(mode="mathematics", workers=1)) as pool:
         before = set(multiprocessing.active_children())
         verdicts = pool.grade_all(
-            [
+            items(
                 (boxed("1,000"), "1000"),
                 (boxed("1001"), "1000"),
                 (boxed("0.5"), r"\frac{1}{2}"),
                 (boxed("123456789012345679"), "123456789012345678"),
                 ("no box</think>", "1"),
                 (r"\boxed{1}", "1"),
-            ]
+            )
         )
         assert set(multiprocessing.active_children()) == before
     assert verdicts == ["correct", "wrong", "correct", "wrong", "no_answer", "no_answer"]
@@ -44,48 +55,49 @@ def test_mode_number_never_starts_a_process(monkeypatch):
     monkeypatch.setattr(grader._Worker, "_spawn", lambda self: pytest.fail("a process started"))
     with GraderPool(Grader(mode="number", workers=1)) as pool:
         for answer in ("(x+1)^2", "416*607", r"\frac{\sqrt 2}{2}", HANGS, "2^{10}"):
-            assert pool.grade(boxed(answer), "252512") == "wrong"
+            assert pool.grade(problem("252512"), boxed(answer)) == "wrong"
 
 
 def test_problems_whose_truth_is_no_number_are_refused_before_grading():
+    asked = [Problem("a", "", "7 3/4"), Problem("b", "", "x")]
     with pytest.raises(ValueError, match="Problem 'b': The truth 'x' is not a number"):
-        check_truths(Grader(mode="number"), [("a", "7 3/4"), ("b", "x")])
-    check_truths(Grader(mode="mathematics"), [("a", "7 3/4"), ("b", "x")])
+        check_problems(Grader(mode="number"), asked)
+    check_problems(Grader(mode="mathematics"), asked)
     for mode in ("number", "mathematics"):
-        with pytest.raises(ValueError, match="The truth is empty"):
-            check_truths(Grader(mode=mode), [("a", " ")])
+        with pytest.raises(ValueError, match="Problem 'p': The truth is empty"):
+            check_problems(Grader(mode=mode), [problem(" ")])
 
 
 def test_the_place_of_an_answer_follows_the_config():
     with GraderPool(Grader(mode="number", where="anywhere")) as pool:
-        assert pool.grade(r"\boxed{1}", "1") == "correct"
+        assert pool.grade(problem("1"), r"\boxed{1}") == "correct"
 
 
 def test_a_hanging_comparison_is_a_timeout_and_the_next_item_is_graded():
     jax.devices()  # a parent with running backends, which a forked worker would inherit
     with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=3.0)) as pool:
-        assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
+        assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "correct"
         start = time.monotonic()
-        assert pool.grade(boxed(HANGS), "7") == "timeout"
+        assert pool.grade(problem("7"), boxed(HANGS)) == "timeout"
         assert time.monotonic() - start < 10.0
-        assert pool.grade(boxed("(x+1)^2"), "x^2+1") == "wrong"
-        assert pool.grade(boxed(r"\frac{"), "x") == "no_answer"
-        assert pool.grade(boxed(r"\sin("), "x") == "wrong"
+        assert pool.grade(problem("x^2+1"), boxed("(x+1)^2")) == "wrong"
+        assert pool.grade(problem("x"), boxed(r"\frac{")) == "no_answer"
+        assert pool.grade(problem("x"), boxed(r"\sin(")) == "wrong"
         workers = [p for p in multiprocessing.active_children() if p.name == "grader"]
         assert len(workers) == 1
     assert not any(p.name == "grader" for p in multiprocessing.active_children())
     with pytest.raises(RuntimeError, match="GraderPool is closed"):
-        pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1])
+        pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0]))
     pool.close()
 
 
 def test_threads_share_the_workers_and_keep_their_own_verdicts():
-    items = [(boxed(f"(x+{n})^2"), f"x^2+{2 * n}x+{n * n + (n % 2)}") for n in range(2, 8)]
+    given = items(*((boxed(f"(x+{n})^2"), f"x^2+{2 * n}x+{n * n + (n % 2)}") for n in range(2, 8)))
     want = ["wrong" if n % 2 else "correct" for n in range(2, 8)]
     with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
         results = {}
         threads = [
-            threading.Thread(target=lambda i=i: results.__setitem__(i, pool.grade_all(items)))
+            threading.Thread(target=lambda i=i: results.__setitem__(i, pool.grade_all(given)))
             for i in range(3)
         ]
         for thread in threads:
@@ -97,12 +109,12 @@ def test_threads_share_the_workers_and_keep_their_own_verdicts():
 
 def test_a_worker_that_dies_is_replaced():
     with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
-        assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
+        assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "correct"
         (worker,) = [p for p in multiprocessing.active_children() if p.name == "grader"]
         worker.kill()
         worker.join()
-        assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"
-        assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
+        assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "timeout"
+        assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "correct"
 
 
 def test_a_worker_that_does_not_start_in_time_is_a_timeout_and_is_tried_again(monkeypatch):
@@ -110,9 +122,9 @@ def test_a_worker_that_does_not_start_in_time_is_a_timeout_and_is_tried_again(mo
     monkeypatch.setattr(grader, "_START_SECONDS", 0.05)
     with GraderPool(Grader(mode="mathematics", workers=1, item_seconds=30.0)) as pool:
         with pytest.warns(UserWarning, match=r"was not ready after 0.05 seconds; its answer is"):
-            assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"
+            assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "timeout"
         monkeypatch.setattr(grader, "_START_SECONDS", 120.0)
-        assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "correct"
+        assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "correct"
     assert grader._Worker._spawn is spawn
 
 
@@ -126,15 +138,15 @@ def test_a_worker_that_cannot_be_started_is_given_a_pause_and_no_traceback(monke
     monkeypatch.setattr(grader._Worker, "_spawn", spawn)
     with GraderPool(Grader(mode="mathematics", workers=1)) as pool:
         with pytest.warns(UserWarning, match="Cannot allocate memory") as told:
-            verdicts = pool.grade_all([(boxed(SYMBOLIC[0]), SYMBOLIC[1])] * 5)
+            verdicts = pool.grade_all(items((boxed(SYMBOLIC[0]), SYMBOLIC[1])) * 5)
         assert verdicts == ["timeout"] * 5
         assert len(tries) == len(told) == 3
         assert "for 10 minutes none is started" in str(told[-1].message)
-        assert pool.grade(boxed("7"), "7") == "correct"
+        assert pool.grade(problem("7"), boxed("7")) == "correct"
         monkeypatch.setattr(grader, "_PAUSE_SECONDS", 0.0)
         pool._free.queue[0]._paused_until = 0.0
         with pytest.warns(UserWarning, match="4 of them in a row"):
-            assert pool.grade(boxed(SYMBOLIC[0]), SYMBOLIC[1]) == "timeout"
+            assert pool.grade(problem(SYMBOLIC[1]), boxed(SYMBOLIC[0])) == "timeout"
 
 
 @pytest.mark.parametrize("busy", [HANGS, "(x+1)^2"])
@@ -144,13 +156,14 @@ def test_a_worker_ends_with_its_killed_parent(tmp_path, busy):
     script.write_text(
         "import multiprocessing, sys, threading, time\n"
         "from tw_jax.tasks.grader import Grader, GraderPool\n"
+        "from tw_jax.tasks.task import Problem\n"
         "if __name__ == '__main__':\n"
         "    cfg = Grader(mode='mathematics', workers=1, item_seconds=2.0, where='anywhere')\n"
         "    pool = GraderPool(cfg)\n"
         "    box = chr(92) + 'boxed'\n"
-        "    assert pool.grade(box + '{x+1}', '1+x') == 'correct'\n"
+        "    assert pool.grade(Problem('p', '', '1+x'), box + '{x+1}') == 'correct'\n"
         "    (worker,) = multiprocessing.active_children()\n"
-        "    job = lambda: pool.grade(box + '{' + sys.argv[1] + '}', '7')\n"
+        "    job = lambda: pool.grade(Problem('p', '', '7'), box + '{' + sys.argv[1] + '}')\n"
         "    threading.Thread(target=job).start()\n"
         "    time.sleep(0.5)\n"
         "    print(worker.pid, flush=True)\n"
@@ -178,8 +191,9 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text(
         "from tw_jax.tasks.grader import Grader, GraderPool\n"
+        "from tw_jax.tasks.task import Problem\n"
         "with GraderPool(Grader(mode='mathematics', workers=1, where='anywhere')) as pool:\n"
-        "    print(pool.grade(chr(92) + 'boxed{x+1}', '1+x'))\n"
+        "    print(pool.grade(Problem('p', '', '1+x'), chr(92) + 'boxed{x+1}'))\n"
     )
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
@@ -192,6 +206,38 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, "timeout\n")
     assert 'needs `if __name__ == "__main__"`' in done.stderr
+
+
+# Tasks of other modules.
+
+
+def test_a_task_that_decides_nothing_at_once_is_graded_in_a_worker_by_its_extra_fields():
+    asked = Problem("p", "", extra={"word": "seven"})
+    with GraderPool(Words()) as pool:
+        verdicts = pool.grade_all([(asked, "It is seven."), (asked, "It is 7.")])
+        assert verdicts == ["correct", "wrong"]
+        assert {p.name for p in multiprocessing.active_children()} >= {"grader"}
+
+
+def test_a_task_that_hangs_is_a_timeout_and_its_worker_is_killed():
+    asked = Problem("p", "", extra={"word": "x"})
+    with GraderPool(Words(item_seconds=0.5)) as pool:
+        assert pool.grade(asked, "hang") == "timeout"
+        assert pool.grade(asked, "x") == "correct"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("raise", "(?s)problem 'p'.*return one of correct, .*KeyError: 'raise'"),
+        ("None", "It returned None"),
+    ],
+)
+def test_an_error_of_a_task_stops_the_run_instead_of_counting_as_wrong(text, sentence):
+    with GraderPool(Words(workers=1)) as pool:
+        with pytest.raises(RuntimeError, match=sentence):
+            pool.grade(Problem("p", ""), text)
+        assert pool.grade(Problem("p", "", extra={"word": "a"}), "a") == "correct"
 
 
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"item_seconds": 0.0}])

@@ -11,13 +11,10 @@ from tw_jax.tasks.multiplication import (
     Multiplication,
     Product,
     add,
-    gold,
-    grade,
     multiply,
     multiply_by_digit,
-    problem,
-    problems,
 )
+from tw_jax.tasks.task import Problem
 
 _STEP = re.compile(r"(\d+(?:[*+]\d+)+)=(\d+)")
 _LINE = re.compile(r"(\d+) ([*+]) (\d+): (.*) -> (\d+)")
@@ -53,6 +50,16 @@ def _pools(text: str) -> list[list[int]]:
     ]
 
 
+def factors_of(problem):
+    return problem.extra["factors"]
+
+
+def grade(text, answer):
+    verdict = CONFIGS[0].grade(Problem("p", "", answer), text)
+    assert CONFIGS[0].grade_at_once(Problem("p", "", answer), text) == verdict
+    return verdict == "correct"
+
+
 CONFIGS = [
     Multiplication(parallel=parallel, lone_pair=lone_pair, parallel_probability=probability)
     for parallel in (False, True)
@@ -63,37 +70,37 @@ CONFIGS = [
 
 @pytest.mark.parametrize("cfg", CONFIGS)
 def test_every_equation_of_the_working_is_true(cfg):
-    for item in problems(cfg, seed=11, count=60):
-        assert _assert_true_everywhere(gold(item, cfg)) > 5 or 0 in item.factors
+    for item in cfg.problems(seed=11, count=60):
+        assert _assert_true_everywhere(cfg.gold(item)) > 5 or 0 in factors_of(item)
 
 
 @pytest.mark.parametrize("cfg", CONFIGS)
 def test_every_pool_keeps_the_product_and_the_last_is_the_answer(cfg):
-    for item in problems(cfg, seed=12, count=60):
-        pools = _pools(gold(item, cfg))
-        assert pools[0] == list(item.factors)
-        assert [math.prod(pool) for pool in pools] == [math.prod(item.factors)] * len(pools)
-        assert pools[-1] == [math.prod(item.factors)]
-        assert len(pools) == 1 + math.ceil(math.log2(len(item.factors)))
+    for item in cfg.problems(seed=12, count=60):
+        pools = _pools(cfg.gold(item))
+        assert pools[0] == factors_of(item)
+        assert [math.prod(pool) for pool in pools] == [math.prod(factors_of(item))] * len(pools)
+        assert pools[-1] == [math.prod(factors_of(item))]
+        assert len(pools) == 1 + math.ceil(math.log2(len(factors_of(item))))
 
 
 def test_the_boxed_number_is_exact_for_ten_thousand_problems():
     cfg = Multiplication(parallel=True)
     wide = 0
-    for item in problems(cfg, seed=13, count=10_000):
-        true = math.prod(item.factors)
+    for item in cfg.problems(seed=13, count=10_000):
+        true = math.prod(factors_of(item))
         assert item.answer == str(true)
-        assert item.question == f"What is {' * '.join(map(str, item.factors))}?"
-        assert 5 <= len(item.factors) <= 8
-        assert all(0 <= factor <= 1000 for factor in item.factors)
+        assert item.question == f"What is {' * '.join(map(str, factors_of(item)))}?"
+        assert 5 <= len(factors_of(item)) <= 8
+        assert all(0 <= factor <= 1000 for factor in factors_of(item))
         wide += true >= 2**53
     assert wide > 5000  # most products of this task do not fit a double
 
 
 def test_a_gold_text_is_graded_right_and_its_neighbours_wrong():
     for cfg in CONFIGS:
-        for item in problems(cfg, seed=14, count=20):
-            text = gold(item, cfg)
+        for item in cfg.problems(seed=14, count=20):
+            text = cfg.gold(item)
             assert grade(text, item.answer)
             assert not grade(text, str(int(item.answer) + 1))
             assert not grade(text.replace("</think>", ""), item.answer)
@@ -111,8 +118,8 @@ def test_a_wrong_product_beyond_two_to_the_53_is_wrong():
 def test_the_sequential_text_holds_no_tag_and_the_parallel_one_the_same_working():
     sequential = Multiplication(parallel=False)
     parallel = Multiplication(parallel=True)
-    for item in problems(parallel, seed=15, count=30):
-        prose, blocks = gold(item, sequential), gold(item, parallel)
+    for item in parallel.problems(seed=15, count=30):
+        prose, blocks = sequential.gold(item), parallel.gold(item)
         assert "<" not in prose.replace("<think>", "").replace("</think>", "")
         untagged = re.sub(r"<Outlines>.*?</Outlines>\n", "", blocks, flags=re.S)
         untagged = re.sub(r"<Thread>\n\d+: ", "", untagged.replace("</Thread><", "<"))
@@ -125,8 +132,8 @@ def test_every_block_holds_two_threads_or_more():
         if not cfg.parallel:
             continue
         forks = 0
-        for item in problems(cfg, seed=16, count=60):
-            for block in re.findall(r"<Parallel>.*?</Parallel>", gold(item, cfg), re.S):
+        for item in cfg.problems(seed=16, count=60):
+            for block in re.findall(r"<Parallel>.*?</Parallel>", cfg.gold(item), re.S):
                 assert block.count("<Thread>") == block.count("<Outline>") >= 2
                 forks += 1
         assert forks > 30
@@ -134,8 +141,8 @@ def test_every_block_holds_two_threads_or_more():
 
 @pytest.mark.parametrize("cfg", CONFIGS)
 def test_every_text_is_canonical_and_passes_the_strict_checker(cfg):
-    for item in problems(cfg, seed=18, count=60):
-        text = gold(item, cfg)
+    for item in cfg.problems(seed=18, count=60):
+        text = cfg.gold(item)
         assert grammar.check(
             text,
             treat_no_parallel_as_error=cfg.parallel and cfg.parallel_probability == 1.0,
@@ -148,22 +155,22 @@ def test_every_text_is_canonical_and_passes_the_strict_checker(cfg):
 
 def test_a_lone_pair_forks_over_the_non_zero_digits_of_the_shorter_factor():
     cfg = Multiplication(parallel=True, lone_pair="fork", min_factors=2, max_factors=2)
-    text = gold(Product(factors=(305, 1234), seed=0), cfg)
+    text = cfg.gold(Product(factors=(305, 1234), seed=0).problem)
     assert "<Outline>1: 5 times 1234.</Outline>" in text
     assert "<Outline>2: 300 times 1234.</Outline>" in text
     assert text.count("<Thread>") == 2
     for factors in ((300, 1234), (7, 8), (0, 55), (1000, 1000)):
-        assert "<Parallel>" not in gold(Product(factors=factors, seed=0), cfg)
+        assert "<Parallel>" not in cfg.gold(Product(factors=factors, seed=0).problem)
 
 
 def test_the_probability_of_a_fork_is_drawn_for_each_round():
     cfg = Multiplication(
         parallel=True, parallel_probability=0.25, min_factors=4, max_factors=4, min_value=1
     )
-    texts = [gold(item, cfg) for item in problems(cfg, seed=17, count=400)]
+    texts = [cfg.gold(item) for item in cfg.problems(seed=17, count=400)]
     assert 0.17 < np.mean(["<Parallel>" in text for text in texts]) < 0.33
     never = Multiplication(parallel=True, parallel_probability=0.0)
-    assert not any("<Parallel>" in gold(p, never) for p in problems(never, seed=17, count=20))
+    assert not any("<Parallel>" in never.gold(p) for p in never.problems(seed=17, count=20))
 
 
 def test_zeros_are_worked_like_any_number():
@@ -175,8 +182,8 @@ def test_zeros_are_worked_like_any_number():
 
 @pytest.mark.parametrize("cfg", CONFIGS)
 def test_steps_of_one_kind_are_equally_long_and_so_are_the_numbers_of_a_sum(cfg):
-    for item in problems(cfg, seed=19, count=60):
-        for a, operator, b, steps, _ in _LINE.findall(gold(item, cfg)):
+    for item in cfg.problems(seed=19, count=60):
+        for a, operator, b, steps, _ in _LINE.findall(cfg.gold(item)):
             width = {"*": 6, "+": 8}
             assert all(len(s) == width["*" if "*" in s else "+"] for s in steps.split())
             assert operator == "*" or len(a) == len(b)
@@ -201,7 +208,7 @@ def test_the_format_of_each_step_stays_as_it_is():
 
 def test_a_parallel_text_stays_as_it_is():
     cfg = Multiplication(parallel=True, min_factors=5, max_factors=5)
-    assert gold(Product(factors=(12, 7, 30, 5, 1), seed=0), cfg) == (
+    assert cfg.gold(Product(factors=(12, 7, 30, 5, 1), seed=0).problem) == (
         "<think>\n"
         "Pool: 12, 7, 30, 5, 1.\n"
         "<Parallel>\n"
@@ -239,7 +246,7 @@ def test_a_parallel_text_stays_as_it_is():
 
 def test_a_fork_of_a_lone_pair_stays_as_it_is():
     cfg = Multiplication(parallel=True, min_factors=2, max_factors=2, lone_pair="fork")
-    assert gold(Product(factors=(84, 150), seed=0), cfg) == (
+    assert cfg.gold(Product(factors=(84, 150), seed=0).problem) == (
         "<think>\n"
         "Pool: 84, 150.\n"
         "<Parallel>\n"
@@ -264,23 +271,23 @@ def test_a_fork_of_a_lone_pair_stays_as_it_is():
 
 def test_the_problems_of_the_published_seeds_stay_as_they_are():
     cfg = Multiplication(parallel=True)
-    assert problem(cfg, 42, 0).factors == (719, 447, 703, 323, 825)
-    assert problem(cfg, 100, 7).factors == (380, 733, 952, 440, 321, 833, 112, 159)
+    assert cfg.product(42, 0).factors == (719, 447, 703, 323, 825)
+    assert cfg.product(100, 7).factors == (380, 733, 952, 440, 321, 833, 112, 159)
 
 
 def test_a_stream_can_be_entered_anywhere():
     cfg = Multiplication(parallel=True)
-    stream = problems(cfg, seed=5, count=50)
-    assert [problem(cfg, 5, i) for i in range(50)] == stream
-    assert problems(cfg, seed=5, count=10) == stream[:10]
-    assert problems(cfg, seed=6, count=50) != stream
+    stream = cfg.problems(seed=5, count=50)
+    assert [cfg.product(5, i).problem for i in range(50)] == stream
+    assert cfg.problems(seed=5, count=10) == stream[:10]
+    assert cfg.problems(seed=6, count=50) != stream
 
 
 def test_splits_share_no_question():
     cfg = Multiplication(parallel=False, max_value=9, min_factors=2, max_factors=2)
-    train = problems(cfg, seed=1, count=60)
+    train = cfg.problems(seed=1, count=60)
     questions = {item.question for item in train}
-    test = problems(cfg, seed=2, count=40, exclude=questions)
+    test = cfg.problems(seed=2, count=40, exclude=questions)
     assert len(questions) == 60
     assert not questions & {item.question for item in test}
     assert len({item.question for item in test} | questions) == 100  # all there are
@@ -289,7 +296,7 @@ def test_splits_share_no_question():
 def test_a_range_with_too_few_questions_is_refused():
     cfg = Multiplication(parallel=False, max_value=1, min_factors=2, max_factors=2)
     with pytest.raises(ValueError, match="only 4 new questions"):
-        problems(cfg, seed=1, count=5)
+        cfg.problems(seed=1, count=5)
 
 
 @pytest.mark.parametrize(

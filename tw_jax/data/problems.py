@@ -10,13 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 
-from tw_jax.data.records import Problem, Records, Rollout
+from tw_jax.data.records import Problem, Records
 from tw_jax.data.stored import problem_of
-
-
-def has_answer(record: Problem | Rollout) -> bool:
-    """Whether the right answer is known."""
-    return bool(record.answer.strip())
 
 
 def content_hash(*problems: Problem) -> str:

@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from tw_jax.data.problems import distinct, has_answer
+from tw_jax.data.problems import distinct
 from tw_jax.data.records import Problem, open_records
 from tw_jax.data.stored import problem_of
+from tw_jax.tasks.task import has_answer
 
 
 class Problems:
@@ -32,6 +33,7 @@ class Problems:
         *,
         limits: Mapping[str, int],
         unanswered: Literal["refuse", "drop", "keep"],
+        can_grade: Callable[[Problem], bool] = has_answer,
         too_long: Literal["refuse", "drop"] = "refuse",
         option: str | None = None,
         count: int | None = None,
@@ -44,6 +46,7 @@ class Problems:
           limits: the most tokens that a prompt may have, by the config field that says so.
           unanswered: what happens to a problem whose answer is not known: "refuse" stops with its
             place, "drop" leaves it out and counts it, "keep" takes it like others.
+          can_grade: whether the answer of a problem is known, as `Task.can_grade`.
           too_long: what happens to a problem whose prompt is longer: "refuse" stops with its place,
             "drop" leaves it out and counts it.
           option: the config field that holds `too_long`, which a message may name.
@@ -61,7 +64,7 @@ class Problems:
         field = min(limits, key=lambda name: limits[name])
         for index, (problem, where) in enumerate(distinct(found, count)):
             length = len(prompt(problem.question))
-            if unanswered != "keep" and not has_answer(problem):
+            if unanswered != "keep" and not can_grade(problem):
                 if unanswered == "refuse":
                     raise ValueError(
                         f"{where}: the answer of the problem {problem.id!r} is not known, so no "

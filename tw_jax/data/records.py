@@ -25,59 +25,40 @@ import numpy as np
 from tw_jax import files
 from tw_jax.data import formats
 from tw_jax.forkjoin.calls import StopReason, Trajectory
+from tw_jax.strict_json import check_fields
+from tw_jax.tasks.task import Problem
 
 
 class _Record:
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
-            if field.type == "str":
-                _require_text(name, value)
-            elif field.type == "dict[str, Any]":
-                _require(isinstance(value, dict), name, value, "a dict")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem(_Record):
-    """A question and what is needed to judge an answer.
-
-    Attributes:
-      id: names the problem within its set.
-      question: what the model is asked, without template or instruction.
-      answer: the answer as text, so that large numbers stay exact; "" where none is known.
-      task: name of the set that it belongs to.
-      extra: whatever else its task wants, as JSON.
-    """
-
-    id: str
-    question: str
-    answer: str
-    task: str
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Example(_Record):
-    """A written trajectory: what the model shall answer, control tokens and all.
+    """A problem with a written response, control tokens included.
 
     Attributes:
-      id: names the problem within its set.
-      question: what the model is asked.
-      response: everything behind the prompt but the end of sequence.
-      answer: the answer as text; "" where none is known.
-      task: name of the set that it belongs to.
+      id: Name of the problem, unique within a file.
+      question: Text that the model is asked.
+      response: All text after the prompt, without the end of sequence.
+      answer: The correct answer as text. "" means unknown.
+      task: Name of the task or the data set that the problem comes from.
+      extra: Further fields of the task, as JSON.
     """
 
     id: str
     question: str
     response: str
-    answer: str
-    task: str
+    answer: str = ""
+    task: str = ""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def problem(self) -> Problem:
-        """The same without its response."""
-        return Problem(id=self.id, question=self.question, answer=self.answer, task=self.task)
+        """The problem without the response."""
+        fields = {name: value for name, value in vars(self).items() if name != "response"}
+        return Problem(**fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -284,8 +265,7 @@ def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> R
         kind = row["kind"]
         _require(kind in list(_KINDS), "kind", kind, f"one of {', '.join(_KINDS)}")
         fields = {name: value for name, value in row.items() if name != "kind"}
-        names = [f.name for f in dataclasses.fields(_KINDS[kind])]
-        _require_fields(fields, names, kind)
+        _require_fields(fields, _KINDS[kind], kind)
         if kind == "rollout":
             calls, counts = row["calls"], row["counts"]
             _require(isinstance(calls, list), "calls", calls, "a list")
@@ -299,7 +279,7 @@ def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> R
 
 def _call(row: Any) -> CallRecord:
     _require(isinstance(row, dict), "calls", row, "an object for each call")
-    _require_fields(row, [f.name for f in dataclasses.fields(CallRecord)], "call")
+    _require_fields(row, CallRecord, "call")
     path, logp, stop_reason = row["path"], row["logp"], row["stop_reason"]
     _require(_is_list(path, int, str), "calls: path", path, "a list of integers and strings")
     _require(logp is None or _is_list(logp, int, float), "calls: logp", logp, "numbers or null")
@@ -329,31 +309,24 @@ def _is_list(value: Any, *kinds: type) -> bool:
 
 def _require(valid: bool, name: str, value: Any, want: str) -> None:
     if not valid:
-        raise TypeError(f"{name} = {value!r:.40}: want {want}.")
+        raise TypeError(f"{name} = {value!r:.40} must be {want}.")
 
 
-def _require_fields(row: Mapping[str, Any], names: Sequence[str], kind: str) -> None:
-    missing = [name for name in names if name not in row]
-    unknown = [name for name in row if name not in names]
+def _require_fields(row: Mapping[str, Any], cls: type[Any], kind: str) -> None:
+    """Refuses a row that lacks a field without a default, or has a field that `cls` does not."""
+    fields = dataclasses.fields(cls)
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    optional = [f.name for f in fields if f.name not in required]
+    missing = [name for name in required if name not in row]
+    unknown = [name for name in row if name not in required + optional]
     if missing or unknown:
         faults = [f"lacks {', '.join(missing)}"] if missing else []
         faults += [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        rest = f" and may have {', '.join(optional)}" if optional else ""
         raise ValueError(
-            f"the {kind} {' and '.join(faults)} ({dict(row)!r:.60}). The fields of a {kind} are "
-            f"{', '.join(names)}; add, rename or remove."
+            f"the {kind} {' and '.join(faults)} ({dict(row)!r:.60}). A {kind} must have "
+            f"{', '.join(required)}{rest}. Add, rename or remove fields."
         )
-
-
-def _require_text(name: str, value: Any) -> None:
-    want = f"str, got {type(value).__name__}; in quotes, numbers stay exact"
-    _require(isinstance(value, str), name, value, want)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half a surrogate pair at character {error.start}, which is no Unicode "
-            "text. Replace that character."
-        ) from None
 
 
 # Rows that others wrote.
@@ -362,6 +335,12 @@ _QWEN_TEXT = re.compile(
     r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)<\|im_end\|>\n?",
     re.DOTALL,
 )
+
+_READ_COLUMNS = (
+    "id uuid question prompt qwen_text response answer reward_model task data_source extra"
+)
+_COLUMNS = frozenset(_READ_COLUMNS.split())
+"""The columns that are read. All others become entries of `extra`."""
 
 
 def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Example:
@@ -374,25 +353,25 @@ def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Ex
         question = row["question"]
     else:
         raise ValueError(
-            f"the columns {', '.join(row) or '(none)'} make no record ({dict(row)!r:.60}). Want "
-            "kind; or qwen_text; or question, or prompt with one user message, together with "
-            "response, answer or reward_model."
+            f"the columns {', '.join(row) or '(none)'} make no record ({dict(row)!r:.60}). A row "
+            "needs question, or prompt with one user message, or qwen_text; docs/data.md lists "
+            "all columns."
         )
-    model = row.get("reward_model")
+    model, extra = row.get("reward_model"), row.get("extra")
     truth = model.get("ground_truth") if isinstance(model, dict) else None
-    answer = _first(truth, row.get("answer"), None if response is None else "")
-    want = "text or an int in answer or reward_model.ground_truth; in quotes, numbers stay exact"
+    answer = _first(truth, row.get("answer"), "")
+    want = "text or a whole number in answer or reward_model.ground_truth. Write it in quotes"
     _require(type(answer) in (int, str), "answer", answer, want)
+    _require(extra is None or isinstance(extra, dict), "extra", extra, "an object")
+    others = {name: value for name, value in row.items() if name not in _COLUMNS}
     fields = {
         "id": str(_first(row.get("id"), row.get("uuid"), f"{task}:{index}")),
         "question": question,
         "answer": str(answer),
-        "task": _first(row.get("data_source"), task),
+        "task": _first(row.get("task"), row.get("data_source"), task),
+        "extra": others | (extra or {}),
     }
-    if response is not None:
-        return Example(response=response, **fields)
-    read_above = {"id", "uuid", "question", "prompt", "answer", "reward_model", "data_source"}
-    return Problem(extra={k: v for k, v in row.items() if k not in read_above}, **fields)
+    return Problem(**fields) if response is None else Example(response=response, **fields)
 
 
 def _first(*values: Any) -> Any:
@@ -413,7 +392,7 @@ def _from_messages(prompt: Any) -> str:
         case [{"role": "user", "content": content}]:
             return content
     raise ValueError(
-        f"prompt = {prompt!r:.60}: want a list of one message, "
+        f"prompt = {prompt!r:.60} must be a list of one message, "
         '[{"role": "user", "content": "…"}]. Put a plain question into the column question.'
     )
 

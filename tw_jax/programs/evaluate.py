@@ -16,8 +16,8 @@ from typing import Any
 from tw_jax import files, hosts, strict_json, workdir
 from tw_jax.bounds import counted, require, require_text
 from tw_jax.config import configurable
-from tw_jax.data.problems import content_hash, has_answer
-from tw_jax.data.records import Problem, Rollout
+from tw_jax.data.problems import content_hash
+from tw_jax.data.records import Rollout
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.cost import Cost, Tags, cost_from_calls, cost_from_ids, tags_of
@@ -26,7 +26,8 @@ from tw_jax.rollouts.evaluate import summarise
 from tw_jax.rollouts.judge import judge
 from tw_jax.rollouts.samples import Sample
 from tw_jax.rollouts.wall_clock import wall_clock
-from tw_jax.tasks.grader import Grader, GraderPool, check_truths
+from tw_jax.tasks.grader import GraderPool
+from tw_jax.tasks.task import Problem, Task, check_problems
 from tw_jax.tokenizer import load_tokenizer
 
 MANY_HOSTS = True
@@ -40,7 +41,7 @@ class Evaluate:
     Attributes:
       workdir: where `summary.json` and `graded.jsonl` go.
       sample: what to sample; finished rollouts of an earlier attempt are kept.
-      grader: how answers are judged.
+      grader: the task that judges responses.
       prompt_in_text: counts prompt tokens in the numbers that are read from the text, as the
         reference does.
       timed: trajectories whose decoding is timed; 0 leaves wall clock out.
@@ -51,7 +52,7 @@ class Evaluate:
 
     workdir: str
     sample: Sample
-    grader: Grader
+    grader: Task
     prompt_in_text: bool = False
     timed: int = 8
     training: str | None = None
@@ -68,14 +69,16 @@ def run(cfg: Evaluate) -> None:
     began = time.monotonic()
     tokenizer = load_tokenizer(cfg.sample.tokenizer)
     problems = samples.read_problems(cfg.sample, tokenizer)
-    check_truths(cfg.grader, ((p.id, p.answer) for p in problems if has_answer(p)))
+    check_problems(cfg.grader, filter(cfg.grader.can_grade, problems))
     quoted = hosts.together(lambda: _quoted(cfg, problems), ValueError, OSError)
     source = samples.load(cfg.sample)
     rollouts, _ = samples.sample(cfg.sample, source, problems)
     trajectories = [trajectory_of(source.generate.sampler.protocol, one) for one in rollouts]
     by_id = samples.by_rollout(cfg.sample, problems)
     with GraderPool(cfg.grader) as pool:
-        verdicts = judge(pool, [(by_id[rollout.id], rollout.text) for rollout in rollouts])
+        verdicts = judge(
+            cfg.grader, pool, [(by_id[rollout.id], rollout.text) for rollout in rollouts]
+        )
     tags = tags_of(tokenizer)
     text_costs = [cost_of_text(made, tags, with_prompt=cfg.prompt_in_text) for made in trajectories]
     texts = [rollout.text for rollout in rollouts]

@@ -6,6 +6,7 @@ training texts. What it prints is the length of the texts, as users size rows an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,7 @@ from tw_jax.bounds import require, require_text
 from tw_jax.config import configurable
 from tw_jax.data import records
 from tw_jax.metrics import progress
-from tw_jax.tasks import multiplication
-from tw_jax.tasks.multiplication import Multiplication
+from tw_jax.tasks.task import Problem, Task
 from tw_jax.tokenizer import SentencePiece, load_tokenizer, train_sentencepiece
 
 _THRESHOLDS = (4_096, 8_192, 16_384, 24_576, 32_768)
@@ -42,7 +42,7 @@ class Make:
     """
 
     workdir: str
-    task: Multiplication
+    task: Task
     train: int = 10_000
     held_out: int = 1_000
     seed: int = 42
@@ -65,24 +65,16 @@ class Make:
 def run(cfg: Make) -> None:
     """Writes `held_out`, `train`, `tokenizer.model` and `statistics.json` into the workdir."""
     folder = Path(cfg.workdir)
-    held_out = multiplication.problems(cfg.task, seed=cfg.held_out_seed, count=cfg.held_out)
+    held_out = cfg.task.problems(seed=cfg.held_out_seed, count=cfg.held_out)
     asked = {problem.question for problem in held_out}
-    train = multiplication.problems(cfg.task, seed=cfg.seed, count=cfg.train, exclude=asked)
-    written = {}
+    train = cfg.task.problems(seed=cfg.seed, count=cfg.train, exclude=asked)
+    texts: list[str] = []
     for name, problems in (("held_out", held_out), ("train", train)):
-        written[name] = [
-            records.Example(
-                id=f"{name}-{number}",
-                question=problem.question,
-                response=multiplication.gold(problem, cfg.task),
-                answer=problem.answer,
-                task="multiplication",
-            )
-            for number, problem in enumerate(progress(problems, desc=f"write {name}"))
-        ]
-        records.write(folder / f"{name}.{cfg.format}", written[name])
+        numbered = enumerate(progress(problems, desc=f"write {name}"))
+        written = [_record(cfg.task, problem, f"{name}-{number}") for number, problem in numbered]
+        records.write(folder / f"{name}.{cfg.format}", written)
+        texts = [f"{one.question}\n{getattr(one, 'response', '')}" for one in written[:_CORPUS]]
     path = folder / "tokenizer.model"
-    texts = [f"{example.question}\n{example.response}" for example in written["train"][:_CORPUS]]
     train_sentencepiece(texts, path, cfg.vocab_size)
     tokenizer = load_tokenizer(SentencePiece(path=str(path)))
     lengths = np.array([len(tokenizer.encode(text)) for text in texts])
@@ -100,3 +92,10 @@ def run(cfg: Make) -> None:
     print(
         f"question and answer: {lengths.min()} to {lengths.max()} tokens, mean {lengths.mean():.1f}"
     )
+
+
+def _record(task: Task, problem: Problem, name: str) -> records.Record:
+    """An example of a problem, or the problem alone if its task has no gold text."""
+    problem = dataclasses.replace(problem, id=name)
+    response = task.gold(problem)
+    return problem if response is None else records.Example(response=response, **vars(problem))

@@ -16,12 +16,13 @@ import numpy as np
 
 from tw_jax import sharding
 from tw_jax.contracts import Network, Params
-from tw_jax.data.records import Problem, Rollout
+from tw_jax.data.records import Rollout
 from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.sample.draw import sampling_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Rules
+from tw_jax.tasks.task import Problem
 from tw_jax.tokenizer import Chat, Tokenizer
 
 

@@ -10,41 +10,38 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from tw_jax import hosts
-from tw_jax.data.problems import has_answer
-from tw_jax.data.records import Problem
 from tw_jax.rollouts.generate import RolloutGroup
-from tw_jax.tasks import answers
 from tw_jax.tasks.grader import GraderPool
-
-Verdict = answers.Verdict | Literal["unknown"]
-"""What the grader says of an answer; "unknown" where the right answer is not known."""
+from tw_jax.tasks.task import Problem, Task, Verdict
 
 
-def judge(pool: GraderPool, items: Iterable[tuple[Problem, str]]) -> list[Verdict]:
+def judge(
+    task: Task, pool: GraderPool, items: Iterable[tuple[Problem, str]]
+) -> list[Verdict | Literal["unknown"]]:
     """Grades responses to problems.
 
     Args:
+      task: says which problems can be graded.
       pool: grades the share of this process.
       items: a problem and the text after its prompt, for each rollout; the same in every process.
 
     Returns:
-      A verdict for each item, in their order. "timeout" is an answer that was not judged in time.
+      A verdict for each item, in their order. "timeout" is a response that was not judged in time,
+      and "unknown" one to a problem that cannot be graded.
     """
     items = list(items)
-    can_grade = [has_answer(problem) for problem, _ in items]
+    can_grade = [task.can_grade(problem) for problem, _ in items]
     gradable = [item for item, can in zip(items, can_grade, strict=True) if can]
-    graded = iter(
-        hosts.divide(pool.grade_all, [(text, problem.answer) for problem, text in gradable])
-    )
-    return [next(graded) if can else "unknown" for can in can_grade]
+    verdicts = iter(hosts.divide(pool.grade_all, gradable))
+    return [next(verdicts) if can else "unknown" for can in can_grade]
 
 
 def judge_groups(pool: GraderPool, groups: Sequence[RolloutGroup]) -> list[list[Verdict]]:
-    """Grades the rollouts of each group; see `judge`.
+    """Grades the rollouts of each group, whose problems can all be graded.
 
     Returns:
       For each group a verdict for each of its rollouts.
     """
     items = [(group.problem, text) for group in groups for text in group.texts]
-    verdicts = iter(judge(pool, items))
+    verdicts = iter(hosts.divide(pool.grade_all, items))
     return [[next(verdicts) for _ in group.texts] for group in groups]

@@ -26,7 +26,7 @@ from tw_jax.rollouts.generate import (
 from tw_jax.rollouts.reward import Reward
 from tw_jax.sample.sampler import Sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
-from tw_jax.tasks.grader import Grader, check_truths
+from tw_jax.tasks.task import Task, check_problems
 from tw_jax.tokenizer import (
     Bytes,
     Chat,
@@ -66,7 +66,7 @@ class Pgrpo:
         fills `ForkJoin.max_context`: "refuse" stops at the start with its line, "drop" leaves it
         out and counts it. Held-out problems are always refused.
       sampler: rows, temperature and seed; `rollouts` divides its rows.
-      grader: how answers are judged.
+      grader: the task that judges responses.
       reward: what a rollout earns.
       normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
       loss: clipping and importance weights.
@@ -98,7 +98,7 @@ class Pgrpo:
     rollouts: int
     max_prompts: int
     sampler: Sampler
-    grader: Grader
+    grader: Task
     reward: Reward
     loss: PolicyLoss
     aggregation: Aggregation
@@ -165,6 +165,7 @@ def prepare(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> Setup:
         Problems,
         prompt=partial(cfg.chat.prompt, tokenizer),
         limits=prompt_limits(cfg.sampler, cfg.forkjoin),
+        can_grade=cfg.grader.can_grade,
     )
     problems = read(
         cfg.problems,
@@ -176,7 +177,7 @@ def prepare(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> Setup:
     held_out = aside and read(aside.problems, count=aside.count, unanswered="drop")
     # All processes of a job read the problems, and each of them samples all rollouts.
     for asked in (problems, held_out or ()):
-        check_truths(cfg.grader, ((problem.id, problem.answer) for problem in asked))
+        check_problems(cfg.grader, asked)
     generate = make_generator(
         net,
         tokenizer,

@@ -16,7 +16,7 @@ from tw_jax.config import configurable, operative
 from tw_jax.contracts import Params
 from tw_jax.data.problems import content_hash
 from tw_jax.data.prompts import Problems
-from tw_jax.data.records import Problem, Rollout
+from tw_jax.data.records import Rollout
 from tw_jax.data.stored import fingerprint
 from tw_jax.forkjoin.threadweaver import ForkJoin
 from tw_jax.metrics import progress
@@ -26,6 +26,7 @@ from tw_jax.rollouts.generate import Generator, make_generator
 from tw_jax.rollouts.store import kept_samples
 from tw_jax.sample.sampler import Sampler, prompt_limits
 from tw_jax.sharding import Mesh, Rules
+from tw_jax.tasks.task import Problem
 from tw_jax.tokenizer import Bytes, Chat, HuggingFace, SentencePiece, Tokenizer
 
 

@@ -16,19 +16,19 @@ from tw_jax.data.records import Rollout
 from tw_jax.forkjoin.cost import Tags
 from tw_jax.forkjoin.tries import group_tries
 from tw_jax.rollouts.generate import RolloutGroup
-from tw_jax.rollouts.judge import Verdict
 from tw_jax.rollouts.reward import (
     CUT,
     Parts,
     Reward,
-    are_finite,
-    leave_out_long,
+    exclude_long,
+    finite_groups,
     refuse_short_rows,
     reward,
-    summary,
+    reward_metrics,
     totals,
-    trains,
+    trainable_groups,
 )
+from tw_jax.tasks.task import Verdict
 from tw_jax.train.groups import (
     Aggregation,
     PolicyBatch,
@@ -70,16 +70,16 @@ def reward_groups(
 
     Args:
       groups: P groups of K rollouts.
-      verdicts: on their answers; every verdict but "correct" counts as not correct.
+      verdicts: on their answers.
       cfg: the reward.
       tags: ids of the tags, which some rewards read.
       row_tokens: rollouts whose tries are longer keep their reward and are not trained.
     """
     parts = [
-        leave_out_long(
+        exclude_long(
             [
-                reward(made, verdict == "correct", cfg, tags=tags)
-                for made, verdict in zip(group.trajectories, found, strict=True)
+                reward(made, verdict, cfg, problem=group.problem, text=text, tags=tags)
+                for made, verdict, text in zip(group.trajectories, found, group.texts, strict=True)
             ],
             group.trajectories,
             row_tokens,
@@ -87,7 +87,7 @@ def reward_groups(
         for group, found in zip(groups, verdicts, strict=True)
     ]
     rewards = totals(parts, cfg)
-    signal = are_finite(rewards) & has_signal(rewards) & trains(parts)
+    signal = finite_groups(rewards) & has_signal(rewards) & trainable_groups(parts)
     return [
         RewardedGroup(*one)
         for one in zip(groups, verdicts, parts, rewards, map(bool, signal), strict=True)
@@ -124,10 +124,10 @@ def pack_step(
     """
     parts = [one.parts for one in groups]
     rewards = np.stack([one.rewards for one in groups])
-    if not trains(parts).any():
+    if not trainable_groups(parts).any():
         made = [trajectory for one in groups for trajectory in one.group.trajectories]
         refuse_short_rows(index, made, packing.row_tokens)
-    finite = are_finite(rewards)
+    finite = finite_groups(rewards)
     advantage = np.zeros(rewards.shape, np.float32)
     advantage[finite] = advantages(rewards[finite], normalise)
     with_signal = np.flatnonzero([one.has_signal for one in groups])
@@ -151,7 +151,7 @@ def pack_step(
     verdicts = [verdict for one in groups for verdict in one.verdicts]
     finishes = [made.finish for one in groups for made in one.group.trajectories]
     numbers = {
-        **summary(parts, rewards),
+        **reward_metrics(parts, rewards),
         "cut": float(np.mean([finish in CUT for finish in finishes])),
         "groups": len(trained),
         "groups_drawn": len(groups),
@@ -177,7 +177,7 @@ def _extras(
     """What the record of each rollout of a group says of its reward."""
     return [
         {
-            **parts.told(total),
+            **parts.record(total),
             "advantage": float(share),
             "group": number,
             "is_trained": in_batch and bool(parts.is_trained),

@@ -17,10 +17,11 @@ from typing import Any
 from tw_jax import files, hosts, strict_json
 from tw_jax.data import records
 from tw_jax.data.problems import content_hash, require_new
-from tw_jax.data.records import Problem, Record, Rollout
+from tw_jax.data.records import Record, Rollout
 from tw_jax.data.stored import trajectory_of
 from tw_jax.forkjoin.threadweaver import ThreadWeaver
 from tw_jax.rollouts.generate import RolloutGroup
+from tw_jax.tasks.task import Problem
 
 Add = Callable[[Record], None]
 """Appends a record to a file; called in every process, and only process 0 writes."""

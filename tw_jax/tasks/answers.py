@@ -19,9 +19,6 @@ Where = Literal["after_thinking", "anywhere"]
 Mode = Literal["number", "mathematics"]
 """What counts as an equal answer; see docs/answers.md."""
 
-Verdict = Literal["correct", "wrong", "no_answer", "timeout"]
-"""What grading says. "timeout" is no verdict on the answer: the comparison was not finished."""
-
 MAX_SYMBOLIC = 1000
 """Longest answer, in characters, that is worth a symbolic comparison."""
 

@@ -1,12 +1,10 @@
-"""Grading under a deadline: exact answers at once, symbolic ones in worker processes.
+"""Grading under a time limit: quick verdicts in this process, slow ones in worker processes.
 
-A symbolic comparison may run for ever or eat all memory, and a Python thread cannot be stopped; a
-process can. Each worker is a fresh process with a limit on its memory. A worker that misses the
-deadline, dies or does not start is killed and replaced, and its item is a "timeout", not a wrong
-answer. A worker ends with its parent. No worker starts before the first symbolic item, so mode
-"number" never pays for one.
-
-This file knows answers, and neither tasks nor rewards; it hands on verdicts.
+A symbolic comparison may never end or use all memory. A Python thread cannot be stopped, but a
+process can. Each worker is a fresh process with a memory limit. A worker that exceeds the time
+limit, dies or does not start is killed and replaced, and its response counts as a "timeout", not as
+a wrong answer. A worker ends with its parent. No worker starts before the first response that
+`Task.grade_at_once` leaves open, so mode "number" of `Grader` needs none.
 """
 
 from __future__ import annotations
@@ -18,16 +16,20 @@ import queue
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any, get_args
 
 from tw_jax.bounds import require
 from tw_jax.config import configurable
 from tw_jax.tasks import answers, mathematics
+from tw_jax.tasks.task import Problem, Task, Verdict
 
+_VERDICTS = get_args(Verdict)
 _START_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
 _MAX_FAILED_STARTS = 3
@@ -38,7 +40,7 @@ _GRACE_SECONDS = 1.0
 
 
 @configurable
-class Grader:
+class Grader(Task):
     """How answers are graded.
 
     Attributes:
@@ -60,39 +62,51 @@ class Grader:
         require(self, "workers", least=1)
         require(self, "item_seconds", above=0, most=86_400)
 
+    def check_problem(self, problem: Problem) -> None:
+        """Refuses an answer that is empty, or that is no number in mode "number"."""
+        answers.check_truth(problem.answer, self.mode)
 
-def check_truths(cfg: Grader, problems: Iterable[tuple[str, str]]) -> None:
-    """Refuses problems that no answer could solve, before anything is sampled.
+    def grade_at_once(self, problem: Problem, text: str) -> Verdict | None:
+        """Returns the verdict, or None if it takes symbolic work."""
+        answer = answers.final_answer(text, where=self.where)
+        if answer is None:
+            return "no_answer"
+        equal = answers.exactly_equal(answer, problem.answer, self.mode)
+        return None if equal is None else _verdict(equal)
 
-    Args:
-      cfg: how answers are graded.
-      problems: (id, right answer) of each.
-
-    Raises:
-      ValueError: If a right answer is empty, or is not a number in mode "number".
-    """
-    for name, truth in problems:
+    def grade(self, problem: Problem, text: str) -> Verdict:
+        """Returns the verdict after symbolic work, which may take any time and memory."""
+        at_once = self.grade_at_once(problem, text)
+        if at_once is not None:
+            return at_once
+        answer = answers.final_answer(text, where=self.where) or ""
         try:
-            answers.check_truth(truth, cfg.mode)
-        except ValueError as error:
-            raise ValueError(f"Problem {name!r}: {error}") from None
+            return _verdict(mathematics.equal(answer, problem.answer))
+        except MemoryError:
+            raise
+        except Exception:  # sympy fails in many ways on a strange text
+            return "wrong"
+
+    def warm_up(self) -> None:
+        """Imports sympy, which takes seconds."""
+        mathematics.equal("x+1", "1+x")
 
 
 class GraderPool:
     """Grades from any thread; a context manager, closed once.
 
-    Workers are spawned, not forked, for the parent holds JAX and its threads. A program that is
+    Workers are spawned, not forked, because the parent holds JAX and its threads. A program that is
     run as a script therefore needs the usual `if __name__ == "__main__"`.
     """
 
-    def __init__(self, cfg: Grader):
+    def __init__(self, task: Task):
         """Opens the pool; no process starts yet."""
-        self._cfg = cfg
+        self._task = task
         self._closed = threading.Event()
-        # Last in, first out: the worker that is started already goes first.
+        # Last in, first out: a worker that has started already is taken first.
         self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        for _ in range(cfg.workers):
-            self._free.put(_Worker())
+        for _ in range(task.workers):
+            self._free.put(_Worker(task))
 
     def __enter__(self) -> GraderPool:
         """The pool itself."""
@@ -102,26 +116,23 @@ class GraderPool:
         """Closes the pool."""
         self.close()
 
-    def grade(self, response: str, truth: str) -> answers.Verdict:
-        """Grades one response; waits for a free worker where symbolic work is needed.
+    def grade(self, problem: Problem, text: str) -> Verdict:
+        """Grades one response. Waits for a free worker if the task needs one.
 
         Args:
-          response: the model's text without the prompt.
-          truth: the right answer, as a number or in LaTeX.
+          problem: the problem.
+          text: the model's text without the prompt.
 
         Raises:
-          RuntimeError: If the pool is closed.
-          ValueError: If no answer could equal the truth; see `answers.check_truth`.
+          RuntimeError: If the pool is closed, or if `Task.grade` raised an error.
+          ValueError: If no response to the problem could be correct.
         """
-        answer = answers.final_answer(response, where=self._cfg.where)
-        if answer is None:
-            return "no_answer"
-        equal = answers.exactly_equal(answer, truth, self._cfg.mode)
-        return self._symbolic(answer, truth) if equal is None else _verdict(equal)
+        verdict = self._task.grade_at_once(problem, text)
+        return self._in_worker(problem, text) if verdict is None else verdict
 
-    def grade_all(self, items: Iterable[tuple[str, str]]) -> list[answers.Verdict]:
-        """Grades (response, truth) pairs, several at once; verdicts in the order of the items."""
-        with ThreadPoolExecutor(self._cfg.workers) as threads:
+    def grade_all(self, items: Iterable[tuple[Problem, str]]) -> list[Verdict]:
+        """Grades (problem, response) pairs, several at once; verdicts in the order of the items."""
+        with ThreadPoolExecutor(self._task.workers) as threads:
             return list(threads.map(lambda item: self.grade(*item), items))
 
     def close(self) -> None:
@@ -129,47 +140,53 @@ class GraderPool:
         if self._closed.is_set():
             return
         self._closed.set()
-        workers = [self._free.get() for _ in range(self._cfg.workers)]
+        workers = [self._free.get() for _ in range(self._task.workers)]
         for worker in workers:
             worker.stop()
             self._free.put(worker)  # so that a caller who was waiting finds the pool closed
 
-    def _symbolic(self, answer: str, truth: str) -> answers.Verdict:
+    def _in_worker(self, problem: Problem, text: str) -> Verdict:
         worker = self._free.get()
         try:
             if self._closed.is_set():
-                raise RuntimeError("GraderPool is closed: grade before the end of its `with`.")
-            equal = worker.compare(answer, truth, self._cfg.item_seconds)
+                raise RuntimeError("GraderPool is closed. Grade before the end of its `with`.")
+            reply = worker.grade(problem, text)
         finally:
             self._free.put(worker)
-        return "timeout" if equal is None else _verdict(equal)
+        if reply in _VERDICTS:
+            return reply
+        raise RuntimeError(
+            f"{type(self._task).__name__}.grade failed on a response to the problem "
+            f"{problem.id!r}. It must return one of {', '.join(_VERDICTS)} for every text.\n{reply}"
+        )
 
 
 class _Worker:
     """One process, started on first use and again after each loss; serves one caller at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: Task) -> None:
+        self._task = task
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._failed_starts = 0
         self._paused_until = 0.0
 
-    def compare(self, answer: str, truth: str, seconds: float) -> bool | None:
-        """The worker's answer, or None if it was late, died, ran out of memory or did not start."""
+    def grade(self, problem: Problem, text: str) -> Any:
+        """The worker's reply; "timeout" if it was late, died, or did not start."""
         pipe = self._pipe or self._start()
         if pipe is None:
-            return None
+            return "timeout"
         try:
-            pipe.send((answer, truth, seconds))
-            if pipe.poll(seconds):
+            pipe.send((problem, text))
+            if pipe.poll(self._task.item_seconds):
                 return pipe.recv()
         except (EOFError, OSError):
             pass
         except BaseException:
-            self.stop()  # interrupted: a reply that is still to come must not meet the next item
+            self.stop()  # interrupted: the next item must not receive the reply that is still due
             raise
         self.stop()
-        return None
+        return "timeout"
 
     def _start(self) -> Connection | None:
         """The pipe to a new process; None, after a warning, if it did not start."""
@@ -209,7 +226,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
         self._pipe = pipe
-        process = context.Process(target=_serve, args=(theirs,), name="grader", daemon=True)
+        process = context.Process(
+            target=_serve, args=(theirs, self._task), name="grader", daemon=True
+        )
         self._process = process
         try:
             process.start()
@@ -227,12 +246,15 @@ class _Worker:
             process.join()
 
 
-def _verdict(equal: bool) -> answers.Verdict:
+def _verdict(equal: bool) -> Verdict:
     return "correct" if equal else "wrong"
 
 
-def _serve(pipe: Connection) -> None:
-    """The life of a worker: says it is ready, then answers until the pipe is closed."""
+def _serve(pipe: Connection, task: Task) -> None:
+    """The life of a worker: it reports that it is ready, and grades until the pipe is closed.
+
+    A reply is a verdict, or a text about the error that the task raised.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(ImportError):
@@ -240,18 +262,20 @@ def _serve(pipe: Connection) -> None:
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, hard))
-    mathematics.equal("x+1", "1+x")  # imports what the first item should not wait for
+    task.warm_up()
     pipe.send("ready")
     with contextlib.suppress(EOFError, OSError):
         while True:
-            answer, truth, seconds = pipe.recv()
-            _end_after(seconds + _GRACE_SECONDS)
+            problem, text = pipe.recv()
+            _end_after(task.item_seconds + _GRACE_SECONDS)
             try:
-                reply = mathematics.equal(answer, truth)
+                reply = task.grade(problem, text)
+                if reply not in _VERDICTS:
+                    reply = f"It returned {reply!r:.80}."
             except MemoryError:
-                reply = None
-            except Exception:  # the reader's ways to fail on a strange text are many
-                reply = False
+                reply = "timeout"
+            except Exception:
+                reply = traceback.format_exc()
             _end_after(0)
             pipe.send(reply)
 

@@ -10,7 +10,7 @@ tables are all there is to know by heart (zero padding and reversal: arXiv:2307.
 
 The task follows ThreadWeaver (arXiv:2512.07843, synthetic multiplication), whose generator of text
 was never released; the text here is our own, and every way of writing a step is one small function
-below. This file knows no model and no tokenizer; it hands on questions, answers and texts.
+below. This file knows no model and no tokenizer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from tw_jax.bounds import require
 from tw_jax.config import configurable
 from tw_jax.forkjoin import grammar
 from tw_jax.tasks import answers, notation
+from tw_jax.tasks.task import Problem, Task, Verdict
 
 
 @configurable
-class Multiplication:
+class Multiplication(Task):
     """What to multiply and how the working is laid out.
 
     Attributes:
@@ -65,10 +66,72 @@ class Multiplication:
                 )
         require(self, "parallel_probability", least=0, most=1)
 
+    def product(self, seed: int, index: int) -> Product:
+        """Returns product `index` of the stream `seed`, the same on every machine.
+
+        A 32-bit base is drawn from `seed`, and product i is drawn from `base + i` alone, so that
+        any part of a stream can be made without the rest. Source: ThreadWeaver's
+        `generate_math.py`.
+        """
+        base = int(np.random.Generator(np.random.PCG64(seed)).integers(2**32))
+        rng = np.random.Generator(np.random.PCG64(base + index))
+        count = int(rng.integers(self.min_factors, self.max_factors, endpoint=True))
+        factors = rng.integers(self.min_value, self.max_value, size=count, endpoint=True)
+        return Product(factors=tuple(int(f) for f in factors), seed=base + index)
+
+    def problems(
+        self, *, seed: int, count: int, exclude: Collection[str] = frozenset()
+    ) -> list[Problem]:
+        """Returns the first `count` problems of a stream whose questions are new; see `Task`.
+
+        Two questions that differ in the order of factors are two questions.
+        """
+        seen, found = set(exclude), []
+        tries = 100 * (count + len(seen)) + 1000
+        for index in range(tries):
+            if len(found) == count:
+                return found
+            candidate = self.product(seed, index).problem
+            if candidate.question not in seen:
+                seen.add(candidate.question)
+                found.append(candidate)
+        raise ValueError(
+            f"Multiplication: {tries} draws gave only {len(found)} new questions, and {count} are "
+            "needed. Widen min_value..max_value or min_factors..max_factors, or ask for fewer."
+        )
+
+    def gold(self, problem: Problem) -> str:
+        """Returns the thoughts with all working and the boxed product."""
+        product = Product.of(problem)
+        rng = np.random.Generator(np.random.PCG64([product.seed, 1]))
+        pool = list(product.factors)
+        lines = [_pool_line(pool)]
+        while len(pool) > 1:
+            # Drawn in every round, so that `parallel` changes the layout and no later draw.
+            fork = rng.random() < self.parallel_probability and self.parallel
+            pairs = list(zip(pool[0::2], pool[1::2], strict=False))
+            lines += _round(pairs, fork=fork, lone_pair=self.lone_pair)
+            carried = pool[2 * len(pairs) :]
+            pool = [a * b for a, b in pairs] + carried
+            lines.append(_pool_line(pool))
+        thoughts = "\n".join(lines)
+        return f"<think>\n{thoughts}\n</think>\n\nThe product is \\boxed{{{pool[0]}}}."
+
+    def grade(self, problem: Problem, text: str) -> Verdict:
+        """Returns whether a response boxes exactly this integer after its thoughts."""
+        given = answers.final_answer(text, where="after_thinking")
+        if given is None:
+            return "no_answer"
+        return "correct" if notation.as_integer(given) == int(problem.answer) else "wrong"
+
+    def grade_at_once(self, problem: Problem, text: str) -> Verdict:
+        """Returns the same as `grade`, which only compares two integers."""
+        return self.grade(problem, text)
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One question.
+    """The factors of one problem.
 
     Attributes:
       factors: what to multiply, in the order of the question.
@@ -78,86 +141,21 @@ class Product:
     factors: tuple[int, ...]
     seed: int
 
-    @property
-    def question(self) -> str:
-        """The question as the user asks it."""
-        return f"What is {_times(self.factors)}?"
+    @classmethod
+    def of(cls, problem: Problem) -> Product:
+        """Reads the factors from the `extra` fields of a problem."""
+        return cls(tuple(problem.extra["factors"]), problem.extra["seed"])
 
     @property
-    def answer(self) -> str:
-        """The product in plain digits."""
-        return str(math.prod(self.factors))
-
-
-def problem(cfg: Multiplication, seed: int, index: int) -> Product:
-    """Product `index` of the stream `seed`; the same on every machine.
-
-    A 32-bit base is drawn from `seed`, and problem i is drawn from `base + i` alone, so that any
-    part of a stream can be made without the rest. Source: ThreadWeaver's `generate_math.py`.
-    """
-    base = int(np.random.Generator(np.random.PCG64(seed)).integers(2**32))
-    rng = np.random.Generator(np.random.PCG64(base + index))
-    count = int(rng.integers(cfg.min_factors, cfg.max_factors, endpoint=True))
-    factors = rng.integers(cfg.min_value, cfg.max_value, size=count, endpoint=True)
-    return Product(factors=tuple(int(f) for f in factors), seed=base + index)
-
-
-def problems(
-    cfg: Multiplication, *, seed: int, count: int, exclude: Collection[str] = frozenset()
-) -> list[Product]:
-    """The first `count` problems of a stream whose questions are new.
-
-    Args:
-      cfg: the task.
-      seed: the stream; splits take different seeds.
-      count: number of problems.
-      exclude: questions not to ask again, usually those of the other splits. Two questions that
-        differ in the order of factors are two questions.
-
-    Raises:
-      ValueError: if the ranges hold too few questions.
-    """
-    seen, found = set(exclude), []
-    tries = 100 * (count + len(seen)) + 1000
-    for index in range(tries):
-        if len(found) == count:
-            return found
-        candidate = problem(cfg, seed, index)
-        if candidate.question not in seen:
-            seen.add(candidate.question)
-            found.append(candidate)
-    raise ValueError(
-        f"Multiplication: only {len(found)} new questions in {tries} draws: want {count}. "
-        "Widen min_value..max_value or min_factors..max_factors, or ask for fewer."
-    )
-
-
-def gold(problem: Product, cfg: Multiplication) -> str:
-    """The response a perfect student gives: thoughts with all working, then the boxed product."""
-    rng = np.random.Generator(np.random.PCG64([problem.seed, 1]))
-    pool = list(problem.factors)
-    lines = [_pool_line(pool)]
-    while len(pool) > 1:
-        # Drawn in every round, so that cfg.parallel changes the layout and no later draw.
-        fork = rng.random() < cfg.parallel_probability and cfg.parallel
-        pairs = list(zip(pool[0::2], pool[1::2], strict=False))
-        lines += _round(pairs, fork=fork, lone_pair=cfg.lone_pair)
-        carried = pool[2 * len(pairs) :]
-        pool = [a * b for a, b in pairs] + carried
-        lines.append(_pool_line(pool))
-    thoughts = "\n".join(lines)
-    return f"<think>\n{thoughts}\n</think>\n\nThe product is \\boxed{{{pool[0]}}}."
-
-
-def grade(response: str, answer: str) -> bool:
-    """Whether a response boxes exactly this integer after its thoughts.
-
-    Args:
-      response: the model's text, thoughts included.
-      answer: `Product.answer`.
-    """
-    given = answers.final_answer(response, where="after_thinking")
-    return given is not None and notation.as_integer(given) == int(answer)
+    def problem(self) -> Problem:
+        """The problem whose answer is the product in plain digits."""
+        return Problem(
+            id=f"multiplication-{self.seed}",
+            question=f"What is {_times(self.factors)}?",
+            answer=str(math.prod(self.factors)),
+            task="multiplication",
+            extra={"factors": list(self.factors), "seed": self.seed},
+        )
 
 
 def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
