@@ -22,7 +22,7 @@ NEGATIVE = {
 }
 ZERO = {
     *("Data.seed", "Make.seed", "Make.held_out_seed", "Parity.greedy_tokens", "Pgrpo.seed"),
-    *("Random.seed", "Sampler.seed", "Sft.seed", "Trajectories.seed", "Drawn.index"),
+    *("Random.seed", "Sampler.seed", "Sft.seed", "Trajectories.seed", "StoredRollout.index"),
     *("Evaluate.timed", "Evaluation.temperature", "Sampler.temperature", "Sampler.top_k"),
     *("GroupLength.threshold", "GroupLength.strength", "SoftOverlong.weight"),
     *("Reward.correct", "Reward.incorrect"),
