@@ -154,7 +154,7 @@ def test_the_newest_are_kept_and_steps_only_grow(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "2"]
         with pytest.raises(ValueError, match=r"step = 9: .* already has step 10\. Delete"):
             kept.save(9, {"x": jnp.float32(9)}, {})
-    with pytest.raises(ValueError, match="keep = 0: want at least 1"):
+    with pytest.raises(ValueError, match="keep = 0 must be at least 1"):
         Checkpoints(tmp_path, keep=0)
 
 
@@ -294,7 +294,7 @@ def test_a_save_without_room_is_refused_before_it_writes(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="needs about 400 bytes, and 399 are free") as caught:
             kept.save(2, {"x": jnp.arange(100.0)}, {})
         assert caught.value.errno == errno.ENOSPC
-        assert "the same command then resumes from step 1" in str(caught.value)
+        assert "The same command then resumes from step 1" in str(caught.value)
         assert str(tmp_path) in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
         usage.free = 400
@@ -467,7 +467,7 @@ def test_damage_is_named_and_an_older_checkpoint_is_used_or_nothing_was_lost(tmp
         assert len(told) == is_aside, (file, name, told)
         for sentence in told:
             assert str(run / "3") in sentence
-            assert "It is kept as 3.damaged. The run goes on" in sentence
+            assert "It is kept as 3.damaged. The run continues" in sentence
         step = 1 if is_aside else 3
         assert_same(state, tiny(step))
         assert extra == {"position": step}
@@ -541,14 +541,14 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(saved, tmp_path)
             reader(run)
     with (
         Checkpoints(run, keep=2) as kept,
-        pytest.warns(UserWarning, match="saved as step 1.*goes on from step 3"),
+        pytest.warns(UserWarning, match="saved as step 1.*continues from step 3"),
     ):
         assert_same(kept.restore(None, abstract(make_state()))[0], make_state(3))
 
 
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(flipped):
     with Checkpoints(flipped, keep=2) as kept:
-        with pytest.warns(UserWarning, match="goes on from step 1"):
+        with pytest.warns(UserWarning, match="continues from step 1"):
             kept.restore(None, abstract(make_state()))
         assert kept.latest() == 1
         kept.save(3, make_state(3), {"position": 7})

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from programs.jobs import PROCESSES, Job
 
-from tw_jax import checkpoint, hosts, sharding
+from tw_jax import hosts, sharding
 from tw_jax.checkpoint import Checkpoints
+from tw_jax.checksums import json_digest
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.models.transformer import network
@@ -40,11 +41,11 @@ def state_of(config, folder, tmp_path):
     """The last checkpoint, read by one process, and the position of each that wrote it."""
     copy = tmp_path / f"copy_of_{folder.name}"
     shutil.copytree(folder / "checkpoints" / str(STEPS), copy / str(STEPS))
-    told = copy / str(STEPS) / "extra" / "metadata"
-    content = json.loads(told.read_text())
+    record = copy / str(STEPS) / "extra" / "metadata"
+    content = json.loads(record.read_text())
     extras, content["processes"] = content["processes"], [{}]
     del content["sha256"]
-    told.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+    record.write_text(json.dumps(content | {"sha256": json_digest(content)}))
     cfg = load_config(sft.Sft, [str(config)])
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)

@@ -370,7 +370,7 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint_and_ends_the_same(run, t
     run(6)
     record = tmp_path / "checkpoints/6/extra/metadata"
     record.write_bytes(record.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match=r"checkpoints/6 is damaged: .* goes on from step 3\."):
+    with pytest.warns(UserWarning, match=r"checkpoints/6 is damaged: .* continues from step 3\."):
         state = run(9)
     assert float(state.params["x"]) == float(whole.params["x"])
     assert lines(tmp_path) == lines(tmp_path / "whole")
