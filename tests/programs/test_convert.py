@@ -156,7 +156,7 @@ def test_an_import_is_enough_to_load_its_model(source, tmp_path):
 
 def test_an_import_without_control_tokens_can_be_exported_but_not_sampled(source, tmp_path):
     import_folder(Import(source=str(source), control_tokens=False), tmp_path)
-    with pytest.raises(ValueError, match=r"'<Outlines>' is \[.*want one id of its own"):
+    with pytest.raises(ValueError, match=r"'<Outlines>' is \[.*must be one id of its own"):
         load_model(tmp_path / "checkpoints")
 
 

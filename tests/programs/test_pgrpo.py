@@ -364,7 +364,7 @@ def test_a_run_that_learns_nothing_says_so_on_the_console(trained, tmp_path, cap
         ("Pgrpo.rollouts=3", "is not a multiple of Pgrpo.rollouts = 3"),
         ("Pgrpo.max_prompts=1", "Pgrpo.max_prompts = 1 must be at least 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
-        ("Packing.row_tokens=32", "want at most 32"),
+        ("Packing.row_tokens=32", "every rollout is longer than a row of 32 tokens"),
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
         ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),

@@ -139,7 +139,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer_of_equal_size_at_the_same_p
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("Model.vocab_size=300", "Model.vocab_size = 300: want at least 320"),
+        ("Model.vocab_size=300", "Model.vocab_size = 300 must be at least 320"),
         ("Packing.row_tokens=64", "makes a trie of"),
         ("Sft.accumulation_steps=3", "Sft.accumulation_steps = 3: want a divisor"),
         ("Mesh.data=3", "Mesh.data = 3 does not divide the 8 available devices"),

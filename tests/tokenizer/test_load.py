@@ -318,7 +318,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, files):
 
 
 def test_an_unknown_end_of_sequence_is_refused_with_the_known_ones(files):
-    with pytest.raises(ValueError, match=r"<\|eot_id\|> is no token of .*<\|im_end\|>"):
+    with pytest.raises(ValueError, match=r"<\|eot_id\|> is not a token of .*<\|im_end\|>"):
         load_tokenizer(HuggingFace(path=files["qwen"], eos=("<|eot_id|>",)))
     with pytest.raises(ValueError, match=r"HuggingFace\.eos = \(\)"):
         HuggingFace(path=files["qwen"], eos=())
