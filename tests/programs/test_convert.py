@@ -240,7 +240,7 @@ def test_an_import_does_not_overwrite_a_checkpoint(source, tmp_path, capsys):
     places = {"folder": tmp_path / "ours", "source": source}
     assert convert(tmp_path, IMPORT, **places) == 0
     assert convert(tmp_path, IMPORT, **places) == 2
-    assert "checkpoints is there already" in capsys.readouterr().err
+    assert "checkpoints exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_an_import_does_not_touch_what_another_left(source, tmp_path):
     (ours / "checkpoints").mkdir(parents=True)
     (ours / "checkpoints" / "tokenizer.json").write_text("precious")
     with pytest.raises(
-        ValueError, match="checkpoints is there already, and an import needs an empty place"
+        ValueError, match="checkpoints exists already, and an import needs an empty place"
     ):
         import_folder(Import(source=str(source)), ours)
     assert content(ours) == {"checkpoints/tokenizer.json": b"precious"}
