@@ -59,8 +59,9 @@ def run(cfg: Pgrpo) -> None:
         Checkpoints(folder / "checkpoints", keep=cfg.keep) as checkpoints,
         sharding.use(mesh, cfg.rules),
     ):
-        # A step with more parts than any before is compiled for twice as many; no mistake here.
-        warnings.filterwarnings("ignore", message="Step .* was compiled anew")
+        # A step with more microbatches than any before is compiled for twice as many. This is not a
+        # mistake, so the warning is off.
+        warnings.filterwarnings("ignore", message="Step .* was compiled again")
         who = establish(
             cfg,
             checkpoints,
