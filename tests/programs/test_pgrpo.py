@@ -369,7 +369,7 @@ def test_a_run_that_learns_nothing_says_so_on_the_console(trained, tmp_path, cap
         ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),
         ("Pgrpo.max_mismatch=1e-30", "Pgrpo.max_mismatch allows 1e-30"),
-        ("Evaluation.temperature=0.0", "or all samples are the same"),
+        ("Evaluation.temperature=0.0", "would draw the same text each time"),
         ("Pgrpo.inner_steps=3", "Pgrpo.inner_steps = 3 must be at least 1 and at most 2"),
         ("Pgrpo.microbatch_rows=4", "must be a multiple of 8, the number of devices"),
     ],

@@ -67,7 +67,7 @@ def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
 def test_rollouts_of_other_settings_are_not_mixed(runs, capsys, word):
     assert main(["sample", str(runs / "sample.gin"), "--set", word]) == 2
     name = "temperature" if "temperature" in word else "forkjoin"
-    assert f"holds rollouts with another {name}" in capsys.readouterr().err
+    assert f"has rollouts with another {name}" in capsys.readouterr().err
 
 
 def test_one_four_and_eight_devices_sample_the_same_ids(runs, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, co
     with Checkpoints(place, keep=9) as checkpoints:
         checkpoints.save(4, {"params": other}, note)
     assert run(runs, folder, f"Sample.checkpoint='{place}'") == 2
-    assert "holds rollouts with another model_identity" in capsys.readouterr().err
+    assert "has rollouts with another model_identity" in capsys.readouterr().err
 
 
 def test_rollouts_whose_maker_is_not_known_are_not_reused(runs, copy, capsys):
@@ -159,7 +159,7 @@ def test_rollouts_whose_maker_is_not_known_are_not_reused(runs, copy, capsys):
     assert "made_by.json is damaged" in capsys.readouterr().err
     (folder / "made_by.json").unlink()
     assert run(runs, folder) == 2
-    assert "holds rollouts and no made_by.json" in capsys.readouterr().err
+    assert "has rollouts but no made_by.json" in capsys.readouterr().err
 
 
 def test_two_rollouts_of_one_id_are_refused_with_both_lines(runs, copy):

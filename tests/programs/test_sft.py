@@ -141,7 +141,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer_of_equal_size_at_the_same_p
     [
         ("Model.vocab_size=300", "Model.vocab_size = 300 must be at least 320"),
         ("Packing.row_tokens=64", "makes a trie of"),
-        ("Sft.accumulation_steps=3", "Sft.accumulation_steps = 3: want a divisor"),
+        ("Sft.accumulation_steps=3", "Sft.accumulation_steps = 3 must be a divisor"),
         ("Mesh.data=3", "Mesh.data = 3 does not divide the 8 available devices"),
         ("Data.path='nowhere.jsonl'", "nowhere.jsonl: no such file"),
     ],

@@ -93,15 +93,15 @@ class _Written:
             self._stops[stops] = np.flatnonzero(np.isin(self._ids, list(stops)))
         return self._stops[stops]
 
-    def _match(self, want: np.ndarray, at: int, what: str) -> None:
-        have = self._ids[at : at + len(want)]
-        differs = have != want[: len(have)]
-        if len(have) == len(want) and not differs.any():
+    def _match(self, expected: np.ndarray, at: int, what: str) -> None:
+        have = self._ids[at : at + len(expected)]
+        differs = have != expected[: len(have)]
+        if len(have) == len(expected) and not differs.any():
             return
         first = int(differs.argmax()) if differs.any() else len(have)
         found = f"{have[first]}" if first < len(have) else "the end of the text"
         raise ReplayError(
-            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}). The "
+            f"Token {at + first} is {found} where the protocol forces {expected[first]} ({what}). The "
             "text is not in canonical form, a block has more than ForkJoin.max_threads threads, or "
             "the tokenizer joins a forced token with its neighbour.",
             at + first,

@@ -410,21 +410,21 @@ def _named_shards(index: Path) -> list[str]:
 
 def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> None:
     """Raises ValueError with the names of the first tensors that do not fit the model."""
-    want = tensor_shapes(model)
+    expected = tensor_shapes(model)
     have = {name: tuple(stored[name].get_shape()) for name in stored}
-    missing = [name for name in want if name not in have]
-    spare = [name for name in have if name not in want and not _BUFFER.fullmatch(name)]
+    missing = [name for name in expected if name not in have]
+    spare = [name for name in have if name not in expected and not _BUFFER.fullmatch(name)]
     if model.tie_embeddings and "lm_head.weight" in spare:
         spare.remove("lm_head.weight")
         _require_tied(folder, stored)
     wrong = [
-        f"{n} is {list(have[n])} and must be {list(want[n])}"
-        for n in want
-        if have.get(n, want[n]) != want[n]
+        f"{n} is {list(have[n])} and must be {list(expected[n])}"
+        for n in expected
+        if have.get(n, expected[n]) != expected[n]
     ]
     odd = [
         f"{n} is {stored[n].get_dtype()}"
-        for n in want
+        for n in expected
         if n in have and stored[n].get_dtype() not in _DTYPES
     ]
     for problem, names in (
@@ -437,7 +437,7 @@ def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> Non
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             raise ValueError(
                 f"{folder}: {len(names)} {problem}: {shown}. According to its config.json it must "
-                f"have {len(want)} tensors, of a {family_of(model)} with {model.num_layers} layers."
+                f"have {len(expected)} tensors, of a {family_of(model)} with {model.num_layers} layers."
             )
 
 
