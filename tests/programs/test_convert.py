@@ -286,7 +286,7 @@ def test_an_import_does_not_touch_what_another_left(source, tmp_path):
     (ours / "checkpoints").mkdir(parents=True)
     (ours / "checkpoints" / "tokenizer.json").write_text("precious")
     with pytest.raises(
-        ValueError, match="checkpoints exists already, and an import needs an empty place"
+        ValueError, match="checkpoints exists already, and an import needs an empty folder"
     ):
         import_folder(Import(source=str(source)), ours)
     assert content(ours) == {"checkpoints/tokenizer.json": b"precious"}

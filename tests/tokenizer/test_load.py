@@ -340,7 +340,7 @@ def test_a_control_string_of_several_ids_is_named_with_its_ids(tmp_path):
     tokenizer = load_tokenizer(SentencePiece(path=str(tmp_path / "untagged.model")))
     ids = tokenizer.encode("<Thread>").tolist()
     assert len(ids) > 1
-    with pytest.raises(ValueError, match="want one id") as error:
+    with pytest.raises(ValueError, match="must be one id") as error:
         require_single_ids(tokenizer, ("a", "<Thread>"))
     assert f"untagged.model: '<Thread>' is {ids}" in str(error.value)
     assert "train_sentencepiece" in str(error.value)

@@ -101,9 +101,9 @@ class _Written:
         first = int(differs.argmax()) if differs.any() else len(have)
         found = f"{have[first]}" if first < len(have) else "the end of the text"
         raise ReplayError(
-            f"Token {at + first} is {found} where the protocol forces {expected[first]} ({what}). The "
-            "text is not in canonical form, a block has more than ForkJoin.max_threads threads, or "
-            "the tokenizer joins a forced token with its neighbour.",
+            f"Token {at + first} is {found} where the protocol forces {expected[first]} ({what}). "
+            "The text is not in canonical form, a block has more than ForkJoin.max_threads threads, "
+            "or the tokenizer joins a forced token with its neighbour.",
             at + first,
         )
 
