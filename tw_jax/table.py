@@ -169,10 +169,10 @@ class Table:
         ]
         return [*fields, *([cls.__name__] if cls is self.root else [])]
 
-    # What a checkpoint knows.
+    # Bindings from a checkpoint.
 
     def inherit(self, describe: Callable[[str], str]) -> None:
-        """Adds what checkpoints know, with the lowest priority.
+        """Adds the configs that checkpoints record, with the lowest priority.
 
         A class that sets `inherits` names one of its fields, which holds the folder of a
         checkpoint. A line of the checkpoint's text is left out if a file or `--set` binds the same
