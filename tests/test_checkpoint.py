@@ -255,7 +255,7 @@ def test_parameters_that_differ_are_named(saved):
         restore_params(saved, abstract=abstract(make_state(width=24).params))
 
 
-def test_a_missing_checkpoint_is_told_with_those_there_are(saved, tmp_path):
+def test_a_missing_checkpoint_is_refused_with_the_steps_that_exist(saved, tmp_path):
     wanted = abstract(make_state())
     with Checkpoints(saved, keep=2) as kept, pytest.raises(FileNotFoundError) as caught:
         kept.restore(2, wanted)
@@ -326,7 +326,7 @@ def test_a_disk_that_fills_while_saving_leaves_earlier_checkpoints_whole(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
-def test_what_a_crash_left_of_a_save_is_no_checkpoint_and_goes(saved, tmp_path):
+def test_remains_of_a_save_are_no_checkpoint_and_are_deleted(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     shutil.copytree(saved / "3", tmp_path / "run/7.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path / "run", keep=2) as kept:

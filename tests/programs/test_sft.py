@@ -1,4 +1,4 @@
-"""`tw sft`: a run leaves what it should, goes on where it stopped, and is its own record."""
+"""`tw sft`: a run writes its files, resumes exactly, and its config reproduces it."""
 
 import json
 import re
@@ -111,8 +111,8 @@ def test_a_finished_run_keeps_its_config_whatever_the_next_command_says(runs, ca
     folder = runs / "sft"
     before = (folder / "config.gin").read_text()
     assert sft(runs, folder, "Optim.peak_lr=2e-3", "Packing.row_tokens=512") == 2
-    told = "Packing.row_tokens = 512 (was 384); Optim.peak_lr = 0.002 (was 0.001). Set them back"
-    assert told in capsys.readouterr().err
+    changes = "Packing.row_tokens = 512 (was 384); Optim.peak_lr = 0.002 (was 0.001). Set them back"
+    assert changes in capsys.readouterr().err
     assert sft(runs, folder, "Sft.steps=8") == 2
     assert "Set Optim.decay_steps = 4 to keep the schedule" in capsys.readouterr().err
     assert sft(runs, folder, "Sft.steps=2", "Optim.decay_steps=4") == 2
