@@ -461,11 +461,11 @@ def test_damage_is_named_and_an_older_checkpoint_is_used_or_nothing_was_lost(tmp
         with warnings.catch_warnings(record=True) as caught, Checkpoints(run, keep=2) as kept:
             warnings.simplefilter("always")
             state, extra = kept.restore(None, abstract(tiny(0)))
-        told = [str(w.message) for w in caught if "is damaged" in str(w.message)]
+        messages = [str(w.message) for w in caught if "is damaged" in str(w.message)]
         is_aside = (run / "3.damaged").exists()
         outcomes.append(is_aside)
-        assert len(told) == is_aside, (file, name, told)
-        for sentence in told:
+        assert len(messages) == is_aside, (file, name, messages)
+        for sentence in messages:
             assert str(run / "3") in sentence
             assert "It is kept as 3.damaged. The run continues" in sentence
         step = 1 if is_aside else 3
@@ -569,9 +569,9 @@ def test_strays_beside_checkpoints_stop_no_run(saved, tmp_path):
         warnings.simplefilter("always")
         state, _ = kept.restore(None, abstract(make_state()))
     assert_same(state, make_state(3))
-    told = [str(w.message) for w in caught]
-    assert any("7 has the name of a checkpoint and is not a folder" in text for text in told)
-    assert any(f"{run}/12 is damaged" in text and "12.damaged.2" in text for text in told)
+    messages = [str(w.message) for w in caught]
+    assert any("7 has the name of a checkpoint and is not a folder" in text for text in messages)
+    assert any(f"{run}/12 is damaged" in text and "12.damaged.2" in text for text in messages)
     names = {path.name for path in run.iterdir()}
     kept_names = {"1", "3", "7.damaged", "12.damaged", "12.damaged.2", "abc", "3_old", "notes.txt"}
     assert names == kept_names
