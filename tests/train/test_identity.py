@@ -76,8 +76,9 @@ def refusal(before, cfg, *, step=5, **contents):
 def test_a_run_is_not_resumed_with_another_setting(word, change):
     sentence = refusal(note(build()), build(word))
     assert sentence == (
-        f"runs/demo/sft holds a run with other settings: {change}. Set them back to resume that run, or "
-        "set another Sft.workdir; Sft.init = 'runs/demo/sft/checkpoints' there begins with the "
+        "runs/demo/sft holds a run with other settings: "
+        f"{change}. Set them back to resume that run, "
+        "or set another Sft.workdir; Sft.init = 'runs/demo/sft/checkpoints' there begins with the "
         "parameters of this one."
     )
 
