@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.tasks import multiplication
+from tw_jax.tasks.task import Problem
 
 TASK = multiplication.Multiplication(
     min_value=0, max_value=99, min_factors=2, max_factors=4, parallel=True, lone_pair="fork"
@@ -76,9 +77,9 @@ def hostile(seed: int, number: int) -> Hostile:
 
 
 @functools.cache
-def _valid(index: int) -> tuple[multiplication.Product, str]:
-    product = TASK.product(0, index)
-    return product, TASK.gold(product.problem)
+def _valid(index: int) -> tuple[Problem, str]:
+    problem = TASK.product(0, index).problem
+    return problem, TASK.gold(problem)
 
 
 # Trajectories.
@@ -189,9 +190,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 # Answers.
 
 
-def _answer(
-    rng: random.Random, problem: multiplication.Product
-) -> tuple[str, Literal["value", "form"] | None]:
+def _answer(rng: random.Random, problem: Problem) -> tuple[str, Literal["value", "form"] | None]:
     """An answer, and whether it is certainly wrong."""
     if (kind := rng.random()) < 0.4:
         return _other_value(rng, problem), "value"
@@ -207,7 +206,7 @@ def _answer(
     return text, None
 
 
-def _other_value(rng: random.Random, problem: multiplication.Product) -> str:
+def _other_value(rng: random.Random, problem: Problem) -> str:
     """A text that cannot be read as the value of the truth."""
     digits, truth = problem.answer, int(problem.answer)
     other = truth + rng.choice((1, -1, 2, 10, -10, 10**6, 2**64))
@@ -237,7 +236,7 @@ def _other_value(rng: random.Random, problem: multiplication.Product) -> str:
     return rng.choice(numbers if rng.random() < 0.7 else several)
 
 
-def _other_form(rng: random.Random, problem: multiplication.Product) -> str:
+def _other_form(rng: random.Random, problem: Problem) -> str:
     """An unfinished calculation, often the question. It may have the value of the truth."""
     digits, product = problem.answer, _product(rng, problem)
     return rng.choice(
@@ -249,7 +248,7 @@ def _other_form(rng: random.Random, problem: multiplication.Product) -> str:
     )
 
 
-def _product(rng: random.Random, problem: multiplication.Product) -> str:
+def _product(rng: random.Random, problem: Problem) -> str:
     times = rng.choice(("*", " * ", "\\times ", "\\cdot ", " x ", "\\,", ")("))
-    product = times.join(map(str, problem.factors))
+    product = times.join(map(str, problem.extra["factors"]))
     return f"({product})" if times == ")(" else product
