@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tw_jax import metrics
-from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax.checkpoint import Checkpoints, read_note, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
@@ -205,7 +205,7 @@ def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained,
     with Checkpoints(init, keep=9) as checkpoints:
         noise = np.random.default_rng(0).normal
         other = jax.tree.map(lambda leaf: leaf + noise(size=leaf.shape), restore_params(init))
-        checkpoints.save(5, {"params": other}, {})
+        checkpoints.save(5, {"params": other}, read_note(init))
     assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=2") == 0
     assert [line["step"] for line in numbers(run)] == [0, 1]
     assert all(line["tokens"] > 0 for line in numbers(run))

@@ -40,7 +40,7 @@ def test_pass_at_k_of_a_thousand_samples_does_not_overflow():
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_more_samples_than_there_are_cannot_pass(k):
-    with pytest.raises(ValueError, match=r"k = . must be 1 to 4"):
+    with pytest.raises(ValueError, match="must be 1 to 4"):
         pass_at_k(np.ones((2, 4), bool), k)
 
 

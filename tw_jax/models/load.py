@@ -8,8 +8,10 @@ can be moved or copied, because nothing outside of it is read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +22,12 @@ from tw_jax import hosts
 from tw_jax.checkpoint import newest, read_beside, read_note, restore_params, write_beside
 from tw_jax.config import configurable, load_config, operative
 from tw_jax.contracts import Network, Params
+from tw_jax.damage import DamagedError
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models import hf_files
-from tw_jax.models.transformer import Model, network
+from tw_jax.models.transformer import Model, network, with_token_rows
 from tw_jax.sharding import Rules, shardings
 from tw_jax.tokenizer.bytes import Bytes
 from tw_jax.tokenizer.chat import Chat
@@ -141,12 +144,15 @@ class Record(NamedTuple):
       fingerprint: Fingerprint of the tokenizer; "" if an import copied a tokenizer that this
         library cannot use.
       control_tokens: The control tokens of the vocabulary and their ids.
+      added: Ids of the control tokens that the import added to the model. Their rows are not
+        pretrained.
     """
 
     step: int
     config: LanguageModel
     fingerprint: str
     control_tokens: dict[str, int]
+    added: tuple[int, ...]
 
 
 def read_record(folder: str | Path, *, step: int | None = None) -> Record:
@@ -183,6 +189,7 @@ def record_model(
     tokenizer: Tokenizer | None,
     *,
     origin: str | Path | None = None,
+    added: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Prepares a folder of checkpoints so that `load_model` can read it.
 
@@ -196,6 +203,8 @@ def record_model(
         will.
       origin: The folder of checkpoints that the run begins with. It may have been deleted when a
         run is resumed.
+      added: Ids of the control tokens that an import has added. A run that begins with other
+        checkpoints records those of them.
 
     Returns:
       A JSON object that each checkpoint must store in its `extra`, beside its other entries.
@@ -215,13 +224,31 @@ def record_model(
         fingerprint = tokenizer.fingerprint
         found = hosts.together(lambda: _files_of_import(origin, fingerprint), ValueError, OSError)
         write_beside(folder, found)
+        added = _added_before(folder, origin)
     return {
         _KEY: {
             "config": operative(portable),
             "tokenizer": "" if tokenizer is None else tokenizer.fingerprint,
             "control_tokens": {} if tokenizer is None else dict(tokenizer.control_ids),
+            "added": list(added),
         }
     }
+
+
+def with_added_rows(model: Model, folder: str | Path, origin: str | Path | None) -> Model:
+    """Sets `Lora.token_rows` if a config does not.
+
+    Args:
+      model: The model of a run.
+      folder: Folder of the run's own checkpoints, which may not exist yet.
+      origin: Folder of the checkpoints that the run begins with.
+
+    Returns:
+      The model, whose adapters train the rows of the control tokens that the import has added.
+    """
+    if model.lora is None or model.lora.token_rows is not None:
+        return model
+    return with_token_rows(model, _added_before(folder, origin))
 
 
 def abstract_params(net: Network, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
@@ -266,7 +293,9 @@ def _read(folder: str | Path, step: int) -> Record:
         path = os.path.join(str(folder), _file_name(config.tokenizer))
         tokenizer = dataclasses.replace(config.tokenizer, path=path)
         config = dataclasses.replace(config, tokenizer=tokenizer)
-    return Record(step, config, note["tokenizer"], note["control_tokens"])
+    return Record(
+        step, config, note["tokenizer"], note["control_tokens"], tuple(note.get("added", ()))
+    )
 
 
 def _tokenizer(
@@ -297,6 +326,20 @@ def _files_of_import(folder: str | Path, fingerprint: str) -> dict[str, bytes]:
     if found and read_note(folder).get(_KEY, {}).get("tokenizer") != fingerprint:
         return {}
     return found
+
+
+def _added_before(folder: str | Path, origin: str | Path | None) -> tuple[int, ...]:
+    """The ids of `Record.added`: of a run's own checkpoints, or of its origin."""
+
+    def read() -> tuple[int, ...]:
+        for place in (folder, origin):
+            # A damaged checkpoint is renamed when the run resumes.
+            with contextlib.suppress(FileNotFoundError, DamagedError):
+                return tuple(read_note(place).get(_KEY, {}).get("added", ())) if place else ()
+        return ()
+
+    # Process 0 decides, because another process may see the folder a moment later.
+    return tuple(hosts.gather(hosts.together(read, ValueError, OSError))[0])
 
 
 def _file_name(cfg: SentencePiece | HuggingFace) -> str:

@@ -7,11 +7,12 @@ job: the same command runs on every host, each with its own share of the data.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -24,7 +25,7 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.metrics import Metrics
-from tw_jax.models.load import LanguageModel, record_model
+from tw_jax.models.load import LanguageModel, record_model, with_added_rows
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer.bytes import Bytes
@@ -65,6 +66,7 @@ class Sft:
       seed: Seed of newly initialised parameters.
       init: Folder of checkpoints, such as one of `tw convert`. The run begins with the newest
         parameters; adapters that they lack are initialised. None initialises all parameters.
+        Model, tokenizer, chat and limits that the config does not set are those of the checkpoint.
     """
 
     workdir: str
@@ -84,6 +86,8 @@ class Sft:
     keep: int = 2
     seed: int = 0
     init: str | None = None
+
+    inherits: ClassVar[str] = "init"
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
@@ -107,6 +111,8 @@ class Sft:
 def run(cfg: Sft) -> None:
     """Trains until `steps`, beginning with the newest checkpoint of the workdir if there is one."""
     mesh = sharding.make_mesh(cfg.mesh)
+    model = with_added_rows(cfg.model, Path(cfg.workdir) / "checkpoints", cfg.init)
+    cfg = dataclasses.replace(cfg, model=model)
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
     batches = open_batches(cfg, mesh, tokenizer)

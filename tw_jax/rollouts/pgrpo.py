@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 
@@ -50,7 +50,8 @@ class Pgrpo:
       workdir: Folder of checkpoints, metrics, config and `rollouts/`.
       steps: Steps of the whole run. Each samples rollouts and takes `inner_steps` updates.
       init: Folder of checkpoints. The run begins with the newest parameters; adapters that they
-        lack are initialised.
+        lack are initialised. Model, tokenizer, chat and limits that the config does not set are
+        those of the checkpoint.
       model: The model. Its vocabulary must hold the tokenizer's.
       tokenizer: The tokenizer.
       chat: The chat template.
@@ -116,6 +117,8 @@ class Pgrpo:
     save_every: int = 10
     keep: int = 2
     seed: int = 0
+
+    inherits: ClassVar[str] = "init"
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and samplers that cannot be trained on."""

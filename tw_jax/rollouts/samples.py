@@ -7,7 +7,7 @@ missing ones when it runs again.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tw_jax import hosts, sharding
 from tw_jax.bounds import require, require_text
@@ -39,7 +39,8 @@ class Sample:
 
     Attributes:
       workdir: Folder of `rollouts.jsonl`.
-      checkpoint: Folder of a training run's checkpoints. The newest is read.
+      checkpoint: Folder of a training run's checkpoints. The newest is read. Model,
+        tokenizer, chat and limits that the config does not set are those of this checkpoint.
       model: The model that was trained.
       tokenizer: The tokenizer that it was trained with.
       chat: The chat template.
@@ -64,6 +65,8 @@ class Sample:
     samples: int = 1
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
+
+    inherits: ClassVar[str] = "checkpoint"
 
     def check(self) -> None:
         """Refuses empty runs, and samples that would all be the same."""

@@ -1,7 +1,7 @@
 """Scores of repeated samples: mean@n, unbiased pass@k, and confidence intervals.
 
-Samples of one problem are not independent, so every interval here is over problems and not over
-samples.
+Samples of one problem resemble each other, so the unit of every interval is the problem, not the
+sample. This file knows no task and no grading.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A mean and its confidence interval, in the unit of the values."""
+    """A mean and its confidence interval, all in the unit of the values."""
 
     value: float
     low: float
@@ -22,22 +22,22 @@ class Estimate(NamedTuple):
 
 
 def mean_at_n(correct: np.ndarray) -> np.ndarray:
-    """Share of correct samples of each problem.
+    """Returns the share of correct samples of each problem.
 
     Args:
       correct: [P, K] bool, P problems with K samples each.
 
     Returns:
-      [P] float64; its mean is mean@K, called pass@1 where samples are drawn independently.
+      [P] float64; its mean is mean@K, called pass@1 if samples are drawn independently.
     """
     return _counts(correct)[0] / correct.shape[1]
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased estimate of the probability that one of k samples of a problem is correct.
+    """Returns the unbiased estimate that at least one of k samples of a problem is correct.
 
-    If c of n samples are correct, it is 1 - C(n - c, k) / C(n, k), the share of k-subsets that
-    contain a correct sample. For k = n it is the share of problems with any correct sample.
+    With c of n samples correct it is 1 - C(n - c, k) / C(n, k), the share of k-subsets that contain
+    a correct sample. For k = n its mean is the share of problems with any correct sample.
     Source: Chen et al. (arXiv:2107.03374), 2.1.
 
     Args:
@@ -53,13 +53,13 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     counts, n = _counts(correct)
     if not 1 <= k <= n:
         raise ValueError(f"pass_at_k: k = {k} must be 1 to {n}, the number of samples per problem.")
-    # Exact integers, divided once: a product of floats loses digits, and n is small.
+    # Exact integers are divided once, because a product of floats loses digits; n is small.
     table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
     return table[counts]
 
 
 def passes(correct: np.ndarray) -> dict[str, float]:
-    """Mean pass@k over problems, as `pass_at_2`, `pass_at_4` and so on up to K.
+    """Returns the mean over problems of `pass_at_k`, for powers of two from 2 up to K.
 
     Args:
       correct: [P, K] bool, P problems with K samples each.
@@ -69,17 +69,17 @@ def passes(correct: np.ndarray) -> dict[str, float]:
 
 
 def wilson(share: float, trials: int, *, confidence: float = 0.95) -> Estimate:
-    """Wilson's score interval of a share. At 0 and 1, unlike a bootstrap, it has a width.
+    """Returns Wilson's score interval of a share; it is valid at 0 and 1, unlike a bootstrap.
 
     center = (p + z^2/2n) / (1 + z^2/n), half = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
     With one sample per problem it is the usual interval. With several, pass the mean of the
-    problems' shares and the number of problems. The interval may then be wider than necessary but
-    never narrower, because among all variables in [0, 1] with one mean, a binary one has the
-    largest variance. Source: Wilson (1927), Journal of the American Statistical Association 22.
+    problems' shares and the number of problems. The interval is then wider than necessary, never
+    narrower, because no variable in [0, 1] has a larger variance than a coin of the same mean.
+    Source: Wilson (1927), Journal of the American Statistical Association 22.
 
     Args:
       share: Mean of values in [0, 1].
-      trials: Number of independent values, at least 1.
+      trials: Number of independent values, 1 or more.
       confidence: Nominal coverage, in (0, 1).
     """
     if not 0 <= share <= 1 or trials < 1:
@@ -90,7 +90,7 @@ def wilson(share: float, trials: int, *, confidence: float = 0.95) -> Estimate:
     scale = 1 + z**2 / trials
     center = (share + z**2 / (2 * trials)) / scale
     half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2) / scale
-    # At 0 and 1 one end is exactly the share. The difference below is off by rounding.
+    # At 0 and 1 one end is exactly the share, which the difference misses by a rounding.
     low = 0.0 if share == 0 else max(0.0, center - half)
     high = 1.0 if share == 1 else min(1.0, center + half)
     return Estimate(float(share), low, high)
@@ -99,17 +99,17 @@ def wilson(share: float, trials: int, *, confidence: float = 0.95) -> Estimate:
 def bootstrap(
     values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
-    """Percentile bootstrap of a mean over problems, for values of any unit.
+    """Returns the percentile bootstrap of a mean over problems, for values of any unit.
 
     Args:
-      values: [P], one value for each problem, such as shares, tokens or seconds.
+      values: [P] numbers, one for each problem, such as shares, tokens or seconds.
       confidence: Nominal coverage, in (0, 1).
-      resamples: How many times P problems are drawn with replacement.
-      seed: Seed of the draws. The same seed gives the same interval.
+      resamples: Number of times that P problems are drawn with replacement.
+      seed: Seed of the draws; the same seed gives the same interval.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"bootstrap: values has shape {values.shape} and must be [P] with P > 0.")
+        raise ValueError(f"bootstrap: values have shape {values.shape} and need [P] with P > 0.")
     _quantile(confidence)
     rng = np.random.Generator(np.random.PCG64(seed))
     size = values.size
@@ -119,7 +119,7 @@ def bootstrap(
 
 
 def _counts(correct: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number of correct samples of each problem, [P], and the number of samples, K."""
+    """Correct samples of each problem, [P], and the number of samples, K."""
     if correct.ndim != 2 or not correct.size or correct.dtype != np.bool_:
         raise ValueError(
             f"correct is {correct.dtype}{list(correct.shape)} and must be bool [P, K], not empty."
