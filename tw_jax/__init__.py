@@ -1,7 +1,7 @@
 """tw_jax: train and sample language models that think in parallel threads.
 
-The public names, by hand. They are imported when they are first used, for grading workers and the
-command line need few of them and JAX takes seconds to load.
+The public names are imported when they are first used, because grading workers and the command
+line need few of them, and JAX takes seconds to load.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _HOME = {
-    # what rooms hand each other
+    # shapes and configs
     "KV": "contracts",
     "Network": "contracts",
     "Params": "contracts",
