@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -22,6 +23,8 @@ TRAIN = '''
 
 More words.
 """
+
+import warnings
 
 from tw_jax import workdir
 from tw_jax.config import configurable
@@ -62,7 +65,9 @@ def run(cfg):
         raise OSError(28, "The disk is full")
     if cfg.fail == "bug":
         raise KeyError("bug")
-    if cfg.fail:
+    if cfg.fail == "warn":
+        warnings.warn_explicit("Look out.", UserWarning, workdir.__file__, 7)
+    elif cfg.fail:
         raise ValueError(cfg.fail)
     if cfg.workdir is not None:
         workdir.record(cfg)
@@ -190,6 +195,20 @@ def test_help_lists_every_verb_with_its_line_and_imports_none(programs, capsys):
         ("train", "Trains a toy."),
     ]
     assert "tw_jax.programs.broken" not in programs
+
+
+def test_a_warning_of_the_package_is_one_line_and_debug_adds_its_place(
+    programs, capsys, monkeypatch
+):
+    def show(message, category, filename, lineno, *_):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+    monkeypatch.setattr(warnings, "showwarning", show)  # pytest would record it
+    words = ["train", TOY, "--set", "Train.fail=warn"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().err == "tw: Look out.\n"
+    assert cli.main([*words, "--debug"]) == 0
+    assert "workdir.py:7: UserWarning: Look out.\n" in capsys.readouterr().err
 
 
 def test_no_words_print_the_help_and_fail(programs, capsys):

