@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import re
 
 import fakes
 import numpy as np
 import pytest
 
-from tw_jax.data import records
+from tw_jax.data import diagnose, pipeline, records
 from tw_jax.data.pipeline import Batches, Builder, Data
 from tw_jax.forkjoin import tries
 from tw_jax.forkjoin.limits import ForkJoin
@@ -234,16 +235,66 @@ def test_unusable_records_can_be_left_out_and_are_counted(tmp_path):
     found[1] = unclosed(found[1])
     path = write(tmp_path / "x.jsonl", found)
     batches = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
-    next(batches)
-    assert (batches.unusable, batches.stats.tries) == (1, 3)
+    with pytest.warns(UserWarning, match=r"left out. .*x\.jsonl:2: <Parallel> is never") as told:
+        list(itertools.islice(batches, 2))
+    assert len(told) == 1, "the second epoch names it again"
+    assert (batches.unusable, batches.stats.tries) == (1, 6)
     again = open_batches(path, rows=1, window=4, row_tokens=9000, unusable="drop")
-    again.set_state(batches.get_state())
+    again.set_state(json.loads(json.dumps(batches.get_state())))
     assert again.unusable == batches.unusable
+
+
+def test_dropped_records_are_named_up_to_a_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_LISTED", 2)
+    found = examples(5)
+    found[1:] = [unclosed(one) for one in found[1:]]
+    path = write(tmp_path / "x.jsonl", found)
+    batches = open_batches(path, rows=1, window=5, row_tokens=9000, unusable="drop", seed=None)
+    with pytest.warns(UserWarning, match="left out") as told:
+        next(batches)
+    assert [re.findall(r"x\.jsonl:(\d)", str(one.message)) for one in told] == [["2"], ["3"], []]
+    assert batches.unusable == 4
+
+
+def test_a_refusal_lists_all_unusable_records_with_line_rule_and_excerpt(tmp_path, monkeypatch):
+    found = examples(6)
+    one_thread = BLOCK.replace("<Thread>\n2: d\n</Thread>", "")
+    renamed = BLOCK.replace("2: d", "3: d")
+    for number, response in ((1, f"ab\n{one_thread}"), (3, renamed), (4, BLOCK.replace("d", ""))):
+        found[number] = type(found[number])(**{**vars(found[number]), "response": response})
+    found[5] = unclosed(found[5])
+    path = write(tmp_path / "x.jsonl", found)
+    sentence = "4 of 6 records cannot be used"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        next(open_batches(path, seed=None))
+    said = str(caught.value)
+    assert re.findall(r"x\.jsonl:(\d): ", said) == ["2", "4", "5", "6"]
+    assert "A block has 2 outlines and 1 thread. It needs one thread for each outline." in said
+    assert "line 2, column 1:\n  <Parallel>" in said
+    assert "A thread has the number 3 where its outline has 2" in said
+    monkeypatch.setattr(diagnose, "MAX_LISTED", 1)
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: [\s\S]*and 3 more\.$"):
+        next(open_batches(path, seed=None))
+
+
+def test_a_text_that_differs_from_the_protocol_is_told_in_words_with_line_and_column(tmp_path):
+    found = examples(1)
+    response = f"a\nb {BLOCK}".replace("</Thread>\n</Parallel>", "</Thread></Parallel>")
+    found[0] = type(found[0])(**{**vars(found[0]), "response": response})
+    with pytest.raises(ValueError, match="where the protocol forces") as caught:
+        next(open_batches(write(tmp_path / "x.jsonl", found)))
+    said = str(caught.value)
+    assert "has '</Parallel>' where the protocol forces '\\n' (a join)" in said
+    assert "line 11, column 10:\n  </Thread></Parallel>" in said
+    assert not re.search(r"[Tt]oken \d", said)
 
 
 def test_a_file_of_nothing_usable_says_so(tmp_path):
     path = write(tmp_path / "x.jsonl", [unclosed(e) for e in examples(2)])
-    with pytest.raises(ValueError, match="none of 5 records in a row could be used"):
+    with (
+        pytest.warns(UserWarning, match="This record is left out"),
+        pytest.raises(ValueError, match="none of 5 records in a row could be used"),
+    ):
         next(open_batches(path, unusable="drop"))
 
 
@@ -256,10 +307,10 @@ BLOCK = (
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
-        ("<Outlines>\n</Outlines>", r"a block has no outlines[\s\S]*line 1, column 1:"),
+        ("<Outlines>\n</Outlines>", r"A block has no outlines[\s\S]*line 1, column 1:"),
         (
             "<Outlines><Outline>000000001: a</Outline><Outline>000000002: b</Outline></Outlines>",
-            "the response has 2 threads, and the protocol forks 0",
+            "The response has 2 threads, and the protocol forks 0",
         ),
     ],
 )
@@ -272,7 +323,8 @@ def test_threads_that_nothing_forks_are_refused_and_counted(tmp_path, plan, sent
     with pytest.raises(ValueError, match=rf"x\.jsonl:2: {sentence}"):
         next(open_batches(path, seed=None))
     batches = open_batches(path, rows=1, window=3, row_tokens=9000, unusable="drop")
-    next(batches)
+    with pytest.warns(UserWarning, match="This record is left out"):
+        next(batches)
     assert (batches.unusable, batches.stats.tries) == (1, 2)
 
 
@@ -280,7 +332,7 @@ def test_threads_that_nothing_forks_are_refused_and_counted(tmp_path, plan, sent
     ("response", "helps"),
     [
         (BLOCK.replace("</Thread><", "</Thread>\n<"), True),
-        (BLOCK.replace("2: d", "3: d"), False),
+        (BLOCK.replace("</Thread>\n</Parallel>", "</Thread></Parallel>"), False),
     ],
 )
 def test_normalising_is_advised_only_where_it_helps(tmp_path, response, helps):

@@ -7,7 +7,7 @@ file knows no model; it hands the train loop `TrieBatch`es of numpy arrays.
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ import numpy as np
 
 from tw_jax.bounds import require, require_text
 from tw_jax.config import configurable
+from tw_jax.data.diagnose import MAX_LISTED, list_unusable
 from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
-from tw_jax.forkjoin.threadweaver.grammar import Document, GrammarError, normalise, parse, point
+from tw_jax.forkjoin.replay import RecordError
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.written import replay_response
 from tw_jax.forkjoin.tries import chain_trie, trajectory_trie
 from tw_jax.tokenizer.chat import Chat
 from tw_jax.tokenizer.ids import check_ids
@@ -41,9 +42,9 @@ class Data:
       labels: "calls" trains the sampled tokens of every call; "flat" is the reference's shift, all
         tokens after the prompt from their flat predecessor; "sequential" trains the joined path as
         one plain sequence (the AR baseline).
-      unusable: what happens to a record that no call of the protocol could have written, or whose
-        threads have no numbered outlines: "refuse" stops with a sentence, "drop" leaves it out and
-        counts it.
+      unusable: Treatment of records that no call of the protocol could have written, or whose
+        threads have no numbered outlines: "refuse" stops and lists all of them, "drop" leaves them
+        out, names each once and counts them.
       seed: of the shuffle, anew each epoch; None keeps the order of the file.
     """
 
@@ -89,60 +90,16 @@ class Builder:
                 f"{where}: a {type(record).__name__.lower()} without a response; want an example "
                 "or a rollout. Write trajectories with `tw make` or `tw sample`."
             )
-        tokenizer, chat = self._tokenizer, self._cfg.chat
-        ids = chat.document(tokenizer, record.question, record.response)
-        check_ids(ids, tokenizer.vocab_size, where)
-        prompt = len(chat.prompt(tokenizer, record.question))
         try:
-            # The grammar sees what the protocol leaves to the model (a block that is never closed),
-            # and points at the character, which says more than a token index.
-            document = parse(record.response)
-        except GrammarError as error:
+            return replay_response(
+                self._protocol,
+                self._tokenizer,
+                self._cfg.chat,
+                question=record.question,
+                response=record.response,
+            )
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        bare = next((block for block in document.blocks if not block.outlines), None)
-        if bare and self._protocol.limits.parallel:
-            raise ValueError(
-                f"{where}: a block has no outlines, so nothing forks and its threads would be "
-                "trained as one text of the parent. Write an outline for each thread, or leave the "
-                f"record out.\n{point(record.response, bare.at[0])}"
-            )
-        try:
-            made = replay(self._protocol, ids, prompt)
-        except ReplayError as error:
-            advice = self._advice(record, document, prompt)
-            raise ValueError(f"{where}: {error} {advice}") from error
-        self._refuse_unforked(document, made, where)
-        return made
-
-    def _advice(self, record: Example, document: Document, prompt: int) -> str:
-        """What would help a text that does not replay."""
-        text = normalise(record.response)
-        if text != record.response:
-            ids = self._cfg.chat.document(self._tokenizer, record.question, text)
-            with contextlib.suppress(ReplayError):
-                replay(self._protocol, ids, prompt)
-                return "Normalise the response (threadweaver.grammar.normalise), and it replays."
-        empty = [t.number for b in document.blocks for t in b.threads if not t.body]
-        if empty:
-            return (
-                f"Thread {empty[0]} is empty, and normalising does not change that. Give it a "
-                "text, or leave the record out."
-            )
-        return (
-            "Normalising the response does not help. Raise the limit that it exceeds, change the "
-            "response, or leave the record out."
-        )
-
-    def _refuse_unforked(self, document: Document, made: Trajectory, where: str) -> None:
-        """Refuses threads that no call wrote, because no outline has their number."""
-        written = sum(len(block.threads) for block in document.blocks)
-        forked = sum(call.is_thread for call in made.calls)
-        if self._protocol.limits.parallel and written != forked:
-            raise ValueError(
-                f"{where}: the response has {written} threads, and the protocol forks {forked} of "
-                "them. Each needs an outline with its number, of at most 8 characters. Add the "
-                "outlines, or leave the record out."
-            )
 
     def _rebuilt(self, record: Rollout, where: str) -> Trajectory:
         if record.fingerprint != self._tokenizer.fingerprint:
@@ -167,7 +124,6 @@ class Batches(Iterator[TrieBatch]):
     Attributes:
       fingerprint: of the file.
       stats: what was packed so far, for `rows_filled` and `token_sharing`.
-      unusable: records left out because no call could have written them.
     """
 
     def __init__(
@@ -194,14 +150,14 @@ class Batches(Iterator[TrieBatch]):
           FileNotFoundError: the file is not there.
           ValueError: the file has fewer records than hosts.
         """
-        records = open_records(cfg.path)
+        records = self._records = open_records(cfg.path)
         if len(records) < num_hosts:
             raise ValueError(
                 f"{cfg.path}: {len(records)} records for {num_hosts} hosts; want at least one each."
             )
         self.fingerprint = fingerprint(cfg.path)
         records.require_unchanged()
-        self.stats, self.unusable = PackingStats(), 0
+        self.stats, self._unusable = PackingStats(), set[int]()
         self._share = [host, num_hosts]
         self._cfg, self._packing, self._builder, self._rows = cfg, packing, builder, rows
         # Each host shuffles its own share, so no record is read twice in an epoch.
@@ -214,6 +170,11 @@ class Batches(Iterator[TrieBatch]):
         self._before: Any = self._source.get_state()
         self._taken = 0
 
+    @property
+    def unusable(self) -> int:
+        """Number of different records that were left out because they cannot be used."""
+        return len(self._unusable)
+
     def __next__(self) -> TrieBatch:
         """The next [rows, row_tokens] batch of numpy arrays."""
         rows = [self._next_row() for _ in range(self._rows)]
@@ -222,7 +183,7 @@ class Batches(Iterator[TrieBatch]):
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON."""
         state = self._before
-        counts = {"stats": vars(self.stats).copy(), "unusable": self.unusable}
+        counts = {"stats": vars(self.stats).copy(), "unusable": sorted(self._unusable)}
         of = {"file": self.fingerprint, "share": self._share}
         return {"source": state, "taken": self._taken, **of, **counts}
 
@@ -246,12 +207,12 @@ class Batches(Iterator[TrieBatch]):
             )
         self._source.set_state(state["source"])
         self._waiting, self._taken = [], 0
+        self._unusable = set(state["unusable"])
         if state["taken"]:
             self._fill_window()
             del self._waiting[: state["taken"]]
             self._taken = state["taken"]
         self.stats.__init__(**state["stats"])
-        self.unusable = state["unusable"]
 
     def _next_row(self) -> list[Trie]:
         while not self._waiting:
@@ -263,13 +224,14 @@ class Batches(Iterator[TrieBatch]):
         self._before, self._taken = self._source.get_state(), 0
         tries: list[Trie] = []
         for _ in range(self._packing.window):
-            record, where = next(self._source)
+            number, record = next(self._source)
+            where = self._records.where(number)
             try:
                 trie = self._builder.trie(record, where)
-            except ValueError:
+            except ValueError as error:
                 if self._cfg.unusable == "refuse":
-                    raise
-                self.unusable += 1
+                    raise ValueError(list_unusable(self._records, self._builder.trie)) from error
+                self._drop(number, str(error))
                 continue
             kept = fit_row(trie, self._packing, self.stats, name=where)
             if kept is not None:
@@ -281,9 +243,23 @@ class Batches(Iterator[TrieBatch]):
             )
         self._waiting = pack(tries, self._packing, self.stats)
 
+    def _drop(self, number: int, reason: str) -> None:
+        """Counts a record that is left out, and names it the first time."""
+        if number in self._unusable:
+            return
+        self._unusable.add(number)
+        if self.unusable <= MAX_LISTED:
+            warnings.warn(f"This record is left out. {reason}", stacklevel=4)
+        elif self.unusable == MAX_LISTED + 1:
+            warnings.warn(
+                f"{self._cfg.path}: further records that are left out are only counted, in "
+                "packing.json.",
+                stacklevel=4,
+            )
+
 
 class _Placed:
-    """Records with where they stand, for messages; grain's random access source."""
+    """Records with their indices; grain's random access source."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -291,6 +267,6 @@ class _Placed:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: Any) -> tuple[Record, str]:
+    def __getitem__(self, index: Any) -> tuple[int, Record]:
         number = int(np.asarray(index))
-        return self._records[number], self._records.where(number)
+        return number, self._records[number]

@@ -17,12 +17,17 @@ from tw_jax.forkjoin.protocol import Protocol, Request, Result, steps
 
 
 class ReplayError(ValueError):
-    """The text is not what the protocol would have produced; `position` is the token index."""
+    """The text is not what the protocol would have produced.
 
-    def __init__(self, message: str, position: int) -> None:
-        """Keeps the token index beside the sentence."""
+    Attributes:
+      position: Index of the token at which they differ.
+      forced: The id that the protocol forces there, and its reason; None for other errors.
+    """
+
+    def __init__(self, message: str, position: int, forced: tuple[int, str] | None = None) -> None:
+        """Stores the place beside the message."""
         super().__init__(message)
-        self.position = position
+        self.position, self.forced = position, forced
 
 
 def _run(
@@ -105,6 +110,7 @@ class _Written:
             "text is not in canonical form, a block has more than ForkJoin.max_threads threads, or "
             "the tokenizer joins a forced token with its neighbour.",
             at + first,
+            (int(want[first]), what),
         )
 
 
