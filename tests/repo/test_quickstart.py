@@ -126,7 +126,7 @@ def test_results_have_types_and_wrong_uses_are_errors(folder) -> None:
         "rollout": "Trajectory",
         "rollout.calls": "tuple[Call, ...]",
         "trie": "Trie",
-        "state": "TrainState",
+        "tw.initial_state(network, optim, key=jax.random.key(0))": "TrainState",
         "tw.presets.TINY": "Model",
         "tw.Sampler().rows": "int",
     }

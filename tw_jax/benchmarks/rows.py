@@ -29,7 +29,7 @@ from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.tries import Group
 from tw_jax.models.transformer import network
 from tw_jax.train import pgrpo
-from tw_jax.train.groups import Aggregation, PolicyBatch, Scored, advantages, pack_groups
+from tw_jax.train.groups import PolicyBatch, Scored, advantages, pack_groups
 from tw_jax.train.pgrpo import PolicyLoss
 from tw_jax.trie.batch import stack_rows
 from tw_jax.trie.pack import Packing
