@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from repo.documents import inherited
 from repo.sources import ROOT
 
 import tw_jax.programs
@@ -246,7 +247,7 @@ def test_a_workdir_that_another_job_holds_is_refused(programs, capsys):
 
 def test_the_folder_of_the_rollouts_of_an_evaluation_is_held_too(monkeypatch):
     monkeypatch.chdir(ROOT)
-    cfg = load_config(Evaluate, ["configs/evaluate/demo.gin"])
+    cfg = load_config(Evaluate, "configs/evaluate/demo.gin", inherit=inherited)
     assert cli._workdirs(cfg) == ["runs/demo", "runs/demo/samples"]
 
 

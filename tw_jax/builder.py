@@ -32,6 +32,10 @@ _NAMED = re.compile(r"(?:([A-Za-z_]\w*)\.)?\b([a-z_]\w*)")
 """Class.field in the text of an error, or a field alone, which belongs to the class named last."""
 
 
+class MissingFieldError(ValueError):
+    """A field without a default is not bound."""
+
+
 class Builder:
     """Builds configs from a table, each class once in each scope.
 
@@ -71,7 +75,7 @@ class Builder:
                 missing.append(field)
         values = {name: self._evaluate(cls, name, one, scope) for name, one in places.items()}
         if missing:
-            raise ValueError(self._lacks(cls, missing, scope))
+            raise MissingFieldError(self._lacks(cls, missing, scope))
         values |= {name: self.build(part, scope) for name, part in wired.items()}
         self._open.pop()
         try:

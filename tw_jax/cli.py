@@ -25,6 +25,7 @@ import jax
 
 import tw_jax.programs
 from tw_jax import bindings, hosts, workdir
+from tw_jax.builder import MissingFieldError
 from tw_jax.config import describe, load_config, operative
 from tw_jax.fields import reachable
 from tw_jax.table import check_names
@@ -125,7 +126,7 @@ def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
     facts = {"verb": verb, "package": workdir.origin(), "jax": jax.__version__}
     try:
         _import(args.modules)
-        cfg = load_config(_root(program, verb), args.file, args.set, inherit=_inherit)
+        cfg = _build(_root(program, verb), args.file, args.set)
     except USER_ERRORS as error:
         hosts.agree(**facts, config=_sentence(error))
         raise
@@ -133,9 +134,29 @@ def _load(program: ModuleType, verb: str, args: argparse.Namespace) -> Any:
     return cfg
 
 
-def _inherit(folder: str) -> str:
-    """What a checkpoint records, as gin text. The module is imported only if a config needs it."""
-    return importlib.import_module("tw_jax.models.load").describe(folder)
+def _build(root: type[Any], file: str, bindings: Sequence[str] = ()) -> Any:
+    """Builds a config; its checkpoint may be gone if the config leaves no field to it.
+
+    Raises:
+      FileNotFoundError: a field is to be taken from a checkpoint that does not exist.
+    """
+    absent: list[FileNotFoundError] = []
+
+    def inherit(folder: str) -> str:
+        # Imported only if a config has a checkpoint.
+        load = importlib.import_module("tw_jax.models.load")
+        try:
+            return load.describe(folder)
+        except FileNotFoundError as error:
+            absent.append(error)
+            return ""
+
+    try:
+        return load_config(root, file, bindings, inherit=inherit)
+    except MissingFieldError as error:
+        if absent:
+            raise FileNotFoundError(f"{absent[0]} {error}") from error
+        raise
 
 
 # Modules of --import.
@@ -201,7 +222,14 @@ def _check(file: str) -> int:
         if verb is None:
             check_names(Path(file))
         else:
-            load_config(_root(_program(verb), verb), file, inherit=_inherit)
+            _build(_root(_program(verb), verb), file)
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, MissingFieldError):
+            check_names(Path(file))
+            print(f"{file}: names and syntax are ok; its checkpoint does not exist yet")
+            return 0
+        print(f"tw: {_sentence(error)}", file=sys.stderr)
+        return 2
     except USER_ERRORS as error:
         sentence = _sentence(error)
         place = "" if sentence.startswith(file) else f"{file}: "

@@ -5,6 +5,7 @@ import datetime
 import json
 import pickle
 import re
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -352,6 +353,20 @@ def test_columns_that_json_cannot_hold_are_read_and_refused_when_written(tmp_pat
     assert record.extra == {"day": day}
     with pytest.raises(ValueError, match="Problem 'x:0' does not fit into JSON"):
         write(tmp_path / "x.jsonl", [record])
+
+
+def test_the_records_of_the_data_page_are_read_and_its_error_is_what_is_raised(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
+    shown = re.findall(r"^problems\.jsonl:3: (.*)$", page, re.MULTILINE)
+    path = lines(tmp_path / "problems.jsonl", *rows, {"question": "q", "answer": 0.5})
+    assert [type(record) for record in map(open_records(path).__getitem__, (0, 1))] == [
+        Problem,
+        Example,
+    ]
+    with pytest.raises(ValueError, match="problems") as error:
+        open_records(path)[2]
+    assert [str(error.value)] == [f"{path}:3: {sentence}" for sentence in shown]
 
 
 # What is wrong is said.

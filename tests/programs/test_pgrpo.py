@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tw_jax import metrics
-from tw_jax.checkpoint import Checkpoints, restore_params
+from tw_jax.checkpoint import Checkpoints, read_note, restore_params
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.data import records
@@ -205,7 +205,7 @@ def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained,
     with Checkpoints(init, keep=9) as checkpoints:
         noise = np.random.default_rng(0).normal
         other = jax.tree.map(lambda leaf: leaf + noise(size=leaf.shape), restore_params(init))
-        checkpoints.save(5, {"params": other}, {})
+        checkpoints.save(5, {"params": other}, read_note(init))
     assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=2") == 0
     assert [line["step"] for line in numbers(run)] == [0, 1]
     assert all(line["tokens"] > 0 for line in numbers(run))
@@ -364,12 +364,12 @@ def test_a_run_that_learns_nothing_says_so_on_the_console(trained, tmp_path, cap
         ("Pgrpo.rollouts=3", "is not a multiple of Pgrpo.rollouts = 3"),
         ("Pgrpo.max_prompts=1", "Pgrpo.max_prompts = 1 must be at least 2"),
         ("Pgrpo.init='nowhere'", "nowhere: no such folder of checkpoints"),
-        ("Packing.row_tokens=32", "want at most 32"),
+        ("Packing.row_tokens=32", "every rollout is longer than a row of 32 tokens"),
         ("Sampler.max_prompt=5", "train.jsonl:1: the prompt of the problem"),
         ("ForkJoin.max_context=6", "tokens, and ForkJoin.max_context allows 1 to 5"),
         ("Pgrpo.microbatch_rows=0", "Pgrpo.microbatch_rows = 0 must be at least 1"),
         ("Pgrpo.max_mismatch=1e-30", "Pgrpo.max_mismatch allows 1e-30"),
-        ("Evaluation.temperature=0.0", "or all samples are the same"),
+        ("Evaluation.temperature=0.0", "would draw the same text each time"),
         ("Pgrpo.inner_steps=3", "Pgrpo.inner_steps = 3 must be at least 1 and at most 2"),
         ("Pgrpo.microbatch_rows=4", "must be a multiple of 8, the number of devices"),
     ],

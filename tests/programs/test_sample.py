@@ -85,7 +85,7 @@ def test_one_four_and_eight_devices_sample_the_same_ids(runs, tmp_path, monkeypa
 
 def test_rows_that_the_devices_do_not_divide_are_refused(runs, tmp_path, capsys):
     assert run(runs, tmp_path, "Sampler.rows=4") == 2
-    assert "Sampler.rows = 4: want a multiple of 8" in capsys.readouterr().err
+    assert "Sampler.rows = 4 must be a multiple of 8" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_ends_in_a_sentence(runs, tmp_path, capsys):

@@ -3,14 +3,32 @@
 import importlib
 import pathlib
 
+import tiny
 from repo.figure import draw, draw_multiplication, draw_threads
 from repo.fits import fits
 from repo.notebook import notebook
 from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
+from tw_jax.forkjoin.limits import ForkJoin
+from tw_jax.models.load import LanguageModel
+from tw_jax.tokenizer.chat import Chat
+from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 CONFIGS = ROOT / "configs"
+
+
+def inherited(folder: str) -> str:
+    """What a checkpoint would say of its model, for configs whose checkpoints do not exist."""
+    return config.operative(
+        LanguageModel(
+            model=tiny.MODEL,
+            tokenizer=SentencePiece(path=f"{folder}/tokenizer.model"),
+            chat=Chat(template="plain"),
+            forkjoin=ForkJoin(),
+        )
+    )
+
 
 LISTING = """# Configs
 

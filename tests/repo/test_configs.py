@@ -1,7 +1,7 @@
 """Every .gin file builds, and its folder is the verb that reads it or holds fragments alone."""
 
 import pytest
-from repo.documents import CONFIGS, root_of
+from repo.documents import CONFIGS, inherited, root_of
 from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
@@ -31,7 +31,7 @@ def test_the_verb_of_a_run_does_not_depend_on_its_folder(tmp_path, monkeypatch) 
 def test_a_run_builds_and_its_record_builds_the_same(path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     root = root_of(path.relative_to(CONFIGS).parts[0])
-    built = config.load_config(root, path)
+    built = config.load_config(root, path, inherit=inherited)
     record = tmp_path / "config.gin"
     record.write_text(config.operative(built), encoding="utf-8")
     assert config.load_config(root, record) == built
@@ -48,7 +48,7 @@ def test_a_run_has_no_line_that_default_wiring_makes_unnecessary(path, tmp_path,
         text = "\n".join(lines[:n] + lines[n + 1 :])
         shorter.write_text(text.replace("include '", f"include '{path.parent}/"), encoding="utf-8")
         with pytest.raises(ValueError, match=r"lacks|never used"):
-            config.load_config(root, shorter)
+            config.load_config(root, shorter, inherit=inherited)
 
 
 def test_the_example_of_the_page_builds(tmp_path, monkeypatch) -> None:

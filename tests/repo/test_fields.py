@@ -10,7 +10,7 @@ import types
 import typing
 
 import pytest
-from repo.documents import root_of
+from repo.documents import inherited, root_of
 from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax.config import load_config, operative
@@ -63,7 +63,7 @@ def instances() -> dict[str, object]:
 
     for verb in filter(has_config, VERBS):
         for path in sorted((ROOT / "configs" / verb).glob("*.gin")):
-            walk(load_config(root_of(verb), [path]))
+            walk(load_config(root_of(verb), [path], inherit=inherited))
     for name, cls in classes().items():
         if name not in found:
             found[name] = cls(**BY_HAND.get(name, {}))

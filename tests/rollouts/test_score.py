@@ -40,13 +40,13 @@ def test_pass_at_k_of_a_thousand_samples_does_not_overflow():
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_more_samples_than_there_are_cannot_pass(k):
-    with pytest.raises(ValueError, match="want 1 to 4"):
+    with pytest.raises(ValueError, match="must be 1 to 4"):
         pass_at_k(np.ones((2, 4), bool), k)
 
 
 @pytest.mark.parametrize("correct", [np.ones(3, bool), np.ones((0, 3), bool), np.ones((2, 2))])
 def test_a_table_that_is_no_table_of_truths_is_refused(correct):
-    with pytest.raises(ValueError, match="want bool"):
+    with pytest.raises(ValueError, match="must be bool"):
         mean_at_n(correct)
 
 
@@ -98,5 +98,5 @@ def test_a_bootstrap_repeats_itself_and_narrows_with_the_problems():
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
 def test_an_impossible_confidence_is_refused(confidence):
-    with pytest.raises(ValueError, match="want a number between 0 and 1"):
+    with pytest.raises(ValueError, match="must be between 0 and 1"):
         bootstrap(np.ones(3), confidence=confidence)

@@ -1,7 +1,7 @@
-"""Problems as programs ask them: each id once, and a hash that tells when a problem has changed.
+"""Checks of the problems of a file: unique ids, and a hash that changes when a problem changes.
 
-Rollouts and grades are kept by the id of their problem, so two problems with one id would be taken
-for one, and a problem that was edited for the one that it was before.
+Rollouts and grades are stored by the id of their problem. Without these checks, two problems with
+the same id would be confused, and so would an edited problem and its earlier version.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tw_jax.data.stored import problem_of
 
 
 def content_hash(*problems: Problem) -> str:
-    """16 hex digits that depend on all fields of the problems, and on their order.
+    """Returns 16 hex digits that depend on all fields of the problems, and on their order.
 
     Raises:
-      ValueError: `extra` is nested too deeply.
+      ValueError: If `extra` is nested too deeply.
     """
     digest = hashlib.sha256()
     for problem in problems:
         try:
-            # Parquet has values that JSON lacks, such as dates.
+            # Parquet has values that JSON does not have, such as dates.
             text = json.dumps(vars(problem), sort_keys=True, default=repr)
         except RecursionError:
             raise ValueError(f"Problem {problem.id!r}: extra is nested too deeply.") from None
@@ -32,28 +32,28 @@ def content_hash(*problems: Problem) -> str:
 
 
 def require_new(seen: dict[str, int], name: str, index: int, found: Records) -> None:
-    """Adds an id and its place to those seen; ids name results, so none may come twice.
+    """Adds an id and its place to those seen.
 
     Raises:
-      ValueError: the id was seen before; names both places.
+      ValueError: If the id was seen before. Names both places.
     """
     first = seen.setdefault(name, index)
     if first != index:
         raise ValueError(
             f"{found.where(index)} has the id {name!r}, and so has {found.where(first)}. Results "
-            "are kept by id: give each record its own, or remove one of the two."
+            "are stored by id. Give each record its own id, or remove one of the two."
         )
 
 
 def distinct(found: Records, count: int | None = None) -> Iterator[tuple[Problem, str]]:
-    """The problems of a file in order, each with the place where it stands.
+    """Yields the problems of a file in order, each with its file and line.
 
     Args:
-      found: problems, examples or rollouts.
-      count: how many of them, from the start; None for all.
+      found: Problems, examples or rollouts.
+      count: Number of problems to read, from the start; None reads all.
 
     Raises:
-      ValueError: two have the same id; names both places.
+      ValueError: If two have the same id. Names both places.
     """
     seen: dict[str, int] = {}
     for index in range(len(found) if count is None else min(count, len(found))):

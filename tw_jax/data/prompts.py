@@ -1,7 +1,7 @@
-"""Problems whose prompts the sampler takes; all prompts are encoded once, before anything is drawn.
+"""The problems of a file whose prompts fit the sampler.
 
-A prompt that is too long would otherwise stop a run in the middle, at the same step however often
-the run is started again.
+All prompts are encoded once, before anything is sampled. Otherwise a prompt that is too long would
+stop a run in the middle, and again at the same step each time the run is resumed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Problems:
     """The problems of a file that can be asked, in the order of the file.
 
     Attributes:
-      dropped: number of problems that were left out because their prompts are too long.
-      without_answer: number of problems that were left out because their answer is not known.
+      dropped: Number of problems that were left out because their prompts are too long.
+      without_answer: Number of problems that were left out because their answers are not known.
     """
 
     def __init__(
@@ -38,25 +38,25 @@ class Problems:
         option: str | None = None,
         count: int | None = None,
     ) -> None:
-        """Encodes every prompt and keeps only its length.
+        """Encodes every prompt to measure its length.
 
         Args:
-          path: a file of problems, examples or rollouts.
-          prompt: a question to its ids, [n] int32.
-          limits: the most tokens that a prompt may have, by the config field that says so.
-          unanswered: what happens to a problem whose answer is not known: "refuse" stops with its
-            place, "drop" leaves it out and counts it, "keep" takes it like others.
-          can_grade: whether the answer of a problem is known, as `Task.can_grade`.
-          too_long: what happens to a problem whose prompt is longer: "refuse" stops with its place,
-            "drop" leaves it out and counts it.
-          option: the config field that holds `too_long`, which a message may name.
-          count: how many problems, from the start of the file; None for all.
+          path: A file of problems, examples or rollouts.
+          prompt: Function from a question to its ids, [n] int32.
+          limits: Largest number of tokens of a prompt, by the config field that sets it.
+          unanswered: Treatment of problems whose answer is not known: "refuse" raises an error,
+            "drop" leaves them out and counts them, "keep" keeps them.
+          can_grade: Returns whether the answer of a problem is known; see `Task.can_grade`.
+          too_long: Treatment of problems whose prompts are too long: "refuse" raises an error,
+            "drop" leaves them out and counts them.
+          option: The config field that holds `too_long`, for error messages.
+          count: Number of problems to read, from the start of the file; None reads all.
 
         Raises:
-          FileNotFoundError: the file is not there.
-          ValueError: two problems have one id, an answer is not known and `unanswered` is "refuse",
-            a prompt is empty, a prompt is too long and `too_long` is "refuse", or no problem is
-            left.
+          FileNotFoundError: If there is no such file.
+          ValueError: If two problems have the same id, an answer is not known and `unanswered` is
+            "refuse", a prompt is empty, a prompt is too long and `too_long` is "refuse", or no
+            problem is left.
         """
         found, kept = open_records(path), []
         self._found = found
@@ -86,7 +86,7 @@ class Problems:
         self._kept = np.array(kept, np.int64)
 
     def _nothing(self, path: str | Path, field: str, most: int) -> str:
-        """Why no problem is left."""
+        """The error message for a file of which no problem is left."""
         if not len(self._found):
             return f"{path} has no problem. It must have at least one."
         reasons = []
@@ -102,7 +102,7 @@ class Problems:
         )
 
     def require_unchanged(self) -> None:
-        """Refuses a file that was overwritten or replaced since it was read; see `Records`."""
+        """Raises ValueError if the file was overwritten or replaced since it was read."""
         self._found.require_unchanged()
 
     def __len__(self) -> int:
@@ -112,12 +112,12 @@ class Problems:
         return (problem_of(self._found[index]) for index in self._kept.tolist())
 
     def drawn(self, first: int, count: int, *, seed: int) -> list[Problem]:
-        """Problems of an order without end, in which each pass is a new permutation.
+        """Returns problems of an endless order in which each pass is a new permutation.
 
         Args:
-          first: number of the first one in the order.
-          count: how many.
-          seed: of the permutations.
+          first: Number of the first one in the order.
+          count: Number of problems.
+          seed: Seed of the permutations.
         """
         size, problems = len(self), []
         order, turn = self._kept, -1

@@ -148,7 +148,8 @@ def _write(
         chat=chat,
         forkjoin=ForkJoin(),
     )
-    note = record_model(checkpoints, config, _built(job, tokenizer, contents[name]))
+    built = _built(job, tokenizer, contents[name])
+    note = record_model(checkpoints, config, built, added=sorted(words))
     with Checkpoints(checkpoints, keep=1) as out:
         out.save(0, {"params": params}, {"source": str(source), **note})
     return config

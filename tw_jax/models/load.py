@@ -9,8 +9,10 @@ trained or sampled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +23,12 @@ from tw_jax import hosts
 from tw_jax.checkpoint import newest, read_beside, read_note, restore_params, write_beside
 from tw_jax.config import configurable, load_config, operative
 from tw_jax.contracts import Network, Params
+from tw_jax.damage import DamagedError
 from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.models import hf_files
-from tw_jax.models.transformer import Model, network
+from tw_jax.models.transformer import Model, network, with_token_rows
 from tw_jax.sharding import Rules, shardings
 from tw_jax.tokenizer.bytes import Bytes
 from tw_jax.tokenizer.chat import Chat
@@ -141,12 +144,15 @@ class Record(NamedTuple):
       config: the model and what belongs to it; the tokenizer's path is in the folder.
       fingerprint: of the tokenizer; "" where an import kept one that the library cannot use.
       control_tokens: the control tokens of the vocabulary and their ids.
+      added: ids of the control tokens that the import added to the model; their rows are not
+        pretrained.
     """
 
     step: int
     config: LanguageModel
     fingerprint: str
     control_tokens: dict[str, int]
+    added: tuple[int, ...]
 
 
 def read_record(folder: str | Path, *, step: int | None = None) -> Record:
@@ -183,6 +189,7 @@ def record_model(
     tokenizer: Tokenizer | None,
     *,
     origin: str | Path | None = None,
+    added: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Makes a folder of checkpoints enough to load a model from.
 
@@ -195,6 +202,8 @@ def record_model(
       tokenizer: of `config`; None for one that can only be kept for an export.
       origin: the folder of checkpoints that the run begins with. It need not be there any more when
         a run is resumed.
+      added: ids of the control tokens that an import has added. A run that begins with other
+        checkpoints keeps those of them.
 
     Returns:
       What each checkpoint must keep in its `extra`: JSON, to be merged into what else it keeps.
@@ -214,13 +223,31 @@ def record_model(
         fingerprint = tokenizer.fingerprint
         found = hosts.together(lambda: _kept_files(origin, fingerprint), ValueError, OSError)
         write_beside(folder, found)
+        added = _added_before(folder, origin)
     return {
         _KEY: {
             "config": operative(portable),
             "tokenizer": "" if tokenizer is None else tokenizer.fingerprint,
             "control_tokens": {} if tokenizer is None else dict(tokenizer.control_ids),
+            "added": list(added),
         }
     }
+
+
+def with_added_rows(model: Model, folder: str | Path, origin: str | Path | None) -> Model:
+    """Fills in `Lora.token_rows` where a config leaves them open.
+
+    Args:
+      model: of a run.
+      folder: the run's own checkpoints, which may not exist yet.
+      origin: the checkpoints that the run begins with.
+
+    Returns:
+      The model, whose adapters train the rows of the control tokens that the import has added.
+    """
+    if model.lora is None or model.lora.token_rows is not None:
+        return model
+    return with_token_rows(model, _added_before(folder, origin))
 
 
 def abstract_params(net: Network, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
@@ -265,7 +292,9 @@ def _read(folder: str | Path, step: int) -> Record:
         path = os.path.join(str(folder), _file_name(config.tokenizer))
         tokenizer = dataclasses.replace(config.tokenizer, path=path)
         config = dataclasses.replace(config, tokenizer=tokenizer)
-    return Record(step, config, kept["tokenizer"], kept["control_tokens"])
+    return Record(
+        step, config, kept["tokenizer"], kept["control_tokens"], tuple(kept.get("added", ()))
+    )
 
 
 def _tokenizer(
@@ -296,6 +325,20 @@ def _kept_files(folder: str | Path, fingerprint: str) -> dict[str, bytes]:
     if found and read_note(folder).get(_KEY, {}).get("tokenizer") != fingerprint:
         return {}
     return found
+
+
+def _added_before(folder: str | Path, origin: str | Path | None) -> tuple[int, ...]:
+    """The ids of `Record.added`: of a run's own checkpoints, or of its origin."""
+
+    def read() -> tuple[int, ...]:
+        for place in (folder, origin):
+            # A damaged checkpoint is set aside when the run resumes.
+            with contextlib.suppress(FileNotFoundError, DamagedError):
+                return tuple(read_note(place).get(_KEY, {}).get("added", ())) if place else ()
+        return ()
+
+    # Process 0 decides, because another process may see the folder a moment later.
+    return tuple(hosts.gather(hosts.together(read, ValueError, OSError))[0])
 
 
 def _file_name(cfg: SentencePiece | HuggingFace) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
@@ -111,6 +111,8 @@ class Trained:
 
     checkpoint: str
     model: Model
+
+    inherits: ClassVar[str] = "checkpoint"
 
     def check(self) -> None:
         """Refuses an empty path."""

@@ -7,6 +7,7 @@ Sampler and trainer read the same arrays. The same command resumes an interrupte
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from functools import partial
@@ -19,7 +20,7 @@ from tw_jax.bounds import counted
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.forkjoin.cost import tags_of
 from tw_jax.metrics import FILE, Metrics, read
-from tw_jax.models.load import LanguageModel, record_model
+from tw_jax.models.load import LanguageModel, record_model, with_added_rows
 from tw_jax.rollouts.evaluate import evaluate_held_out
 from tw_jax.rollouts.judge import judge_groups
 from tw_jax.rollouts.pgrpo import Pgrpo, Setup, make_reference, prepare
@@ -40,6 +41,8 @@ MANY_HOSTS = True
 def run(cfg: Pgrpo) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
+    model = with_added_rows(cfg.model, folder / "checkpoints", cfg.init)
+    cfg = dataclasses.replace(cfg, model=model)
     setup = prepare(cfg, mesh)
     abstract = abstract_state(setup.network, cfg.optim, mesh=mesh, rules=cfg.rules)
     step = make_pgrpo_step(

@@ -6,7 +6,7 @@ This program reads what `tw sft`, `tw pgrpo`, `tw sample` and `tw evaluate` wrot
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tw_jax import metrics, strict_json, workdir
 from tw_jax.bounds import require, require_text, shown
@@ -39,6 +39,8 @@ class StoredRollout:
       tokenizer: Tokenizer of the file's ids or texts.
       chat: Template that turns a question into a prompt.
       forkjoin: Limits and policies under which a rollout was sampled.
+      checkpoint: Folder of the checkpoints that it was sampled from; tokenizer, chat and limits
+        that the config leaves open are those of this checkpoint.
     """
 
     path: str | None = None
@@ -46,10 +48,13 @@ class StoredRollout:
     tokenizer: Bytes | SentencePiece | HuggingFace
     chat: Chat
     forkjoin: ForkJoin
+    checkpoint: str | None = None
+
+    inherits: ClassVar[str] = "checkpoint"
 
     def check(self) -> None:
         """Refuses an empty path and a negative index."""
-        require_text(self, "path")
+        require_text(self, "path", "checkpoint")
         require(self, "index", least=0)
 
 

@@ -7,11 +7,12 @@ process of a job: the same command on every host, each with its own share of the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -24,7 +25,7 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
 from tw_jax.forkjoin.threadweaver.table import make_table
 from tw_jax.metrics import Metrics
-from tw_jax.models.load import LanguageModel, record_model
+from tw_jax.models.load import LanguageModel, record_model, with_added_rows
 from tw_jax.models.transformer import Model, network
 from tw_jax.sharding import Mesh, Rules
 from tw_jax.tokenizer.bytes import Bytes
@@ -64,7 +65,8 @@ class Sft:
       keep: checkpoints kept.
       seed: of the fresh parameters.
       init: folder of checkpoints whose newest parameters the run begins with, such as `tw convert`
-        writes; fresh ones by default. Adapters that it lacks are fresh.
+        writes; fresh ones by default. Adapters that it lacks are fresh. Model, tokenizer, chat and
+        limits that the config leaves open are those of this checkpoint.
     """
 
     workdir: str
@@ -84,6 +86,8 @@ class Sft:
     keep: int = 2
     seed: int = 0
     init: str | None = None
+
+    inherits: ClassVar[str] = "init"
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other."""
@@ -106,6 +110,8 @@ class Sft:
 def run(cfg: Sft) -> None:
     """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
     mesh = sharding.make_mesh(cfg.mesh)
+    model = with_added_rows(cfg.model, Path(cfg.workdir) / "checkpoints", cfg.init)
+    cfg = dataclasses.replace(cfg, model=model)
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_rows(tokenizer, cfg.model.vocab_size)
     batches = open_batches(cfg, mesh, tokenizer)

@@ -53,7 +53,8 @@ class Evaluation:
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(
                 f"Evaluation.samples = {self.samples} at Evaluation.temperature = "
-                f"{self.temperature}: want a temperature above 0, or all samples are the same."
+                f"{self.temperature} would draw the same text each time. Set a temperature above "
+                "0, or Evaluation.samples = 1."
             )
 
 

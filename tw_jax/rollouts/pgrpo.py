@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 
@@ -50,7 +50,8 @@ class Pgrpo:
       workdir: checkpoints, metrics, config and `rollouts/` go here.
       steps: draws of the whole run, each followed by `inner_steps` updates.
       init: folder of checkpoints whose newest parameters the run begins with; adapters that it
-        lacks are fresh.
+        lacks are fresh. Model, tokenizer, chat and limits that the config leaves open are those of
+        this checkpoint.
       model: the model; its vocabulary holds the tokenizer's.
       tokenizer: text to ids.
       chat: how a question becomes a prompt.
@@ -115,6 +116,8 @@ class Pgrpo:
     save_every: int = 10
     keep: int = 2
     seed: int = 0
+
+    inherits: ClassVar[str] = "init"
 
     def check(self) -> None:
         """Refuses sizes that do not fit each other, and draws that cannot be trained on."""

@@ -7,7 +7,7 @@ come, so an interrupted program samples only what is missing.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tw_jax import hosts, sharding
 from tw_jax.bounds import require, require_text
@@ -39,7 +39,8 @@ class Sample:
 
     Attributes:
       workdir: where `rollouts.jsonl` goes.
-      checkpoint: folder of a training run's checkpoints; the newest is read.
+      checkpoint: folder of a training run's checkpoints; the newest is read. Model, tokenizer,
+        chat and limits that the config leaves open are those of this checkpoint.
       model: the model that was trained.
       tokenizer: the tokenizer that it was trained with.
       chat: how a question becomes a prompt.
@@ -64,6 +65,8 @@ class Sample:
     samples: int = 1
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
+
+    inherits: ClassVar[str] = "checkpoint"
 
     def check(self) -> None:
         """Refuses empty runs, and samples that would all be the same."""

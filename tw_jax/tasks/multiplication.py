@@ -147,12 +147,22 @@ class Product:
         return cls(tuple(problem.extra["factors"]), problem.extra["seed"])
 
     @property
+    def question(self) -> str:
+        """The question as the user asks it."""
+        return f"What is {_times(self.factors)}?"
+
+    @property
+    def answer(self) -> str:
+        """The product in plain digits."""
+        return str(math.prod(self.factors))
+
+    @property
     def problem(self) -> Problem:
-        """The problem whose answer is the product in plain digits."""
+        """The problem with this question and answer."""
         return Problem(
             id=f"multiplication-{self.seed}",
-            question=f"What is {_times(self.factors)}?",
-            answer=str(math.prod(self.factors)),
+            question=self.question,
+            answer=self.answer,
             task="multiplication",
             extra={"factors": list(self.factors), "seed": self.seed},
         )

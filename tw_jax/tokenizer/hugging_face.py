@@ -22,7 +22,7 @@ class HuggingFace:
 
     Attributes:
       path: the tokenizer.json of a checkpoint.
-      eos: tokens that end a sampled text, such as "<|im_end|>"; the first one is also the padding.
+      eos: tokens that end a sampled text, such as `<|im_end|>`; the first one is also the padding.
     """
 
     path: str
