@@ -307,10 +307,10 @@ BLOCK = (
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
-        ("<Outlines>\n</Outlines>", r"a block has no outlines[\s\S]*line 1, column 1:"),
+        ("<Outlines>\n</Outlines>", r"A block has no outlines[\s\S]*line 1, column 1:"),
         (
             "<Outlines><Outline>000000001: a</Outline><Outline>000000002: b</Outline></Outlines>",
-            "the response has 2 threads, and the protocol forks 0",
+            "The response has 2 threads, and the protocol forks 0",
         ),
     ],
 )

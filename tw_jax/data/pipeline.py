@@ -16,13 +16,13 @@ import numpy as np
 
 from tw_jax.bounds import require, require_text
 from tw_jax.config import configurable
-from tw_jax.data.diagnose import MAX_LISTED, explain, list_unusable
+from tw_jax.data.diagnose import MAX_LISTED, list_unusable
 from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
-from tw_jax.forkjoin.threadweaver.grammar import Document, GrammarError, parse, point
+from tw_jax.forkjoin.replay import RecordError
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.written import replay_response
 from tw_jax.forkjoin.tries import chain_trie, trajectory_trie
 from tw_jax.tokenizer.chat import Chat
 from tw_jax.tokenizer.ids import check_ids
@@ -90,48 +90,16 @@ class Builder:
                 f"{where}: a {type(record).__name__.lower()} without a response; want an example "
                 "or a rollout. Write trajectories with `tw make` or `tw sample`."
             )
-        tokenizer, chat = self._tokenizer, self._cfg.chat
-        ids = chat.document(tokenizer, record.question, record.response)
-        check_ids(ids, tokenizer.vocab_size, where)
-        prompt = len(chat.prompt(tokenizer, record.question))
         try:
-            # The grammar sees what the protocol leaves to the model (a block that is never closed),
-            # and points at the character, which says more than a token index.
-            document = parse(record.response)
-        except GrammarError as error:
+            return replay_response(
+                self._protocol,
+                self._tokenizer,
+                self._cfg.chat,
+                question=record.question,
+                response=record.response,
+            )
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        bare = next((block for block in document.blocks if not block.outlines), None)
-        if bare and self._protocol.limits.parallel:
-            raise ValueError(
-                f"{where}: a block has no outlines, so nothing forks and its threads would be "
-                "trained as one text of the parent. Write an outline for each thread, or leave the "
-                f"record out.\n{point(record.response, bare.at[0])}"
-            )
-        try:
-            made = replay(self._protocol, ids, prompt)
-        except ReplayError as error:
-            sentence = explain(
-                error,
-                record,
-                document,
-                protocol=self._protocol,
-                tokenizer=tokenizer,
-                chat=chat,
-            )
-            raise ValueError(f"{where}: {sentence}") from error
-        self._refuse_unforked(document, made, where)
-        return made
-
-    def _refuse_unforked(self, document: Document, made: Trajectory, where: str) -> None:
-        """Refuses threads that no call wrote, because no outline has their number."""
-        written = sum(len(block.threads) for block in document.blocks)
-        forked = sum(call.is_thread for call in made.calls)
-        if self._protocol.limits.parallel and written != forked:
-            raise ValueError(
-                f"{where}: the response has {written} threads, and the protocol forks {forked} of "
-                "them. Each needs an outline with its number, of at most 8 characters. Add the "
-                "outlines, or leave the record out."
-            )
 
     def _rebuilt(self, record: Rollout, where: str) -> Trajectory:
         if record.fingerprint != self._tokenizer.fingerprint:

@@ -92,6 +92,36 @@ class Grader(Task):
         mathematics.equal("x+1", "1+x")
 
 
+def grade(
+    text: str,
+    answer: str,
+    *,
+    mode: answers.Mode = "mathematics",
+    where: answers.Where = "after_thinking",
+) -> Verdict:
+    r"""Grades one response, in this process.
+
+    Symbolic comparisons have no limit of time or memory here. `GraderPool` has them, for responses
+    of a model that nobody has read.
+
+    Args:
+      text: The response without the prompt. Its answer is in `\boxed{}`, at its end.
+      answer: The correct answer, for example "408" or "\frac{1}{2}".
+      mode: "number" accepts only a number in a listed notation. "mathematics" also accepts exact
+        expressions, sets, equations and words. docs/answers.md has the rules.
+      where: "after_thinking" takes only an answer after `</think>`, "anywhere" also one before.
+
+    Returns:
+      "correct", "wrong" or "no_answer".
+
+    Raises:
+      ValueError: If `answer` is empty, or if it is no number in mode "number".
+    """
+    task, problem = Grader(mode=mode, where=where), Problem(id="", question="", answer=answer)
+    task.check_problem(problem)
+    return task.grade(problem, text)
+
+
 class GraderPool:
     """Grades from any thread; a context manager, closed once.
 
