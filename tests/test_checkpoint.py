@@ -154,7 +154,7 @@ def test_the_newest_are_kept_and_steps_only_grow(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "2"]
         with pytest.raises(ValueError, match=r"step = 9: .* already has step 10\. Delete"):
             kept.save(9, {"x": jnp.float32(9)}, {})
-    with pytest.raises(ValueError, match="keep = 0: want at least 1"):
+    with pytest.raises(ValueError, match="keep = 0 must be at least 1"):
         Checkpoints(tmp_path, keep=0)
 
 
@@ -255,7 +255,7 @@ def test_parameters_that_differ_are_named(saved):
         restore_params(saved, abstract=abstract(make_state(width=24).params))
 
 
-def test_a_missing_checkpoint_is_told_with_those_there_are(saved, tmp_path):
+def test_a_missing_checkpoint_is_refused_with_the_steps_that_exist(saved, tmp_path):
     wanted = abstract(make_state())
     with Checkpoints(saved, keep=2) as kept, pytest.raises(FileNotFoundError) as caught:
         kept.restore(2, wanted)
@@ -294,7 +294,7 @@ def test_a_save_without_room_is_refused_before_it_writes(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="needs about 400 bytes, and 399 are free") as caught:
             kept.save(2, {"x": jnp.arange(100.0)}, {})
         assert caught.value.errno == errno.ENOSPC
-        assert "the same command then resumes from step 1" in str(caught.value)
+        assert "The same command then resumes from step 1" in str(caught.value)
         assert str(tmp_path) in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
         usage.free = 400
@@ -326,7 +326,7 @@ def test_a_disk_that_fills_while_saving_leaves_earlier_checkpoints_whole(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
-def test_what_a_crash_left_of_a_save_is_no_checkpoint_and_goes(saved, tmp_path):
+def test_remains_of_a_save_are_no_checkpoint_and_are_deleted(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     shutil.copytree(saved / "3", tmp_path / "run/7.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path / "run", keep=2) as kept:
@@ -461,13 +461,13 @@ def test_damage_is_named_and_an_older_checkpoint_is_used_or_nothing_was_lost(tmp
         with warnings.catch_warnings(record=True) as caught, Checkpoints(run, keep=2) as kept:
             warnings.simplefilter("always")
             state, extra = kept.restore(None, abstract(tiny(0)))
-        told = [str(w.message) for w in caught if "is damaged" in str(w.message)]
+        messages = [str(w.message) for w in caught if "is damaged" in str(w.message)]
         is_aside = (run / "3.damaged").exists()
         outcomes.append(is_aside)
-        assert len(told) == is_aside, (file, name, told)
-        for sentence in told:
+        assert len(messages) == is_aside, (file, name, messages)
+        for sentence in messages:
             assert str(run / "3") in sentence
-            assert "It is kept as 3.damaged. The run goes on" in sentence
+            assert "It is kept as 3.damaged. The run continues" in sentence
         step = 1 if is_aside else 3
         assert_same(state, tiny(step))
         assert extra == {"position": step}
@@ -541,14 +541,14 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(saved, tmp_path)
             reader(run)
     with (
         Checkpoints(run, keep=2) as kept,
-        pytest.warns(UserWarning, match="saved as step 1.*goes on from step 3"),
+        pytest.warns(UserWarning, match="saved as step 1.*continues from step 3"),
     ):
         assert_same(kept.restore(None, abstract(make_state()))[0], make_state(3))
 
 
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(flipped):
     with Checkpoints(flipped, keep=2) as kept:
-        with pytest.warns(UserWarning, match="goes on from step 1"):
+        with pytest.warns(UserWarning, match="continues from step 1"):
             kept.restore(None, abstract(make_state()))
         assert kept.latest() == 1
         kept.save(3, make_state(3), {"position": 7})
@@ -569,9 +569,9 @@ def test_strays_beside_checkpoints_stop_no_run(saved, tmp_path):
         warnings.simplefilter("always")
         state, _ = kept.restore(None, abstract(make_state()))
     assert_same(state, make_state(3))
-    told = [str(w.message) for w in caught]
-    assert any("7 has the name of a checkpoint and is not a folder" in text for text in told)
-    assert any(f"{run}/12 is damaged" in text and "12.damaged.2" in text for text in told)
+    messages = [str(w.message) for w in caught]
+    assert any("7 has the name of a checkpoint and is not a folder" in text for text in messages)
+    assert any(f"{run}/12 is damaged" in text and "12.damaged.2" in text for text in messages)
     names = {path.name for path in run.iterdir()}
     kept_names = {"1", "3", "7.damaged", "12.damaged", "12.damaged.2", "abc", "3_old", "notes.txt"}
     assert names == kept_names

@@ -192,11 +192,11 @@ class Builder:
             return self._expand(value, where, scope, field=field)
         if not isinstance(value, Reference):
             return value
-        if value.name not in self.table.known:
+        if value.name not in self.table.classes:
             raise ValueError(f"{where}Unknown config class {value!r}. {self.table.reaches()}")
         if not value.is_called:
             raise ValueError(f"{where}{value!r} is a class, not a config. Write {value!r}().")
-        return self.build(self.table.known[value.name], value.scope or scope)
+        return self.build(self.table.classes[value.name], value.scope or scope)
 
     def _expand(self, value: Macro, where: str, scope: str, *, field: str) -> Any:
         """The value of a macro; a reference in it is built in the scope in which it is used."""

@@ -1,20 +1,16 @@
 """Checkpoints, by orbax: a run saves and resumes them, and other programs read them.
 
-A checkpoint is a folder named by its step. It holds the state, a pytree of arrays, and a JSON
-object: its step, for each process all else (the position in the data, the config), and a checksum
-of every array and of the object itself, which every restore verifies. A checkpoint appears whole or
-not at all. A state can be any pytree; other programs find its parameters only if they are at
-`params`.
+A checkpoint is a folder named by its step. It holds the state, which is a pytree of arrays, and a
+JSON object. The object has the step, a note of each process (such as its position in the data), and
+checksums of all arrays and of itself. Every restore verifies them. A checkpoint appears whole or
+not at all. A state can be any pytree, but other programs find its parameters only at `params`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
-import json
-import math
 import os
 import shutil
 import warnings
@@ -23,11 +19,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from tw_jax import files, hosts
-from tw_jax.checksums import checksums
+from tw_jax import files, folders, hosts
+from tw_jax.checksums import (
+    array_records,
+    array_types,
+    json_digest,
+    num_bytes,
+    types_of_records,
+)
 from tw_jax.contracts import Params
 from tw_jax.damage import DamagedError, agreed, damage, first_line, judged, os_error_code
 
@@ -39,32 +40,34 @@ _NAMES = ocp.path.step.standard_name_format()
 class Checkpoints:
     """The checkpoints of one run, in one folder; every process of a job makes its own.
 
-    Saving copies the state off the devices and continues in the background, so the state can be
-    donated to the next step at once. An error in the background is raised by the next call.
+    Saving copies the state to the host and continues in the background, so the state can be donated
+    to the next step at once. An error in the background is raised by the next call.
     """
 
     def __init__(self, directory: str | Path, keep: int) -> None:
-        """Opens the folder, and makes it if it does not exist.
+        """Opens the folder, and creates it if it does not exist.
 
         Remains of an interrupted save are deleted, so only one job may write here at a time. An
-        entry that has the name of a step and cannot be one is renamed, after a warning.
+        entry that is named like a step but cannot be a checkpoint is renamed, with a warning.
 
         Args:
-          directory: a local or mounted folder, or a URL that orbax reads (gs://bucket/run).
-          keep: how many checkpoints to keep; the oldest go once a newer one is complete.
+          directory: A local or mounted folder, or a URL that orbax reads (gs://bucket/run).
+          keep: Number of checkpoints to keep. Older ones are deleted after a newer one is complete.
 
         Raises:
-          DamagedError: there are such entries and no other checkpoint. Nothing is changed.
+          DamagedError: If there are such entries and no other checkpoint. Nothing is changed then.
         """
         if keep < 1:
             raise ValueError(f"keep = {keep} must be at least 1.")
         self.directory = _normalised(directory)
         self._saving = (0, 0)
         """Step and bytes of the latest save."""
-        self._remove_halves()
-        self._set_aside_strays()
+        self._remove_partial_saves()
+        self._rename_strays()
         self._manager = _open(
-            self.directory, max_to_keep=keep, cleanup_tmp_directories=not _is_local(self.directory)
+            self.directory,
+            max_to_keep=keep,
+            cleanup_tmp_directories=not folders.is_local(self.directory),
         )
 
     def latest(self) -> int | None:
@@ -72,10 +75,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def note(self) -> dict[str, Any] | None:
-        """What process 0 kept beside the state in the newest checkpoint whose note can be read.
+        """The `extra` of process 0 in the newest checkpoint whose note can be read.
 
         Returns:
-          Its `extra`; None where there is no checkpoint, or no note that can be read.
+          None if there is no checkpoint, or no note that can be read.
         """
         self.wait()
         for path in reversed(_paths(self.directory).values()):
@@ -84,17 +87,17 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Starts to save a checkpoint; waits for the save before it.
+        """Starts to save a checkpoint, after waiting for the save before it.
 
         Args:
-          step: larger than every step saved before.
-          state: pytree of arrays, sharded in any way, with typed PRNG keys.
-          extra: what JSON can hold; each process gets its own back.
+          step: Larger than every step saved before.
+          state: Pytree of arrays, sharded in any way. PRNG keys must be typed.
+          extra: A JSON object. Each process gets its own back.
 
         Raises:
-          OSError: this save would not find room, or the save before it failed. Complete
-            checkpoints are as they were.
-          ValueError: an old step, or another one than that of another process.
+          OSError: If there is not enough space, or the save before it failed. Complete checkpoints
+            are unchanged.
+          ValueError: If the step is not larger, or differs from the step of another process.
         """
         self.wait()
         latest = self.latest()
@@ -104,14 +107,14 @@ class Checkpoints:
                 "checkpoints after the step to resume from, or choose another folder."
             )
         hosts.agree(step=str(step))
-        self._saving = (step, _num_bytes(state))
-        # Checked before, because a save that fills the disk would break the run's other files too.
-        if min(hosts.gather(_free_bytes(self.directory))) < self._saving[1]:
+        self._saving = (step, num_bytes(state))
+        # This is checked first, because a full disk would also break the run's other files.
+        if min(hosts.gather(folders.free_bytes(self.directory))) < self._saving[1]:
             raise self._disk_error(errno.ENOSPC)
-        content = {"step": step, "processes": hosts.gather(extra), "arrays": _described(state)}
+        content = {"step": step, "processes": hosts.gather(extra), "arrays": array_records(state)}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            extra=ocp.args.JsonSave({**content, "sha256": _seal(content)}),
+            extra=ocp.args.JsonSave({**content, "sha256": json_digest(content)}),
         )
         with self._disk_errors():
             self._manager.save(step, args=args, force=True)
@@ -120,18 +123,18 @@ class Checkpoints:
         """Reads a checkpoint onto the devices that the abstract state names, and verifies it.
 
         Args:
-          step: which one; None for the newest that is sound. Damaged ones that are newer are then
-            renamed, `12` to `12.damaged`, after a warning about each of them.
-          abstract: the state's tree with `jax.ShapeDtypeStruct`s, or arrays, for leaves. Their
-            shardings decide where the arrays go, whatever the mesh was that wrote them.
+          step: Which checkpoint to read; None takes the newest that is not damaged. Newer ones that
+            are damaged are then renamed, `12` to `12.damaged`, with a warning about each of them.
+          abstract: The state's tree with `jax.ShapeDtypeStruct`s or arrays as leaves. Their
+            shardings decide where the arrays go. The mesh may differ from the one that wrote them.
 
         Returns:
           The state, and this process's `extra`.
 
         Raises:
-          FileNotFoundError: there is no such checkpoint.
-          DamagedError: it is damaged; or, where `step` is None, all are. Nothing is changed.
-          ValueError: a leaf is missing, or of another shape or dtype; or another number of
+          FileNotFoundError: If there is no such checkpoint.
+          DamagedError: If it is damaged or, if `step` is None, all are. Nothing is changed then.
+          ValueError: If a leaf is missing or has another shape or dtype, or if another number of
             processes wrote the checkpoint.
         """
         self.wait()
@@ -140,7 +143,7 @@ class Checkpoints:
             try:
                 return _restored_state(path, abstract)
             except DamagedError as error:
-                raise _for_readers(error, path) from error
+                raise _with_advice(error, path) from error
         _existing(self.directory, None)
         paths = _paths(self.directory)
         faults: dict[str, str] = {}
@@ -152,16 +155,16 @@ class Checkpoints:
                 faults[path.name] = str(error)
                 continue
             if faults:
-                self._set_aside(faults, f"The run goes on from step {candidate}.")
+                self._rename_damaged(faults, f"The run continues from step {candidate}.")
                 self._manager.reload()
             return found
-        raise self._hopeless(list(faults.values()))
+        raise self._none_sound(list(faults.values()))
 
     def wait(self) -> None:
         """Waits until all saves are on disk.
 
         Raises:
-          OSError: it could not be written. Earlier checkpoints are as they were.
+          OSError: If a save could not be written. Earlier checkpoints are unchanged.
         """
         with self._disk_errors():
             self._manager.wait_until_finished()
@@ -186,23 +189,23 @@ class Checkpoints:
             code = os_error_code(error)
             if code is None:
                 raise
-            self._manager.reload()  # orbax believes in the step it could not save
+            self._manager.reload()  # orbax still lists the step that it could not save
             disk_error = self._disk_error(code)
-            self._remove_halves()
+            self._remove_partial_saves()
             raise disk_error from error
 
-    def _remove_halves(self) -> None:
-        # orbax would do this during the first save, after the free bytes are counted.
-        if _is_local(self.directory) and hosts.is_first():
-            for half in Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half, ignore_errors=True)
+    def _remove_partial_saves(self) -> None:
+        # orbax would do this during the first save, which is after the free bytes are counted.
+        if folders.is_local(self.directory) and hosts.is_first():
+            for partial in Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
-    def _set_aside_strays(self) -> None:
-        """Renames what has the name of a step and would stop orbax, or the next save of that step.
+    def _rename_strays(self) -> None:
+        """Renames entries named like a step that would stop orbax or the next save of that step.
 
-        Only entries that orbax cannot even list are touched here; `restore` judges the others.
+        Only entries that orbax cannot list are renamed here; `restore` judges the others.
         """
-        if not _is_local(self.directory):
+        if not folders.is_local(self.directory):
             return
         faults: dict[str, str] = {}
         for path in sorted(Path(self.directory).glob("[0-9]*")):
@@ -217,11 +220,11 @@ class Checkpoints:
         if not faults:
             return
         if not any(path.name not in faults for path in _paths(self.directory).values()):
-            raise self._hopeless(list(faults.values()))
-        self._set_aside(faults, "The run goes on without it.")
+            raise self._none_sound(list(faults.values()))
+        self._rename_damaged(faults, "The run continues without it.")
 
-    def _set_aside(self, faults: Mapping[str, str], then: str) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved again, and says so."""
+    def _rename_damaged(self, faults: Mapping[str, str], then: str) -> None:
+        """Renames damaged checkpoints with a warning, so that their steps can be saved again."""
         folder = _folder(self.directory)
         for name, fault in faults.items() if hosts.is_first() else ():
             numbers = itertools.chain([""], map(".{}".format, itertools.count(2)))
@@ -234,7 +237,7 @@ class Checkpoints:
             warnings.warn(f"{fault} It is kept as {kept.name}. {then}", stacklevel=4)
         hosts.gather("renamed")
 
-    def _hopeless(self, faults: list[str]) -> DamagedError:
+    def _none_sound(self, faults: list[str]) -> DamagedError:
         return DamagedError(
             f"{' '.join(faults)} {self.directory} has no sound checkpoint. Put back a copy of one, "
             "or move these elsewhere to start the run from its beginning."
@@ -246,76 +249,76 @@ class Checkpoints:
         return OSError(
             code,
             f"Checkpoint {step} could not be written to {self.directory}: {os.strerror(code)}. It "
-            f"needs about {needed:,} bytes, and {_free_bytes(self.directory):,} are free. Free "
-            "some space, or set the workdir elsewhere and move the run there; the same command "
+            f"needs about {needed:,} bytes, and {folders.free_bytes(self.directory):,} are free. "
+            "Free some space, or set the workdir elsewhere and move the run there. The same "
+            "command "
             + ("then starts again." if latest is None else f"then resumes from step {latest}."),
         )
 
 
 def newest(directory: str | Path) -> int:
-    """The step of the newest complete checkpoint of a run, which may be going on.
+    """The step of the newest complete checkpoint of a run, which may still be running.
 
     Raises:
-      FileNotFoundError: there is no such folder, or no checkpoint in it.
+      FileNotFoundError: If there is no such folder, or no checkpoint in it.
     """
     return int(_existing(_normalised(directory), None).name)
 
 
 def identity(directory: str | Path, *, step: int | None = None) -> str:
-    """Names the parameters of a checkpoint by their content; no array is read.
+    """A fingerprint of a checkpoint's parameters. It is made from checksums; no array is read.
 
     Args:
-      directory: the folder of a `Checkpoints`.
-      step: which checkpoint; None for the newest.
+      directory: The folder of a `Checkpoints`.
+      step: Which checkpoint; None for the newest.
 
     Returns:
-      16 hexadecimal digits, which depend on names, shapes, dtypes and values of the parameters, and
-      neither on the place of the folder, nor on the mesh, nor on the rest of the state.
+      16 hexadecimal digits. They depend on names, shapes, dtypes and values of the parameters, but
+      not on the path of the folder, the mesh or the rest of the state.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      DamagedError: its record is damaged.
-      ValueError: its state has no `params`.
+      FileNotFoundError: If there is no such checkpoint.
+      DamagedError: If its record is damaged.
+      ValueError: If its state has no `params`.
     """
     path = _existing(_normalised(directory), step)
     try:
         arrays = _read_extra(path)["arrays"]
     except DamagedError as error:
-        raise _for_readers(error, path) from error
+        raise _with_advice(error, path) from error
     _require_params(path, arrays)
-    params = {name: told for name, told in arrays.items() if name.startswith("params.")}
-    return _seal(params)[:16]
+    return json_digest(_part(arrays, "params."))[:16]
 
 
 def read_note(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
-    """Returns what process 0 kept beside the state of one checkpoint; no array is read.
+    """Returns the `extra` of process 0 in one checkpoint; no array is read.
 
     Args:
-      directory: the folder of a `Checkpoints`.
-      step: which checkpoint; None for the newest.
+      directory: The folder of a `Checkpoints`.
+      step: Which checkpoint; None for the newest.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      DamagedError: its record is damaged.
+      FileNotFoundError: If there is no such checkpoint.
+      DamagedError: If its record is damaged.
     """
     path = _existing(_normalised(directory), step)
     try:
         return _read_extra(path)["processes"][0]
     except DamagedError as error:
-        raise _for_readers(error, path) from error
+        raise _with_advice(error, path) from error
 
 
 def write_beside(directory: str | Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files that belong to all checkpoints of a folder, each in one move, by process 0.
+    """Writes files that belong to all checkpoints of a folder, atomically, by process 0.
 
-    A file that has this content already is not touched.
+    A file that already has this content is not written.
 
     Args:
-      directory: the folder of a `Checkpoints`. It is made if it does not exist.
-      contents: content by name ("tokenizer.json"), which must not begin with a digit.
+      directory: The folder of a `Checkpoints`. It is created if it does not exist.
+      contents: Content by name ("tokenizer.json"). A name must not begin with a digit.
 
     Raises:
-      OSError: in every process, if a file cannot be written.
+      OSError: In every process, if a file cannot be written.
     """
     folder = _folder(_normalised(directory))
 
@@ -325,7 +328,7 @@ def write_beside(directory: str | Path, contents: Mapping[str, bytes]) -> None:
             if file.exists() and file.read_bytes() == content:
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not _is_local(directory):
+            if not folders.is_local(directory):
                 file.write_bytes(content)  # an object of a bucket appears whole
                 continue
             with files.replacing(Path(file)) as part:
@@ -335,14 +338,14 @@ def write_beside(directory: str | Path, contents: Mapping[str, bytes]) -> None:
 
 
 def read_beside(directory: str | Path, name: str) -> bytes | None:
-    """The content of a file that `write_beside` wrote; None where there is none.
+    """The content of a file that `write_beside` wrote; None if there is none.
 
     Raises:
-      ValueError: it is a link that leads out of the folder, or no regular file.
+      ValueError: If it is a link that leads out of the folder, or not a regular file.
     """
     folder = _folder(_normalised(directory))
     file = folder / name
-    if _is_local(directory) and os.path.lexists(file):
+    if folders.is_local(directory) and os.path.lexists(file):
         files.require_own(Path(file), Path(folder))
     return file.read_bytes() if file.exists() else None
 
@@ -354,40 +357,40 @@ def restore_params(
     abstract: Params | None = None,
     core: Params | None = None,
 ) -> Params:
-    """Reads and verifies the parameters of a checkpoint, without those of the optimiser.
+    """Reads and verifies the parameters of a checkpoint, without the state of the optimiser.
 
-    Nothing is written, renamed or deleted, so the run that owns the folder may be going on. A
-    damaged checkpoint is never replaced by an older one here: results of another model than the
-    one asked for would be worse than none.
+    Nothing is written, renamed or deleted, so the run that owns the folder may still be running. A
+    damaged checkpoint is an error. No older one is read instead, because the results would then be
+    those of another model.
 
     Args:
-      directory: the folder of a `Checkpoints`.
-      step: which checkpoint; None for the newest.
-      abstract: the parameters' tree with `jax.ShapeDtypeStruct`s for leaves, whose shardings decide
-        where the arrays go; None for whatever the checkpoint holds, on the first local device.
-      core: a part of `abstract` that also will do, where the checkpoint holds that much and no
-        more: what is left out is for the caller to make.
+      directory: The folder of a `Checkpoints`.
+      step: Which checkpoint; None for the newest.
+      abstract: The tree of parameters with `jax.ShapeDtypeStruct`s as leaves. Their shardings
+        decide where the arrays go. None reads all parameters onto the first local device.
+      core: A part of `abstract` that is read if the checkpoint holds exactly this part. The caller
+        makes the rest.
 
     Returns:
       The nested dict of arrays that was the state's `params`.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      DamagedError: the checkpoint is damaged.
-      ValueError: the state has no `params`, or a leaf that does not fit `abstract`.
+      FileNotFoundError: If there is no such checkpoint.
+      DamagedError: If the checkpoint is damaged.
+      ValueError: If the state has no `params`, or a leaf that does not fit `abstract`.
     """
     path = _existing(_normalised(directory), step)
     try:
         arrays = agreed(lambda: _read_extra(path)["arrays"])
         _require_params(path, arrays)
-        stored = {name: told for name, told in arrays.items() if name.startswith("params.")}
-        if core is not None and _leaves({"params": core}).keys() == stored.keys():
+        params = _part(arrays, "params.")
+        if core is not None and array_types({"params": core}).keys() == params.keys():
             abstract = core
         if abstract is not None:
-            _refuse_misfit(path, stored, {"params": abstract})
+            _refuse_misfit(path, params, {"params": abstract})
         return _restored(path, arrays, abstract and {"params": abstract}, part="params.")["params"]
     except DamagedError as error:
-        raise _for_readers(error, path) from error
+        raise _with_advice(error, path) from error
 
 
 # orbax, its options and its trees.
@@ -405,11 +408,11 @@ def _open(directory: str, **options: Any) -> ocp.CheckpointManager:
 
 
 def _normalised(directory: str | Path) -> str:
-    return os.path.abspath(directory) if _is_local(directory) else str(directory)
+    return os.path.abspath(directory) if folders.is_local(directory) else str(directory)
 
 
 def _folder(directory: str) -> Any:
-    """The folder of checkpoints as a path that reads and writes URLs, too."""
+    """The folder of checkpoints as a path object that also reads and writes URLs."""
     return ocp.path.step.build_step_path(directory, _NAMES, 0).parent
 
 
@@ -420,20 +423,20 @@ def _paths(directory: str) -> dict[int, Any]:
 
 
 def _existing(directory: str, step: int | None) -> Any:
-    """The folder of one checkpoint; of the newest where `step` is None."""
-    if _is_local(directory) and not os.path.isdir(directory):
+    """The folder of one checkpoint, or of the newest if `step` is None."""
+    if folders.is_local(directory) and not os.path.isdir(directory):
         raise FileNotFoundError(f"{directory}: no such folder of checkpoints.")
     paths = _paths(directory)
     if not paths:
         raise FileNotFoundError(f"{directory} has no checkpoint.")
     if step is not None and step not in paths:
-        known = ", ".join(map(str, paths))
-        raise FileNotFoundError(f"{directory} has no checkpoint of step {step}. It has {known}.")
+        steps = ", ".join(map(str, paths))
+        raise FileNotFoundError(f"{directory} has no checkpoint of step {step}. It has {steps}.")
     return paths[max(paths) if step is None else step]
 
 
 def _restored_state(path: Any, abstract: T) -> tuple[T, dict[str, Any]]:
-    """The state of one checkpoint and this process's `extra`; raises as `restore`."""
+    """The state of one checkpoint and this process's `extra`; see `Checkpoints.restore`."""
     content = agreed(lambda: _read_extra(path))
     arrays, extras = content["arrays"], content["processes"]
     _refuse_misfit(path, arrays, abstract)
@@ -449,49 +452,48 @@ def _restored_state(path: Any, abstract: T) -> tuple[T, dict[str, Any]]:
 def _restored(path: Any, arrays: Mapping[str, str], abstract: Any, part: str = "") -> Any:
     """Reads arrays and compares their checksums with those that were written.
 
-    The handlers are asked, and not a manager, because a manager waits for all processes after a
-    restore, and one that finds damage would never come.
+    This uses handlers and not a manager, because a manager waits for all processes after a restore.
+    A process that finds damage raises an error, and the others would wait for it forever.
 
     Args:
-      path: of the checkpoint.
-      arrays: its record.
-      abstract: the tree to read, that of all arrays or of those under `part`; None for the tree
+      path: Path of the checkpoint.
+      arrays: The records of its arrays.
+      abstract: The tree to read: that of all arrays, or of those under `part`. None reads the tree
         that orbax finds there.
-      part: the only field of the state to read, with a dot; "" for all of it.
+      part: The only field of the state to read, followed by a dot; "" reads all fields.
     """
-    arrays = {name: told for name, told in arrays.items() if name.startswith(part)}
-    recorded = {name: _shape(told) for name, told in arrays.items()}
+    arrays = _part(arrays, part)
 
     def read() -> Any:
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             tree = handler.metadata(path / "state").tree
-            stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+            tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
             if part:
-                stored = {part[:-1]: stored[part[:-1]]}
-            if _leaves(stored) != recorded:
+                tree = {part[:-1]: tree[part[:-1]]}
+            if array_types(tree) != types_of_records(arrays):
                 raise DamagedError(
-                    damage(path, "its metadata and its JSON record name other arrays")
+                    damage(path, "its metadata and its JSON record name different arrays")
                 )
-            wanted = stored if abstract is None else abstract
-            args = _reading(wanted, **({"partial_restore": True} if part else {}))
+            requested = tree if abstract is None else abstract
+            args = _restore_args(requested, **({"partial_restore": True} if part else {}))
             restored = jax.block_until_ready(handler.restore(path / "state", args=args))
         leaves = zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True)
         for one, other in leaves if abstract is not None else ():
-            if one.dtype != other.dtype:  # a typed key that came back as its integers
+            if one.dtype != other.dtype:  # a typed key that was read as integers
                 raise DamagedError(
                     damage(path, f"an array is {one.dtype}, and {other.dtype} was written")
                 )
         return restored
 
     restored = agreed(lambda: judged(path, read))
-    for name, told in _described(restored).items():
-        if told != arrays[name]:
+    for name, record in array_records(restored).items():
+        if record != arrays[name]:
             raise DamagedError(damage(path, f"the array {name} is not what was written"))
     return restored
 
 
 def _read_extra(path: Any) -> dict[str, Any]:
-    """The JSON object of a checkpoint, whose seal is verified: `step`, `processes`, `arrays`."""
+    """The verified JSON object of a checkpoint: `step`, `processes` and `arrays`."""
 
     def read() -> Any:
         with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
@@ -500,30 +502,15 @@ def _read_extra(path: Any) -> dict[str, Any]:
     content = judged(path, read)
     if not isinstance(content, dict) or "sha256" not in content:
         raise DamagedError(damage(path, "it has no checksums, as those of earlier versions"))
-    seal = content.pop("sha256")
-    if seal != _seal(content):
+    if content.pop("sha256") != json_digest(content):
         raise DamagedError(damage(path, "its JSON record is not what was written"))
     if content.get("step") != int(path.name):
         raise DamagedError(damage(path, f"it was saved as step {content.get('step')}"))
     return content
 
 
-def _described(state: Any) -> dict[str, str]:
-    """Shape, dtype and checksum of every array by its name."""
-    sums = checksums(jax.tree.leaves(state))
-    return {
-        name: f"{shape} {checksum}"
-        for (name, shape), checksum in zip(_leaves(state).items(), sums, strict=True)
-    }
-
-
-def _shape(told: str) -> str:
-    """Shape and dtype of a record's entry, without the checksum."""
-    return told.rpartition(" ")[0]
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _part(arrays: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name: record for name, record in arrays.items() if name.startswith(prefix)}
 
 
 def _require_params(path: Any, arrays: Mapping[str, str]) -> None:
@@ -532,7 +519,7 @@ def _require_params(path: Any, arrays: Mapping[str, str]) -> None:
         raise ValueError(f"{path} has no params. Its state has {fields}.")
 
 
-def _reading(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
+def _restore_args(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -544,9 +531,9 @@ def _reading(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(item, restore_args=restore_args, **options)
 
 
-def _refuse_misfit(path: Any, arrays: Mapping[str, str], wanted: Any) -> None:
-    """Raises a sentence about the first leaf that differs from the record of a checkpoint."""
-    there, here = {name: _shape(told) for name, told in arrays.items()}, _leaves(wanted)
+def _refuse_misfit(path: Any, arrays: Mapping[str, str], abstract: Any) -> None:
+    """Raises a ValueError about the first leaf that differs from the record of a checkpoint."""
+    there, here = types_of_records(arrays), array_types(abstract)
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
             raise ValueError(
@@ -556,23 +543,7 @@ def _refuse_misfit(path: Any, arrays: Mapping[str, str], wanted: Any) -> None:
             )
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-    """Shape and dtype of each leaf by its path, whether dict, tuple or dataclass leads there."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        stored = _stored(leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        leaves[name] = f"{list(stored.shape)} {stored.dtype}"
-    return leaves
-
-
-def _stored(leaf: Any) -> Any:
-    """The stored form of a leaf: a typed key is stored as its integers."""
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
-
-
-def _for_readers(error: DamagedError, path: Any) -> Exception:
+def _with_advice(error: DamagedError, path: Any) -> Exception:
     """The error with advice for a caller who named this checkpoint."""
     if not path.exists():
         return FileNotFoundError(
@@ -582,19 +553,3 @@ def _for_readers(error: DamagedError, path: Any) -> Exception:
     older = [step for step in _paths(str(path.parent)) if step < int(path.name)]
     then = f" to use step {older[-1]}, the newest before it" if older else ""
     return DamagedError(f"{error} Put back a copy of it, or move the folder elsewhere{then}.")
-
-
-# Processes and disks.
-
-
-def _num_bytes(state: Any) -> int:
-    leaves = map(_stored, jax.tree.leaves(state))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _free_bytes(directory: str) -> float:
-    return shutil.disk_usage(directory).free if _is_local(directory) else math.inf
-
-
-def _is_local(directory: str | Path) -> bool:
-    return "://" not in str(directory)

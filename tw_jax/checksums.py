@@ -1,13 +1,17 @@
-"""Checksums of arrays, computed on their devices, and equal on every mesh and in every process.
+"""Checksums of arrays, and the records of a state's arrays that a checkpoint stores.
 
-Each element is mixed with its position, and the results are added modulo 2^32. Integer addition is
-exact in any order, so the sum does not depend on how an array is split over devices. Each device
-sums its own shards; no array is gathered or copied to the host.
+Checksums are computed on the devices, and are equal on every mesh and in every process. Each
+element is mixed with its position, and the results are added modulo 2^32. Integer addition is exact
+in any order, so the sum does not depend on how an array is split over devices. Each device sums its
+own shards; no array is gathered or copied to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +47,47 @@ def checksums(arrays: Sequence[jax.Array]) -> list[str]:
         for index, (first, second) in zip(indices, sums.tolist(), strict=True):
             found[index] = f"{first:08x}{second:08x}"
     return found
+
+
+def array_records(state: Any) -> dict[str, str]:
+    """Shape, dtype and checksum of each array of a state, by its path."""
+    sums = checksums(jax.tree.leaves(state))
+    return {
+        path: f"{array_type} {checksum}"
+        for (path, array_type), checksum in zip(array_types(state).items(), sums, strict=True)
+    }
+
+
+def types_of_records(records: Mapping[str, str]) -> dict[str, str]:
+    """Shape and dtype of each array, from its record."""
+    return {path: record.rpartition(" ")[0] for path, record in records.items()}
+
+
+def array_types(tree: Any) -> dict[str, str]:
+    """Shape and dtype of each leaf by its path, through dicts, tuples and dataclasses."""
+    types = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        written = _stored_form(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        types[name] = f"{list(written.shape)} {written.dtype}"
+    return types
+
+
+def num_bytes(tree: Any) -> int:
+    """The size of all leaves as they are stored."""
+    leaves = map(_stored_form, jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _stored_form(leaf: Any) -> Any:
+    """The shape and dtype in which a leaf is stored: a typed key is stored as its integers."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+
+
+def json_digest(content: Mapping[str, Any]) -> str:
+    """The sha256 of a JSON object, in hex. The order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

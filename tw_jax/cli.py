@@ -94,11 +94,7 @@ def _dispatch(words: list[str]) -> int:
     parser.add_argument(
         "--hosts", action="store_true", help="one process of a job: this command runs on every host"
     )
-    parser.add_argument("--import", metavar="MODULE", dest="modules", action="append", default=[])
     args = parser.parse_args(rest)
-    sys.path[:0] = [os.getcwd()] if args.modules else []
-    for name in args.modules:
-        importlib.import_module(name)
     if args.hosts:
         _join(program, verb)
     else:

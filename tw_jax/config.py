@@ -51,7 +51,7 @@ def configurable(cls: type[C]) -> type[C]:
     """
     if "__post_init__" in vars(cls):
         raise TypeError(f"{cls.__name__}.__post_init__: a config checks its fields in check(self).")
-    setattr(cls, "__post_init__", post_init)  # noqa: B010  (pyright knows no such attribute)
+    setattr(cls, "__post_init__", post_init)  # noqa: B010  (not an attribute for pyright)
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -67,7 +67,7 @@ def interface(cls: type[C]) -> type[C]:
     Returns:
       The same class.
     """
-    setattr(cls, "_is_interface", True)  # noqa: B010  (pyright knows no such attribute)
+    setattr(cls, "_is_interface", True)  # noqa: B010  (not an attribute for pyright)
     return cls
 
 

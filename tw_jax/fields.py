@@ -119,11 +119,11 @@ def reachable(root: type) -> dict[str, type]:
     """
     if not is_config(root):
         raise TypeError(f"{root!r} is not a config class. Decorate the class.")
-    known, queue = {root.__name__: root}, [root]
+    classes, queue = {root.__name__: root}, [root]
     for cls in queue:
         for part in (p for kind in kinds(cls).values() for p in configs_in(kind)):
-            if known.setdefault(part.__name__, part) is not part:
-                other = known[part.__name__]
+            if classes.setdefault(part.__name__, part) is not part:
+                other = classes[part.__name__]
                 raise TypeError(
                     f"{root.__name__} reaches two config classes named {part.__name__}, in "
                     f"{other.__module__} and {part.__module__}. Rename one, because a config file "
@@ -131,7 +131,7 @@ def reachable(root: type) -> dict[str, type]:
                 )
             if part not in queue:
                 queue.append(part)
-    return known
+    return classes
 
 
 # Which values an annotation admits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -63,6 +64,16 @@ def replacing(folder: str | Path, is_stale: Callable[[str], bool]) -> Iterator[P
             raise
         _sync_one(folder.parent)
         _remove(old)
+
+
+def is_local(folder: str | Path) -> bool:
+    """Whether a folder is a path of the file system and not a URL such as gs://bucket/run."""
+    return "://" not in str(folder)
+
+
+def free_bytes(folder: str | Path) -> float:
+    """The free space on the disk of a folder; infinite for a URL."""
+    return shutil.disk_usage(folder).free if is_local(folder) else math.inf
 
 
 def sync(folder: Path) -> None:

@@ -52,8 +52,8 @@ def join() -> None:
     except ValueError as error:
         raise ValueError(
             f"--hosts: no launcher says which process of which job this is ({error}). Start it "
-            f"by one that JAX knows (Cloud TPU, GKE, SLURM, Open MPI), or set {', '.join(_NAMES)} "
-            "on every host. Without --hosts, tw runs on this host alone."
+            f"by one that JAX supports (Cloud TPU, GKE, SLURM, Open MPI), or set "
+            f"{', '.join(_NAMES)} on every host. Without --hosts, tw runs on this host alone."
         ) from error
 
 

@@ -61,7 +61,7 @@ class Table:
 
     def __init__(self, root: type) -> None:
         self.root = root
-        self.known = reachable(root)
+        self.classes = reachable(root)
         self._bindings: dict[Key, Binding] = {}
         self._count = itertools.count()
         self._mentioned: set[str] = set()
@@ -94,8 +94,8 @@ class Table:
 
     def _bind(self, key: Key, binding: Binding) -> None:
         _, name, field = key
-        if field and name in self.known:
-            _check_field(name, field, tuple(kinds(self.known[name])), where=binding.where)
+        if field and name in self.classes:
+            _check_field(name, field, tuple(kinds(self.classes[name])), where=binding.where)
         elif field and not binding.is_included:
             raise ValueError(f"{binding.where}Unknown config class {name}. {self.reaches()}")
         elif field:
@@ -107,9 +107,11 @@ class Table:
     def reaches(self) -> str:
         """Returns a sentence with the names of all classes that the root reaches."""
         hint = ""
-        if any(has_interface(kind) for cls in self.known.values() for kind in kinds(cls).values()):
+        if any(
+            has_interface(kind) for cls in self.classes.values() for kind in kinds(cls).values()
+        ):
             hint = " A class of another module joins them after --import MODULE."
-        return f"{self.root.__name__} reaches {', '.join(sorted(self.known))}.{hint}"
+        return f"{self.root.__name__} reaches {', '.join(sorted(self.classes))}.{hint}"
 
     # Looking up.
 
@@ -161,16 +163,16 @@ class Table:
         """Returns "Class.field" of each field that leads to a class; the root adds its own name."""
         fields = [
             f"{holder.__name__}.{field}"
-            for holder in self.known.values()
+            for holder in self.classes.values()
             for field, kind in kinds(holder).items()
             if cls in configs_in(kind)
         ]
         return [*fields, *([cls.__name__] if cls is self.root else [])]
 
-    # What a checkpoint knows.
+    # Bindings from a checkpoint.
 
     def inherit(self, describe: Callable[[str], str]) -> None:
-        """Adds what checkpoints know, with the lowest priority.
+        """Adds the configs that checkpoints record, with the lowest priority.
 
         A class that sets `inherits` names one of its fields, which holds the folder of a
         checkpoint. A line of the checkpoint's text is left out if a file or `--set` binds the same
@@ -181,7 +183,7 @@ class Table:
           describe: returns the gin text of a folder.
         """
         own = set(self._bindings)
-        for cls in self.known.values():
+        for cls in self.classes.values():
             name = getattr(cls, "inherits", None)
             if name is None:
                 continue
@@ -207,11 +209,11 @@ class Table:
             if not field:
                 raise ValueError(f"{where}The text of a checkpoint must not define macros: {name}.")
             value = _in_scope(written, scope)
-            owners = [name] if name in self.known else []
+            owners = [name] if name in self.classes else []
             if owners:
-                _check_field(name, field, tuple(kinds(self.known[name])), where=where)
+                _check_field(name, field, tuple(kinds(self.classes[name])), where=where)
             if name == CHECKPOINT:
-                owners = [n for n, cls in self.known.items() if self._takes(cls, field, value)]
+                owners = [n for n, cls in self.classes.items() if self._takes(cls, field, value)]
             for owner in owners:
                 at = "/".join(filter(None, (scope, inner)))
                 if not any((outer, owner, field) in own for outer in _scopes(at)):
@@ -223,7 +225,7 @@ class Table:
         if kind is None:
             return False
         if isinstance(value, Reference):
-            return self.known.get(value.name) in options(kind)
+            return self.classes.get(value.name) in options(kind)
         return fit(value, kind) is not MISFIT
 
     # What nothing used.
@@ -242,7 +244,7 @@ class Table:
         for (scope, name, field), binding in self._bindings.items():
             if binding.is_included:
                 for reference in _parts(binding.value, Reference):
-                    if reference.name not in self.known:
+                    if reference.name not in self.classes:
                         _fields(reference.name, repr(reference), self._all, where=binding.where)
             elif not field and not binding.is_used:
                 self._refuse_macro(scope, name, binding)
@@ -262,15 +264,15 @@ class Table:
         off = [(by, holder) for by, holder, names in self._off if name in names]
         if any(by.order > binding.order for by, _ in off):
             return
-        line = f"{self.holders(self.known[name])[0]} = @{path}()"
-        said = f"{binding.where}Bound but never used: {path}.{field}. "
+        line = f"{self.holders(self.classes[name])[0]} = @{path}()"
+        fault = f"{binding.where}Bound but never used: {path}.{field}. "
         for by, holder in off:
             place = f" ({by.where.rstrip(': ')})" if by.where else ""
             raise ValueError(
-                f"{said}{holder} = None{place} switches {name} off. Remove one of the two, or add "
+                f"{fault}{holder} = None{place} switches {name} off. Remove one of the two, or add "
                 f"a line like {line}."
             )
-        raise ValueError(f"{said}Does {self.root.__name__} reach it, with a line like {line}?")
+        raise ValueError(f"{fault}Does {self.root.__name__} reach it, with a line like {line}?")
 
 
 def check_names(file: Path) -> None:

@@ -1,7 +1,7 @@
 """`make faults`: kills, hostile texts and damaged checkpoints; one line of JSON with the counts.
 
-Two processes work side by side. Progress goes to standard error. The exit status is 1 if anything
-was lost or silent; the folder that shows it is then kept and named.
+Two processes run at the same time. Progress is printed to standard error. The exit status is 1 if
+finished work was lost or a fault was silent. The folder is then kept, and its path is printed.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from faults.findings import Finding
 
 WORKERS = 2
 SHARE = 20_000
-"""Texts that a worker judges at a time."""
+"""Number of texts of one job of a worker."""
 VERBS = ("sft", "pgrpo")
-MAX_TOLD = 100
-"""Findings that are written out; all are counted."""
+MAX_PRINTED = 100
+"""Maximum number of findings that are printed. All are counted."""
 
-# What a job calls is no function of this file, which the processes of the pool do not import.
+# The function of a job is not in this file, because the processes of the pool do not import it.
 Job = tuple[str, Callable[..., tuple[Counter[str], list[Finding]]], tuple[Any, ...]]
-"""The part of the report that it counts for, a function and its arguments."""
+"""The part of the report to which it belongs, a function and its arguments."""
 
 
 def main() -> int:
@@ -53,23 +53,23 @@ def main() -> int:
                 counted, found = Counter(), [Finding("silent", traceback.format_exc(), part)]
             counts.setdefault(part, Counter()).update(counted)
             findings += found
-            told = {name: count[name.partition("_")[0]] for name, count in counts.items()}
+            done_so_far = {name: count[name.partition("_")[0]] for name, count in counts.items()}
             seconds, number = time.monotonic() - began, len(findings)
-            print(f"faults: {seconds:.0f} s, {told}, {number} findings", file=sys.stderr)
+            print(f"faults: {seconds:.0f} s, {done_so_far}, {number} findings", file=sys.stderr)
     return _report(args.seed, counts, findings, folder, time.monotonic() - began)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="of each of tw sft and tw pgrpo")
-    parser.add_argument("--texts", default="1000000", help="how many, or FIRST:STOP")
+    parser.add_argument("--texts", default="1000000", help="number of texts, or FIRST:STOP")
     parser.add_argument("--damages", type=int, default=200, help="damaged checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def _jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
-    """The longest first."""
+    """All jobs, the longest first."""
     jobs: list[Job] = []
     if args.kills or args.damages:
         with contextlib.redirect_stdout(sys.stderr):
@@ -94,7 +94,7 @@ def _report(
     folder: Path,
     seconds: float,
 ) -> int:
-    for finding in findings[:MAX_TOLD]:
+    for finding in findings[:MAX_PRINTED]:
         print(f"faults: {finding.kind}: {finding.what}\n  {finding.where}", file=sys.stderr)
     kinds = Counter(finding.kind for finding in findings)
     line = {"seed": seed, "seconds": round(seconds), "lost": kinds["lost"]}

@@ -1,7 +1,7 @@
-"""Damages copies of a real checkpoint, and looks at what is restored of them.
+"""Damages copies of a real checkpoint, restores them, and checks the result.
 
-Restoring may give back exactly what was saved, or fall back to an older checkpoint and say so, or
-refuse with a sentence that names the folder. All else is silent damage.
+A restore may return exactly the saved state, use an older checkpoint with a warning, or raise an
+error that names the folder. Any other result is silent damage.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ STRAYS = ("99", "0", "abc", "-1", "024", "24x", "tmp", "7.orbax-checkpoint-tmp-3
 
 
 class Saved(NamedTuple):
-    """What one checkpoint holds: the leaves by path, and the position in the data."""
+    """The content of a checkpoint: the leaves by path, and the position in the data."""
 
     leaves: dict[str, np.ndarray]
     position: Any
@@ -58,7 +58,7 @@ class Subject:
     """The checkpoints of one run, and how to restore copies of them."""
 
     def __init__(self, folder: Path, abstract: Any) -> None:
-        """Reads what is there to be restored; `abstract`: the state, as `restore` takes it."""
+        """Reads all checkpoints of a folder; `abstract` is the argument of `restore`."""
         self.folder, self._abstract = folder, abstract
         self.steps = sorted(int(file.name) for file in folder.iterdir())
         self.saved = {step: self._exactly(step) for step in self.steps}
@@ -69,18 +69,18 @@ class Subject:
         return Saved(by_path(state), extra["batches"])
 
     def resume(self, folder: Path) -> Saved | None:
-        """As a run does that goes on."""
+        """Restores as a resumed run does."""
         with Checkpoints(folder, keep=2) as checkpoints:
             state, position = resume(checkpoints, self._abstract)
         return None if state is None else Saved(by_path(state), position)
 
     def read(self, folder: Path) -> Saved:
-        """As evaluation does, or a run that begins with these parameters."""
+        """Restores as an evaluation does, or a run that begins with these parameters."""
         params = restore_params(folder, abstract=self._abstract.params)
         return Saved(by_path({"params": params}), None)
 
     def read_all(self, folder: Path) -> Saved:
-        """As a reader does who knows nothing of the model."""
+        """Restores without the abstract parameters."""
         return Saved(by_path({"params": restore_params(folder)}), None)
 
 
@@ -174,15 +174,15 @@ DAMAGES: tuple[Callable[[random.Random, Path], str], ...] = (
 )
 
 
-# What comes of it.
+# Results.
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[io.StringIO]:
+def _captured() -> Iterator[io.StringIO]:
     """Collects warnings, log records and both standard streams until the block ends."""
     words = io.StringIO()
     handler = logging.StreamHandler(words)
-    handler.addFilter(lambda record: record.name != "absl")  # no words for a user
+    handler.addFilter(lambda record: record.name != "absl")  # not for users
     logging.getLogger().addHandler(handler)
     try:
         with (
@@ -201,14 +201,14 @@ def judge(
     subject: Subject, folder: Path, restore: Callable[[Path], Saved | None], *, of_params: bool
 ) -> tuple[str, str]:
     """(outcome, details); the outcome is "exact", "older", "refused" or begins with "silent"."""
-    with _heard() as words:
+    with _captured() as words:
         try:
             with deadline(HANG_SECONDS, HANG_SECONDS):
                 found = restore(folder)
         except USER_ERRORS as error:
-            said = str(error)
-            is_ours = not isinstance(error, UnicodeError) and len(said) < LONGEST_SENTENCE
-            is_sentence = is_ours and str(folder) in said
+            message = str(error)
+            is_ours = not isinstance(error, UnicodeError) and len(message) < LONGEST_SENTENCE
+            is_sentence = is_ours and str(folder) in message
             return ("refused" if is_sentence else "silent: no sentence"), repr(error)[:700]
         except (Exception, Hang) as error:
             return "silent: traceback", f"{type(error).__name__}: {error}"[:700]
@@ -219,8 +219,8 @@ def judge(
         if found.equals(saved.params() if of_params else saved):
             if step == subject.steps[-1]:
                 return "exact", ""
-            is_said = str(subject.steps[-1]) in words.getvalue()
-            return ("older" if is_said else "silent: older without a word"), words.getvalue()
+            is_named = str(subject.steps[-1]) in words.getvalue()
+            return ("older" if is_named else "silent: older without a warning"), words.getvalue()
     return "silent: other values", words.getvalue()[:700]
 
 
@@ -236,7 +236,7 @@ def damage(scene: Scene, verb: str, count: int, seed: int) -> tuple[Counter[str]
 def damage_copies(
     subject: Subject, folder: Path, name: str, count: int, seed: int
 ) -> tuple[Counter[str], list[Finding]]:
-    """Damages each copy in one way; copies that are no finding are deleted."""
+    """Damages each copy in one way. Copies without a finding are deleted."""
     counts: Counter[str] = Counter()
     findings: list[Finding] = []
     for number in range(count):
@@ -244,15 +244,15 @@ def damage_copies(
         copy = folder / f"damaged_{name}_{number}"
         shutil.copytree(subject.folder, copy)
         step = subject.steps[-1] if rng.random() < 0.85 else rng.choice(subject.steps)
-        told = rng.choice(DAMAGES)(rng, copy / str(step))
+        description = rng.choice(DAMAGES)(rng, copy / str(step))
         before = len(findings)
-        # Resuming may tidy the folder, so it comes last.
+        # Resuming may rename entries of the folder, so it is last.
         for way in ("read", "read_all", "resume"):
             restore = getattr(subject, way)
             outcome, details = judge(subject, copy, restore, of_params=way != "resume")
             counts[outcome.partition(":")[0]] += 1
             if outcome.startswith("silent"):
-                findings.append(Finding("silent", f"{way}: {outcome}: {details}", told))
+                findings.append(Finding("silent", f"{way}: {outcome}: {details}", description))
                 print(f"faults: {findings[-1]}", file=sys.stderr)
         counts["damages"] += 1
         if len(findings) == before:

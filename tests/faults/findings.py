@@ -1,4 +1,4 @@
-"""What a fault run reports, and how it notices that something hangs."""
+"""The findings of a fault run, and a deadline that finds hangs."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ class Finding(NamedTuple):
     """Something that must not happen.
 
     Attributes:
-      kind: "lost" if finished work was lost, "silent" if a fault had an effect without a sentence.
+      kind: "lost" if finished work was lost, "silent" if a fault had an effect without a message.
       what: what happened.
       where: the command, the text or the folder that shows it again.
     """

@@ -1,7 +1,7 @@
-"""Hostile responses: valid ones that were damaged, and answers that nobody should write.
+"""Hostile responses: damaged valid responses, and odd answers.
 
-Everything is drawn from one random generator, so a seed and a number name a text. Most texts are
-short, because there are to be many; a few are long.
+All texts are drawn from random generators, so a seed and a number determine a text. Most texts are
+short, because a fault run needs many; a few are long.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from tw_jax.forkjoin.threadweaver import grammar
 from tw_jax.tasks import multiplication
+from tw_jax.tasks.task import Problem
 
 TASK = multiplication.Multiplication(
     min_value=0, max_value=99, min_factors=2, max_factors=4, parallel=True, lone_pair="fork"
@@ -26,7 +27,7 @@ ODD = (
     *("</Think>", "\\boxed{", "\\boxed{}", "}", "{", "$", "\\", "<thread>", "< Thread >", "<Tool>"),
 )
 DIGITS = ("\u0661", "\u0967", "\uff11", "\u00b2", "\u2460", "\U0001d7cf")
-"""What `str.isdigit` takes for digits and a response should not be numbered with."""
+"""Digits for `str.isdigit` that are no valid numbers of threads."""
 NUMBERS = ("0", "00", "01", "0" * 12 + "1", "1.1", "1.", ".1", "-1", "1e3", "9" * 5000, "0" * 5000)
 LATEX = (
     *("\\frac{1}{", "\\frac{a}{0}", "\\sqrt{-1}", "\\sqrt[0]{x}", "x^{x^{x}}", "9^{9^{9^9}}"),
@@ -42,12 +43,12 @@ class Hostile(NamedTuple):
     """One response with the question and the truth that it is graded against.
 
     Attributes:
-      question: what was asked.
-      response: the text; any code points.
-      truth: the right answer, a decimal integer.
+      question: The question.
+      response: The text, of any code points.
+      truth: The right answer, a decimal integer.
       wrong: "value" if the answer certainly has another value than the truth, "form" if it is not
-        one number in a notation for numbers, None if neither is known.
-      answer: the content of its box where that is known, for mathematics mode; or None.
+        one number in a notation for numbers, None if neither is certain.
+      answer: The content of its box for mathematics mode, or None.
     """
 
     question: str
@@ -58,7 +59,7 @@ class Hostile(NamedTuple):
 
 
 def hostile(seed: int, number: int) -> Hostile:
-    """Text `number` of a seed."""
+    """Returns text `number` of a seed."""
     rng = random.Random(f"{seed} {number}")
     problem, gold = _valid(rng.randrange(512))
     kind = rng.random()
@@ -76,9 +77,9 @@ def hostile(seed: int, number: int) -> Hostile:
 
 
 @functools.cache
-def _valid(index: int) -> tuple[multiplication.Product, str]:
-    product = TASK.product(0, index)
-    return product, TASK.gold(product.problem)
+def _valid(index: int) -> tuple[Problem, str]:
+    problem = TASK.product(0, index).problem
+    return problem, TASK.gold(problem)
 
 
 # Trajectories.
@@ -102,7 +103,7 @@ def _words(rng: random.Random) -> str:
 
 
 def _place(rng: random.Random, text: str) -> int:
-    """Anywhere; half of the time at a tag, if there is one."""
+    """A random position; half of the time at a tag, if there is one."""
     if rng.random() < 0.5 and (at := text.find(rng.choice(TAGS), rng.randrange(len(text) + 1))) > 0:
         return at
     return rng.randrange(len(text) + 1)
@@ -189,9 +190,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 # Answers.
 
 
-def _answer(
-    rng: random.Random, problem: multiplication.Product
-) -> tuple[str, Literal["value", "form"] | None]:
+def _answer(rng: random.Random, problem: Problem) -> tuple[str, Literal["value", "form"] | None]:
     """An answer, and whether it is certainly wrong."""
     if (kind := rng.random()) < 0.4:
         return _other_value(rng, problem), "value"
@@ -207,8 +206,8 @@ def _answer(
     return text, None
 
 
-def _other_value(rng: random.Random, problem: multiplication.Product) -> str:
-    """A text that does not have the value of the truth by any reading."""
+def _other_value(rng: random.Random, problem: Problem) -> str:
+    """A text that cannot be read as the value of the truth."""
     digits, truth = problem.answer, int(problem.answer)
     other = truth + rng.choice((1, -1, 2, 10, -10, 10**6, 2**64))
     at = rng.randrange(len(digits))
@@ -237,8 +236,8 @@ def _other_value(rng: random.Random, problem: multiplication.Product) -> str:
     return rng.choice(numbers if rng.random() < 0.7 else several)
 
 
-def _other_form(rng: random.Random, problem: multiplication.Product) -> str:
-    """Work that is left to do, the question above all; it may have the value of the truth."""
+def _other_form(rng: random.Random, problem: Problem) -> str:
+    """An unfinished calculation, often the question. It may have the value of the truth."""
     digits, product = problem.answer, _product(rng, problem)
     return rng.choice(
         (
@@ -249,7 +248,7 @@ def _other_form(rng: random.Random, problem: multiplication.Product) -> str:
     )
 
 
-def _product(rng: random.Random, problem: multiplication.Product) -> str:
+def _product(rng: random.Random, problem: Problem) -> str:
     times = rng.choice(("*", " * ", "\\times ", "\\cdot ", " x ", "\\,", ")("))
-    product = times.join(map(str, problem.factors))
+    product = times.join(map(str, problem.extra["factors"]))
     return f"({product})" if times == ")(" else product

@@ -1,8 +1,8 @@
-"""Kills a run at random moments, goes on with the same command, and compares with one in one piece.
+"""Kills a run at random moments, resumes it, and compares it with an uninterrupted run.
 
-A folder is killed and resumed until its run is finished; then the next folder begins. After every
-kill the folder is looked at: what was finished has to be there, and has to be what the
-uninterrupted run has.
+A run is killed and resumed until it is finished, and then a run in the next folder begins. After
+every kill the folder is checked: finished work must exist and must equal that of the uninterrupted
+run.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from faults.runner import (
     assert_same,
     kill_all,
     listed,
+    log_tail,
     members,
     phases,
     rollouts,
     survivors,
-    told,
 )
 from faults.scene import Scene
 
@@ -38,29 +38,29 @@ from tw_jax.programs.sft import Sft
 
 ROOTS = {"sft": Sft, "pgrpo": Pgrpo}
 START_SHARE = 0.3
-"""Share of the kills that come before the process has done anything that can be seen."""
+"""Share of the kills before the process has changed its folder."""
 SPREAD_SECONDS = {"sft": 0.8, "pgrpo": 1.6}
-"""The other kills come within this time after the first thing that can be seen."""
+"""The other kills come within this time after the first change of the folder."""
 ORPHAN_SECONDS = 5.0
-"""What a process has started has to end within this time after it."""
+"""The children of a process must end within this time after it."""
 LONGEST_SECONDS = 300.0
-"""A process that neither ends nor shows anything for this time hangs."""
+"""A process that neither ends nor changes its folder within this time hangs."""
 MAX_FINDINGS = 20
-"""A campaign with more findings ends: its processes may never live long enough to be killed."""
+"""A campaign with more findings stops, because its processes may fail before they are killed."""
 
 
 class Ledger:
-    """What of a run was seen to be finished, and what the uninterrupted run says of it."""
+    """The finished work of a run at the last check, and that of the uninterrupted run."""
 
     def __init__(self, folder: Path, whole: Path) -> None:
-        """`whole`: the folder of the uninterrupted run."""
+        """`whole` is the folder of the uninterrupted run."""
         self._folder = folder
         self._lines, self._batches = lines(whole), rollouts(whole)
         self._newest = 0
         self._part: tuple[str, list[bytes]] = ("", [])
 
     def look(self) -> list[str]:
-        """Looks at the folder between two processes; returns what was lost."""
+        """Checks the folder between two processes; returns a message for each loss."""
         lost = []
         have, newest = lines(self._folder), newest_of(self._folder)
         if newest < self._newest:
@@ -82,19 +82,19 @@ class Ledger:
         return lost
 
     def count(self) -> tuple[int, int]:
-        """Lines of metrics, and the newest checkpoint."""
+        """The number of lines of metrics, and the newest checkpoint."""
         return len(lines(self._folder)), newest_of(self._folder)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics without what time they took."""
+    """The complete lines of metrics, without times."""
     file = folder / "metrics.jsonl"
     whole = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [{n: v for n, v in json.loads(line).items() if "second" not in n} for line in whole]
 
 
 def newest_of(folder: Path) -> int:
-    """The newest whole checkpoint; 0 if there is none."""
+    """The newest complete checkpoint; 0 if there is none."""
     names = [file.name for file in listed(folder / "checkpoints")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -103,7 +103,7 @@ class Campaign:
     """The kills of one verb."""
 
     def __init__(self, scene: Scene, verb: str, seed: int, tell: Callable[[str], None]) -> None:
-        """`tell`: takes a line on how far it is."""
+        """`tell` receives lines about the progress."""
         self._scene, self._verb, self._tell = scene, verb, tell
         self._runner = scene.runners[verb]
         self._rng = np.random.default_rng([seed, len(verb)])
@@ -112,7 +112,7 @@ class Campaign:
         self.findings: list[Finding] = []
 
     def run(self, kills: int) -> None:
-        """Kills runs, then finishes and compares every folder that was begun."""
+        """Kills runs, then finishes every run that was begun and compares its folder."""
         while self.counts["kills"] < kills and len(self.findings) < MAX_FINDINGS:
             folder = self._scene.folder / f"{self._verb}_{self.counts['runs']}"
             ledger = Ledger(folder, self._scene.whole(self._verb))
@@ -136,7 +136,7 @@ class Campaign:
                 return False
             code = process.wait(timeout=LONGEST_SECONDS)
             if code:
-                self._silent(folder, f"exit status {code}: {told(folder)[-500:]}")
+                self._silent(folder, f"exit status {code}: {log_tail(folder)[-500:]}")
             return code == 0
         except subprocess.TimeoutExpired:
             self._silent(folder, f"nothing ended in {LONGEST_SECONDS} seconds")
@@ -166,7 +166,7 @@ class Campaign:
         return process.returncode is None
 
     def _kill(self, process: subprocess.Popen, folder: Path, ledger: Ledger, watch: Watch) -> None:
-        """Most kills hit the process alone, some all that it started, some ask it to stop."""
+        """Kills the process alone, or with its children, or asks it to stop, at random."""
         kind = self._rng.choice(["alone", "all", "sigterm"], p=[0.65, 0.2, 0.15])
         self.counts["with_grader"] += any("spawn_main" in one for one in members(process.pid))
         if kind == "alone":
@@ -181,12 +181,12 @@ class Campaign:
         self.counts[f"in_{_phase({phase for phase, _ in phases(watch.new())})}"] += 1
         if kind != "sigterm":
             return
-        told_to_stop = code == 128 + signal.SIGINT
-        self.counts["stopped_gracefully"] += told_to_stop
-        if told_to_stop and len(set(ledger.count())) > 1:
+        is_graceful = code == 128 + signal.SIGINT
+        self.counts["stopped_gracefully"] += is_graceful
+        if is_graceful and len(set(ledger.count())) > 1:
             self._lost(folder, [f"{ledger.count()} lines and checkpoint after a graceful stop"])
         if code not in (0, -signal.SIGTERM, 128 + signal.SIGINT):
-            self._silent(folder, f"exit status {code} after SIGTERM: {told(folder)[-500:]}")
+            self._silent(folder, f"exit status {code} after SIGTERM: {log_tail(folder)[-500:]}")
 
     def _compare(self, folder: Path) -> None:
         whole = self._scene.whole(self._verb)
@@ -206,7 +206,7 @@ class Campaign:
 
 
 def _phase(found: set[str]) -> str:
-    """The phase that a kill hit: the latest thing that was left half done, or begun."""
+    """The phase that a kill interrupted: the latest one that was begun."""
     order = ("saving", "sampling", "training", "saved", "line")
     return next((phase for phase in order if phase in found), "start")
 

@@ -1,4 +1,4 @@
-"""Starts runs of `tw` as processes that can be killed, and reads from outside how far they are."""
+"""Starts runs of `tw` as processes that can be killed, and reads progress from their folders."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tw_jax.config import load_config
 from tw_jax.models.transformer import network
 from tw_jax.train.state import abstract_state
 
-# tensorboardX imports PyTorch where there is one, which takes seconds, and does without it too.
+# tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed.
 MAIN = """
 import sys
 sys.modules["torch"] = None
@@ -28,7 +28,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Mark(NamedTuple):
-    """Something in the folder of a run: what, of which step, and what tells it from another."""
+    """An entry in the folder of a run: its kind, its step, and a number that changes with it."""
 
     what: str
     step: int
@@ -36,7 +36,7 @@ class Mark(NamedTuple):
 
 
 def marks(folder):
-    """What of a run can be seen from outside; a checkpoint is one of the step before it."""
+    """The marks in the folder of a run. A checkpoint is a mark of the step before it."""
     found = set()
     for file in listed(folder):
         if file.name == "metrics.jsonl":
@@ -57,10 +57,11 @@ def marks(folder):
 
 
 def phases(new):
-    """What a process is doing that left these marks, as (phase, step).
+    """The phases of a process that left these marks, as (phase, step).
 
-    sampling: a batch of rollouts is kept in part. training: the batch is whole, and its step has no
-    line yet. line: the line is written. saving: a checkpoint is half written. saved: it is whole.
+    sampling: A part of a batch of rollouts is written. training: The batch is complete, and its
+    step has no line yet. line: The line is written. saving: A part of a checkpoint is written.
+    saved: It is complete.
     """
     last = max((mark.step for mark in new if mark.what == "line"), default=-1)
     is_trained = {mark for mark in new if mark.what == "batch" and mark.step <= last}
@@ -81,20 +82,20 @@ class Watch:
         self._saved = max((mark.step for mark in self._old if mark.what == "saved"), default=-1)
 
     def new(self):
-        # What was there before counts only once it was gone and came again.
+        # A mark from before counts only after it has disappeared and appeared again.
         now = marks(self._folder)
         self._old &= now
         return {mark for mark in now - self._old if mark.step > self._saved}
 
 
 class Runner:
-    """Starts `tw` in processes of one device that share their compiled programs."""
+    """Starts `tw` in processes with one device, which share a cache of compiled programs."""
 
     def __init__(self, verb, config, sets, programs):
         self.verb, self.config, self.sets, self.programs = verb, config, sets, programs
 
     def start(self, folder):
-        """A process that leads a session of its own, so that what it starts can be found."""
+        """Starts a process in its own session, so that its children can be found."""
         words = [self.verb, str(self.config)]
         for word in (f"{self.verb.capitalize()}.workdir='{folder}'", *self.sets):
             words += ["--set", word]
@@ -118,20 +119,20 @@ class Runner:
     def finish(self, folder):
         process = self.start(folder)
         try:
-            assert process.wait(timeout=600) == 0, told(folder)
+            assert process.wait(timeout=600) == 0, log_tail(folder)
         finally:
             kill_all(process)
 
 
 def kill_all(process):
-    """Kills a process and all that it started."""
+    """Kills a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def survivors(process, seconds):
-    """The command lines of what a process has started and what outlives it by so many seconds."""
+    """The command lines of children that are still alive some seconds after their parent."""
     until = time.monotonic() + seconds
     while (alive := members(process.pid)) and time.monotonic() < until:
         time.sleep(0.02)
@@ -149,12 +150,12 @@ def members(session):
     return found
 
 
-def told(folder):
+def log_tail(folder):
     return (folder.parent / f"{folder.name}.log").read_text()[-3000:]
 
 
 def state_of(kind, config, folder, sets=()):
-    """The leaves of the last checkpoint, and the position; the mesh is that of config and sets."""
+    """The leaves of the last checkpoint, and the position, read onto the mesh of the config."""
     cfg = load_config(kind, [str(config)], sets)
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)
@@ -174,7 +175,7 @@ def assert_same(kind, config, one, other, sets=()):
 
 
 def rollouts(folder):
-    """Batches by name, those that were left unfinished too."""
+    """Batches by name, unfinished ones included."""
     return {
         file.name: file.read_bytes()
         for file in listed(folder / "rollouts")

@@ -1,4 +1,4 @@
-"""The runs that a fault run kills and damages: tiny, and whole once, as the oracle."""
+"""The tiny runs that a fault run kills and damages, and an uninterrupted one of each as oracle."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tw_jax.forkjoin.threadweaver import grammar
 
 STEPS = {"sft": 60, "pgrpo": 24}
 SAVE_EVERY = 3
-# No integer, so that it takes a worker of the grader to judge the answers.
+# It is no integer, so that a worker of the grader is needed.
 TRUTH = "1+x"
 ANSWERS = ("x+1", "x+2")
 PROBLEMS = 12
@@ -30,7 +30,7 @@ class Scene(NamedTuple):
 
 
 def make(folder: Path, *, verbs: tuple[str, ...] = ("sft", "pgrpo")) -> Scene:
-    """Makes data, and runs each verb once in one piece; P-GRPO begins with what SFT has learned."""
+    """Makes data and runs each verb without interruption. P-GRPO begins with the model of SFT."""
     for name, text in (("make", MAKE), ("sft", CONFIG + SFT), ("pgrpo", CONFIG + PGRPO)):
         (folder / f"{name}.gin").write_text(text.format(folder=folder), encoding="utf-8")
     if main(["make", str(folder / "make.gin")]):
@@ -55,7 +55,7 @@ def _runner(folder: Path, verb: str) -> Runner:
     else:
         sets += [f"Pgrpo.init='{folder}/whole_sft/checkpoints'", "Pgrpo.microbatch_rows=4"]
         sets += [f"Pgrpo.problems='{folder}/problems.jsonl'", "Evaluation.every=8"]
-        # One group at a time, so that a batch is kept in pieces.
+        # One group at a time, so that a batch is written in parts.
         sets += ["Sampler.rows=4", "Pgrpo.rollouts=4", "Pgrpo.prompts=2", "Grader.workers=1"]
         sets += ["ForkJoin.max_new=120", "ForkJoin.max_thread=20", "Grader.mode='mathematics'"]
         sets += ["Optim.peak_lr=3e-4"]

@@ -1,4 +1,4 @@
-"""The fault run in small, without kills; and that it notices what it looks for."""
+"""A small fault run without kills, and tests that each kind of fault is found."""
 
 import json
 import time
@@ -79,7 +79,7 @@ def test_few_damaged_checkpoints_are_refused_or_restored_exactly(subject, tmp_pa
     assert counts["exact"] + counts["older"] + counts["refused"] == 3 * 10
 
 
-def test_other_values_and_older_ones_without_a_word_are_found(subject, tmp_path):
+def test_other_values_and_older_ones_without_a_warning_are_found(subject, tmp_path):
     newest = subject.saved[2]
     other = newest._replace(leaves={n: leaf + 1 for n, leaf in newest.leaves.items()})
 
@@ -88,7 +88,7 @@ def test_other_values_and_older_ones_without_a_word_are_found(subject, tmp_path)
 
     assert outcome(newest) == "exact"
     assert outcome(other) == "silent: other values"
-    assert outcome(subject.saved[1]) == "silent: older without a word"
+    assert outcome(subject.saved[1]) == "silent: older without a warning"
     assert outcome(None) == "silent: starts again"
 
 
@@ -103,7 +103,7 @@ def write_run(folder, steps, *, newest):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that was killed after four steps, and what looks at it."""
+    """A run that was killed after four steps, and its ledger."""
     write_run(tmp_path / "whole", 6, newest=6)
     write_run(tmp_path / "killed", 4, newest=3)
     ledger = kills.Ledger(tmp_path / "killed", tmp_path / "whole")

@@ -1,8 +1,8 @@
 """Hostile texts through records, grammar, replay, tries and grader.
 
-Each function may refuse a text with the exception and the sentence that its callers expect. All
-else is a finding: another exception, a hang, a broken promise of a docstring, or a wrong answer
-that is graded correct.
+Each function may refuse a text with the exception and the message that its callers expect. Other
+results are findings: another exception, a hang, a result that contradicts a docstring, or a wrong
+answer that is graded correct.
 """
 
 import faulthandler
@@ -37,22 +37,22 @@ from tw_jax.tokenizer.chat import Chat
 from tw_jax.tokenizer.load import load_tokenizer
 
 CPU_SECONDS = 2.0
-"""A text that keeps the processor busy for longer hangs."""
+"""CPU time after which a text counts as a hang."""
 WALL_SECONDS = 300.0
-"""A text that waits for longer hangs. A worker of the grader may take 120 seconds to start."""
+"""Wall time after which a text counts as a hang. A worker of the grader may need 120 to start."""
 RECORDS = 5
 """One of this many texts is also read from a file of records."""
 SHARE_SECONDS = 1800.0
-"""A share of texts that takes longer hangs where no signal reaches; its process ends."""
+"""After this time a share of texts hangs where no signal is handled, and its process is ended."""
 MATHEMATICS = 100
 """One of this many texts is also graded in mode "mathematics"."""
 AGAIN = "PYTHONPATH=tests python -m faults --kills 0 --damages 0"
-"""Begins the command that judges a text again."""
+"""Start of the command that runs a text again."""
 LOCATED = re.compile(r"^line \d+, column \d+:$", re.MULTILINE)
 
 
 class Texts:
-    """Judges texts one by one, and counts what they came to."""
+    """Runs texts one by one, and counts the results."""
 
     def __init__(self, number: GraderPool, mathematics: GraderPool) -> None:
         """`number` and `mathematics`: pools of these modes."""
@@ -66,11 +66,11 @@ class Texts:
         self._tokenizer, self._chat = tokenizer, data.chat
 
     def judge(self, text: Hostile, *, mathematics: bool) -> None:
-        """One text through everything.
+        """Runs one text through all functions.
 
         Raises:
-          AssertionError: a promise is broken.
-          Exception: what no caller expects.
+          AssertionError: If a result contradicts a docstring.
+          Exception: If a function raises an exception that its callers do not expect.
         """
         with deadline(CPU_SECONDS, WALL_SECONDS):
             is_document = self._grammar(text.response)
@@ -157,7 +157,7 @@ _VALUE = re.compile(rf"(-?){_TERM}(?:/{_TERM})?%?")
 
 
 def may_be(answer: str, truth: int) -> bool:
-    """Whether a text may be a number that equals `truth`; a plain reading, apart from the grader's.
+    """Whether a text may be a number that equals `truth`, independently of the grader.
 
     It leaves out what can stand around a number, and reads the rest as a decimal, with or without a
     power of ten, or as a fraction of two. What percent means is left to the grader.

@@ -120,5 +120,5 @@ def test_a_token_that_two_calls_drew_in_one_context_is_refused():
 
 
 def test_rollouts_of_other_prompts_are_refused():
-    with pytest.raises(ValueError, match="want one prompt for all tries of a group"):
+    with pytest.raises(ValueError, match="All tries of a group must have one prompt"):
         tries.group_tries([*rollouts(seed=5, count=1), *rollouts(seed=6, count=1)])

@@ -243,7 +243,7 @@ def test_control_tokens_of_the_record_must_be_those_of_the_vocabulary(run, tmp_p
     with Checkpoints(other, keep=1) as kept:
         kept.save(2, {"params": {"w": jax.numpy.ones(3)}}, note)
     shutil.copy(run / "tokenizer.model", other / "tokenizer.model")
-    with pytest.raises(ValueError, match=r"'<spawn>' is \[.*want one id of its own"):
+    with pytest.raises(ValueError, match=r"'<spawn>' is \[.*must be one id of its own"):
         load_model(other)
 
 

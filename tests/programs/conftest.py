@@ -80,7 +80,7 @@ Grader.mode = 'number'
 Evaluate.timed = 1
 Evaluate.training = '{folder}/sft'
 """
-# A model that knows nothing is never right: what varies within a group is its length.
+# A model that is hardly trained is never right, so only lengths differ within a group.
 PGRPO = """
 Pgrpo.workdir = '{folder}/pgrpo'
 Pgrpo.steps = 3
@@ -126,7 +126,7 @@ SoftOverlong.buffer_tokens = 60
 
 @contextlib.contextmanager
 def _quickly():
-    """Compiles without LLVM's passes: tests here ask what programs read, write and say."""
+    """Compiles without LLVM's passes, because tests here check what programs read and write."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -137,14 +137,14 @@ def _quickly():
 
 @pytest.fixture(scope="module")
 def quick_programs():
-    """For files of tests that wait for compilers more than for anything else."""
+    """For files of tests that spend most of their time in the compiler."""
     with _quickly():
         yield
 
 
 @pytest.fixture(scope="session")
 def numbers():
-    """The lines of a run's folder without what time it took."""
+    """The lines of metrics in a run's folder, without times."""
 
     def read(folder):
         lines = metrics.read(folder / "metrics.jsonl")
@@ -172,7 +172,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(made):
-    """The same folder with what `sft`, `sample` and `evaluate` left there."""
+    """The same folder after `sft`, `sample` and `evaluate`."""
     with _quickly():
         for name in ("sft", "sample", "evaluate"):
             assert main([name, str(made / f"{name}.gin")]) == 0

@@ -16,7 +16,7 @@ class Job:
     """The processes of one job, started as a launcher would."""
 
     def __init__(self, config, folder, sets=(), *, odd=()):
-        """`config`: VERB.gin. `odd`: settings of process 1 alone."""
+        """`config` is VERB.gin, and `odd` has settings for process 1 only."""
         verb = config.stem
         folder.mkdir(exist_ok=True)
         self.logs = [folder.parent / f"{folder.name}.{index}.log" for index in range(PROCESSES)]
@@ -59,20 +59,20 @@ class Job:
             process.kill()
             process.wait()
 
-    def told(self, index):
+    def output(self, index):
         return self.logs[index].read_text()[-3000:]
 
     def wait_for(self, has_come):
         until = time.monotonic() + 900
         while not has_come():
-            assert all(p.poll() is None for p in self.processes), self.told(0) + self.told(1)
+            assert all(p.poll() is None for p in self.processes), self.output(0) + self.output(1)
             assert time.monotonic() < until
             time.sleep(0.01)
 
     def wait(self, seconds=900):
-        """The exit statuses."""
+        """Waits for all processes; returns their exit statuses."""
         until = time.monotonic() + seconds
         return [p.wait(timeout=max(until - time.monotonic(), 0)) for p in self.processes]
 
     def finish(self):
-        assert self.wait() == [0] * PROCESSES, self.told(0) + self.told(1)
+        assert self.wait() == [0] * PROCESSES, self.output(0) + self.output(1)

@@ -1,4 +1,4 @@
-"""`tw aot` on tiny models: what it prints when a program fits, when not, and without libtpu."""
+"""`tw aot` on tiny models: its output if a program fits, if it does not, and without libtpu."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TestWithLibtpu:
     pytestmark = needs_libtpu
 
     @pytest.mark.parametrize("text", [SFT, PGRPO], ids=["sft", "pgrpo"])
-    def test_a_step_that_fits_tells_its_memory_and_its_work(self, tmp_path, capsys, text):
+    def test_a_step_that_fits_reports_its_memory_and_its_work(self, tmp_path, capsys, text):
         found = printed(tmp_path, capsys, text)
         assert found["ok"] is True
         assert found["error"] is None
@@ -92,7 +92,7 @@ class TestWithLibtpu:
         assert "peak_bytes_per_chip" not in found
 
     @pytest.mark.parametrize("part", ["decode", "prefill"])
-    def test_the_sampler_compiles_and_tells_its_memory_beside_the_cache(
+    def test_the_sampler_compiles_and_reports_its_memory_beside_the_cache(
         self, tmp_path, capsys, part
     ):
         found = printed(tmp_path, capsys, SAMPLING, f"Sampling.part='{part}'")
@@ -106,7 +106,7 @@ class TestWithLibtpu:
         tokens = 4 * (2 if part == "decode" else 16)
         assert found["flops"] == tokens * (2 * weights + 1024 * 4 * 128 * 4)
 
-    def test_a_topology_that_is_none_is_refused(self, tmp_path, capsys):
+    def test_an_unknown_topology_is_refused(self, tmp_path, capsys):
         (tmp_path / "aot.gin").write_text(MODEL + SFT)
         words = ["--set", "Aot.topology='v5e:3x7'"]
         assert main(["aot", str(tmp_path / "aot.gin"), *words]) == 2
@@ -146,7 +146,7 @@ class TestPrograms:
         assert f",{LONG}," in text or f"[{LONG}," in text, "the row is in the program"
 
 
-def test_a_generation_that_is_not_known_is_refused(tmp_path):
+def test_an_unknown_generation_is_refused(tmp_path):
     (tmp_path / "aot.gin").write_text(MODEL + SFT)
     with pytest.raises(ValueError, match="must be one of v4, v5e, v5p, v6e, a colon"):
         load_config(aot.Aot, [tmp_path / "aot.gin"], ["Aot.topology='v9:2x2'"])

@@ -5,7 +5,7 @@ from tw_jax.benchmarks.measure import BenchmarkReport, Times
 from tw_jax.programs import bench
 
 
-def test_a_missed_bar_is_said_and_is_no_error():
+def test_a_missed_bar_is_printed_and_is_no_error():
     report = BenchmarkReport(
         times={"a": Times(1.0, 2.0)},
         values={"slow": 1.5, "fast": 1.9, "nodes": 30_000},

@@ -1,4 +1,4 @@
-"""`tw convert`: what is imported trains, what is exported is served, nothing is lost between."""
+"""`tw convert`: an import can be trained, an export can be served, and both are lossless."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def convert(tmp_path, text, *words, **places):
 
 @pytest.fixture
 def source(tmp_path):
-    """A small Qwen3 as the Hub has it: weights in bfloat16, a byte-level tokenizer."""
+    """A small Qwen3 as on the Hub, with weights in bfloat16 and a byte-level tokenizer."""
     folder = tmp_path / "hub"
     folder.mkdir()
     characters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -113,7 +113,7 @@ def test_an_import_adds_control_tokens_and_their_rows(source, tmp_path, close):
     row = tokenizer.id_of("</Thread>")
     close("rounding", params["unembed"][row], head[word].mean(0))
     assert hf_config.read_model(ours / "checkpoints" / "hf").vocab_size == 384
-    # A folder that has them already is left as it is.
+    # A folder that already has them is unchanged.
     back = tmp_path / "back"
     places = {"folder": back, "checkpoint": ours / "checkpoints"}
     assert convert(tmp_path, EXPORT, **places) == 0
@@ -156,7 +156,7 @@ def test_an_import_is_enough_to_load_its_model(source, tmp_path):
 
 def test_an_import_without_control_tokens_can_be_exported_but_not_sampled(source, tmp_path):
     import_folder(Import(source=str(source), control_tokens=False), tmp_path)
-    with pytest.raises(ValueError, match=r"'<Outlines>' is \[.*want one id of its own"):
+    with pytest.raises(ValueError, match=r"'<Outlines>' is \[.*must be one id of its own"):
         load_model(tmp_path / "checkpoints")
 
 
@@ -223,7 +223,7 @@ def test_two_processes_convert_to_what_one_does(source, tmp_path):
 
 
 def test_training_begins_with_imported_parameters(runs, source, tmp_path):
-    """A run of the tiny model goes on as a new one from its own checkpoint, not from fresh ones."""
+    """A new run begins with the checkpoint of another run, not with new parameters."""
     words = [
         f"Sft.workdir='{tmp_path / 'next'}'",
         f"Sft.init='{runs / 'sft' / 'checkpoints'}'",
@@ -240,7 +240,7 @@ def test_an_import_does_not_overwrite_a_checkpoint(source, tmp_path, capsys):
     places = {"folder": tmp_path / "ours", "source": source}
     assert convert(tmp_path, IMPORT, **places) == 0
     assert convert(tmp_path, IMPORT, **places) == 2
-    assert "checkpoints is there already" in capsys.readouterr().err
+    assert "checkpoints exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_broken_folder_ends_in_a_sentence(source, tmp_path, capsys, spoil, sen
     assert str(source) in error
 
 
-# Nothing by halves.
+# Failures leave folders unchanged.
 
 
 def content(folder):
@@ -286,7 +286,7 @@ def test_an_import_does_not_touch_what_another_left(source, tmp_path):
     (ours / "checkpoints").mkdir(parents=True)
     (ours / "checkpoints" / "tokenizer.json").write_text("precious")
     with pytest.raises(
-        ValueError, match="checkpoints is there already, and an import needs an empty place"
+        ValueError, match="checkpoints exists already, and an import needs an empty folder"
     ):
         import_folder(Import(source=str(source)), ours)
     assert content(ours) == {"checkpoints/tokenizer.json": b"precious"}
@@ -317,7 +317,7 @@ def test_an_export_that_fails_leaves_the_old_one_as_it_was(source, tmp_path, mon
     assert (out / "mine.txt").read_text() == "kept"
 
 
-# What is copied.
+# Which files are copied.
 
 
 def test_neither_code_nor_weights_of_other_formats_are_copied(source, tmp_path):
@@ -346,7 +346,7 @@ def test_a_link_out_of_the_folder_is_refused(source, tmp_path, kind):
     assert content(ours) == {}
 
 
-def test_weights_behind_a_link_out_of_the_folder_are_refused(source, tmp_path):
+def test_weights_that_are_a_link_out_of_the_folder_are_refused(source, tmp_path):
     shutil.move(source / "model.safetensors", tmp_path / "other.safetensors")
     (source / "model.safetensors").symlink_to("../other.safetensors")
     ours = tmp_path / "ours"

@@ -1,4 +1,4 @@
-"""`tw evaluate`: the summary says what the graded rollouts say."""
+"""`tw evaluate`: the summary agrees with the graded rollouts."""
 
 import json
 import os

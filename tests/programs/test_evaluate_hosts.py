@@ -18,8 +18,8 @@ def folders(runs, tmp_path_factory):
     two, one = folder / "two", folder / "one"
     with Job(runs / "evaluate.gin", two, [f"Sample.workdir='{two}/samples'"]) as job:
         job.finish()
-    assert "longest path" in job.told(0)
-    assert "longest path" not in job.told(1), "one process prints"
+    assert "longest path" in job.output(0)
+    assert "longest path" not in job.output(1), "one process prints"
     words = [f"Evaluate.workdir='{one}'", f"Sample.workdir='{one}/samples'"]
     command = ["evaluate", str(runs / "evaluate.gin")]
     assert main([*command, *[w for word in words for w in ("--set", word)]]) == 0

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from programs.jobs import PROCESSES, Job
 
-from tw_jax import checkpoint, hosts, sharding
+from tw_jax import hosts, sharding
 from tw_jax.checkpoint import Checkpoints
+from tw_jax.checksums import json_digest
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.models.transformer import network
@@ -40,11 +41,11 @@ def state_of(config, folder, tmp_path):
     """The last checkpoint, read by one process, and the position of each that wrote it."""
     copy = tmp_path / f"copy_of_{folder.name}"
     shutil.copytree(folder / "checkpoints" / str(STEPS), copy / str(STEPS))
-    told = copy / str(STEPS) / "extra" / "metadata"
-    content = json.loads(told.read_text())
+    record = copy / str(STEPS) / "extra" / "metadata"
+    content = json.loads(record.read_text())
     extras, content["processes"] = content["processes"], [{}]
     del content["sha256"]
-    told.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+    record.write_text(json.dumps(content | {"sha256": json_digest(content)}))
     cfg = load_config(sft.Sft, [str(config)])
     mesh = sharding.make_mesh(cfg.mesh)
     abstract = abstract_state(network(cfg.model), cfg.optim, mesh=mesh, rules=cfg.rules)
@@ -60,7 +61,7 @@ def packing(folder):
 
 
 class Both:
-    """The shares of both processes as the batches of one."""
+    """The shares of both processes, joined to the batches of one process."""
 
     def __init__(self, shares):
         self.shares = shares
@@ -85,11 +86,11 @@ class Both:
 
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
-    """A run of two processes in one piece."""
+    """An uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     job = run(made / "sft.gin", folder)
-    assert "8 devices of 2 processes, step 0" in job.told(0)
-    assert f"{folder}:" not in job.told(1), "one process prints"
+    assert "8 devices of 2 processes, step 0" in job.output(0)
+    assert f"{folder}:" not in job.output(1), "one process prints"
     return folder
 
 
@@ -99,7 +100,7 @@ def test_processes_with_another_config_stop_all_of_them_with_a_sentence(made, tm
     for index in range(PROCESSES):
         assert (
             "tw: The processes of this job do not agree in config: process 1 has "
-            "'Optim.beta2 = 0.5' where process 0 has 'Optim.beta2 = 0.95'" in job.told(index)
+            "'Optim.beta2 = 0.5' where process 0 has 'Optim.beta2 = 0.95'" in job.output(index)
         )
     assert list((tmp_path / "run").iterdir()) == [], "nothing is written before they agree"
 
@@ -108,7 +109,7 @@ def test_processes_with_another_config_stop_all_of_them_with_a_sentence(made, tm
     ("script", "command"),
     [("tpu_vm.sh", "gcloud"), ("gke_xpk.sh", "xpk"), ("slurm.sbatch", "srun")],
 )
-def test_a_launch_script_starts_its_words_on_every_host(script, command, tmp_path):
+def test_a_launch_script_starts_its_command_on_every_host(script, command, tmp_path):
     fake = tmp_path / command
     fake.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
@@ -128,11 +129,11 @@ def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(made, whole,
     with Job(config, killed, SETS) as job:
         job.wait_for(lambda: lines(killed) >= 1)
         job.processes[1].terminate()
-        assert job.wait() == [130, 130], job.told(0) + job.told(1)
+        assert job.wait() == [130, 130], job.output(0) + job.output(1)
     stopped = lines(killed)
     assert stopped < STEPS, "it was stopped too late to lose anything"
     for index in range(PROCESSES):
-        assert f"tw: Stopped after step {stopped} of {STEPS}, which is saved" in job.told(index)
+        assert f"tw: Stopped after step {stopped} of {STEPS}, which is saved" in job.output(index)
 
     with Job(config, killed, SETS) as job:
         job.wait_for(lambda: lines(killed) > stopped)
@@ -177,7 +178,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_not_gone_on_with_by_one(made, whole, tmp_path, capsys):
+def test_a_run_of_two_processes_is_not_resumed_by_one(made, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     words = [w for s in (f"Sft.workdir='{tmp_path}/run'", *SETS) for w in ("--set", s)]
     assert main(["sft", str(made / "sft.gin"), *words]) == 2
@@ -195,4 +196,4 @@ def test_what_fails_in_one_process_ends_the_others(made, tmp_path):
     ) as job:
         statuses = job.wait(seconds=300 + 2 * hosts.LOST_SECONDS)
     assert 0 not in statuses
-    assert f"tw: {tmp_path}/bad.jsonl:" in job.told(1)
+    assert f"tw: {tmp_path}/bad.jsonl:" in job.output(1)

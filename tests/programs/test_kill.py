@@ -1,7 +1,8 @@
-"""`kill -9` at any point: the same command goes on, and ends as if nothing had happened.
+"""`kill -9` at any point: the same command resumes, and ends like an uninterrupted run.
 
-Real processes are killed from outside, at moments that their folder shows. A run in one piece is
-the oracle: metrics, the whole last checkpoint and the rollouts have to equal it bit for bit.
+Real processes are killed from outside, at moments that are read from their folders. An
+uninterrupted run is the oracle: metrics, the whole last checkpoint and the rollouts must equal it
+bit for bit.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from faults.runner import Runner, Watch, assert_same, phases, rollouts, told
+from faults.runner import Runner, Watch, assert_same, log_tail, phases, rollouts
 
 from tw_jax.programs.pgrpo import Pgrpo
 from tw_jax.programs.sft import Sft
@@ -20,7 +21,7 @@ STEPS = 10
 
 
 class Point(NamedTuple):
-    """When to kill: `delay` seconds after `phase` of `step`, or of a later one, has begun."""
+    """A moment to kill: `delay` seconds after `phase` of `step`, or of a later one, began."""
 
     step: int
     phase: str
@@ -31,31 +32,31 @@ class Point(NamedTuple):
 
 
 def kill(runner, folder, point):
-    """Kills a run at a point; returns the phases that it was in."""
+    """Kills a run at a point; returns the phases of that moment."""
     watch = Watch(folder)
     process = runner.start(folder)
     until = time.monotonic() + 600
     try:
         while not (point.phase == "start" or point.has_come(phases(watch.new()))):
-            assert process.poll() is None, f"{point} never came:\n{told(folder)}"
-            assert time.monotonic() < until, f"{point} never came:\n{told(folder)}"
+            assert process.poll() is None, f"{point} never came:\n{log_tail(folder)}"
+            assert time.monotonic() < until, f"{point} never came:\n{log_tail(folder)}"
             time.sleep(0.001)
         time.sleep(point.delay)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == -signal.SIGKILL, told(folder)
+    assert process.returncode == -signal.SIGKILL, log_tail(folder)
     return phases(watch.new())
 
 
 def points(seed, wanted):
-    """A point for each phase in a random order, at steps that do not fall."""
+    """A point for each phase in random order, at steps that never decrease."""
     rng = np.random.default_rng(seed)
-    # The last steps are left to kills that come later than they should.
+    # The last steps are kept free, because a kill may come later than planned.
     steps = np.sort(rng.integers(0, STEPS - 4, len(wanted)))
     found = []
     for step, phase in zip(steps, rng.permutation(wanted), strict=True):
-        # Starting takes seconds, all else milliseconds; half of the kills come at once.
+        # Starting takes seconds, the other phases milliseconds. Half of the kills have no delay.
         delay = rng.uniform(0.5, 4) if phase == "start" else rng.uniform(-0.03, 0.03)
         found.append(Point(int(step), str(phase), max(0.0, delay)))
     return found
@@ -63,14 +64,14 @@ def points(seed, wanted):
 
 @pytest.fixture(scope="module")
 def sft(made, tmp_path_factory):
-    """How to run `tw sft`."""
+    """The runner of `tw sft`."""
     sets = [f"Sft.steps={STEPS}", "Sft.save_every=2", "Mesh.data=1", "Sft.batch_rows=4"]
     return Runner("sft", made / "sft.gin", sets, tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture(scope="module")
 def trained(sft, tmp_path_factory):
-    """A run of `tw sft` in one piece."""
+    """An uninterrupted run of `tw sft`."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     sft.finish(folder)
     return folder
@@ -89,7 +90,7 @@ def test_sft_killed_at_five_points_ends_like_a_run_in_one_piece(sft, trained, tm
     assert [line["step"] for line in numbers(killed)] == list(range(STEPS))
     assert_same(Sft, sft.config, trained, killed)
     assert packing(killed) == packing(trained)
-    # A kill behind the last checkpoint leaves nothing undone either.
+    # A kill after the last checkpoint loses nothing either.
     (killed / "packing.json").unlink()
     sft.finish(killed)
     assert packing(killed) == packing(trained)

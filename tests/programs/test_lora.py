@@ -126,4 +126,4 @@ def test_an_export_is_the_merged_model_and_its_import_has_no_adapters(
 
 def test_adapters_on_weights_that_know_nothing_are_refused(runs, tmp_path, capsys):
     assert run("sft", runs / "sft.gin", *LORA, f"Sft.workdir='{tmp_path}'") == 2
-    assert "Model.lora is set and Sft.init is None: want a checkpoint" in capsys.readouterr().err
+    assert "Model.lora is set and Sft.init is None, but adapters need" in capsys.readouterr().err

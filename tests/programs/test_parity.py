@@ -115,7 +115,7 @@ def test_flat_labels_in_place_of_parents_are_named(subject):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a whole run with training in both dtypes, its exit status and what it said."""
+    """The folder of a whole run with training in both dtypes, its exit status and its output."""
     folder = tmp_path_factory.mktemp("whole")
     file = write(folder, CONFIG + TRAINING)
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +155,7 @@ def test_a_run_writes_every_stage_its_curve_and_a_picture(whole):
     assert (folder / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_torch_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+def test_a_missing_torch_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tw_jax.parity.torch_oracle", None)
     monkeypatch.delattr(tw_jax.parity, "torch_oracle")
     assert main(["parity", str(write(tmp_path, CONFIG))]) == 2
@@ -234,12 +234,12 @@ def test_real_weights_agree_and_go_on_with_the_same_words(tmp_path, capsys):
     assert found["largest_logit"] > 10
     assert found["kl"] <= 1e-8
     assert found["greedy_match"] == 1.0
-    # The sizes are those of the released model, whatever both sides read of them.
+    # The sizes are those of the released model, independently of what both sides read.
     model, want = read_model(tmp_path / "model"), presets.SMOLLM2_135M
     sizes = [f for f in vars(want) if f not in ("norm_epsilon", "compute_dtype", "remat")]
     assert {f: getattr(model, f) for f in sizes} == {f: getattr(want, f) for f in sizes}
     assert math.isclose(model.norm_epsilon, want.norm_epsilon, rel_tol=1e-6)
-    # And transposed or permuted heads would not know this.
+    # A model with transposed or permuted heads would not continue like this.
     oracle = torch_oracle.Oracle(tmp_path / "model", "float32")
     cfg = load_config(parity.Parity, [tmp_path / "parity.gin"])
     material = read_material(cfg.material, cfg.row_tokens)

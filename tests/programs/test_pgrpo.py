@@ -1,4 +1,4 @@
-"""`tw pgrpo`: a run leaves what it should, goes on exactly, and survives groups without signal."""
+"""`tw pgrpo`: a run writes its files, resumes exactly, and continues after bad rollouts."""
 
 import dataclasses
 import itertools
@@ -30,13 +30,13 @@ from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 HANGS = r"3^{13!}"
-"""A power that sympy would write out, which takes minutes and gigabytes."""
+"""A power that sympy would expand, which takes minutes and gigabytes."""
 ROOT = Path(__file__).parents[2]
 OF_THE_LOOP = {
     *("step", "wall_seconds", "steps_per_second", "tokens_per_second"),
     *("data_seconds", "save_seconds"),
 }
-"""What `TrainingLoop` writes whatever the algorithm."""
+"""Numbers that `TrainingLoop` writes for every algorithm."""
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def params(folder):
 def test_every_step_has_its_line(trained):
     lines = metrics.read(trained / "pgrpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
-    wanted = {
+    expected = {
         *("reward", "correct", "longest_tokens", "total_tokens", "ratio_min", "ratio_max"),
         *("loss", "grad_norm", "seconds", "groups", "timeouts", "reward_acceleration"),
     }
     for line in lines:
-        assert line.keys() >= wanted
+        assert line.keys() >= expected
         assert 0.999 <= line["ratio_min"] <= line["ratio_max"] <= 1.001
         assert line["longest_tokens"] <= line["total_tokens"]
     assert "eval_correct" in lines[1]
@@ -72,7 +72,7 @@ def test_every_step_has_its_line(trained):
     assert ["initial_eval_correct" in line for line in lines] == [True, False, False]
 
 
-def test_more_rows_than_ids_do_not_part_sampler_and_trainer(trained, tolerance):
+def test_sampler_and_trainer_agree_with_more_rows_than_ids(trained, tolerance):
     cfg = load_config(Pgrpo, [str(trained / "pgrpo.gin")])
     assert load_tokenizer(cfg.tokenizer).vocab_size < cfg.model.vocab_size
     for line in metrics.read(trained / "pgrpo" / "metrics.jsonl"):
@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, tmp_path, monke
 
 @pytest.fixture
 def crash(trained, tmp_path, monkeypatch):
-    """Crashes a run once the rollouts of a step are drawn; gives the file that keeps them."""
+    """Crashes a run after the rollouts of a step are drawn; returns the file that has them."""
 
     def run(at, *words):
         pack, steps = step.pack_groups, iter(range(at))
@@ -140,7 +140,7 @@ def crash(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """For how many problems rollouts were drawn, call by call."""
+    """The number of problems in each call of the sampler."""
     counts, generate = [], Generator.__call__
 
     def count(self, params, problems, *rest, **named):
@@ -166,7 +166,7 @@ def test_rollouts_that_a_crash_left_are_not_sampled_again(trained, tmp_path, cra
 
 def test_rollouts_of_a_step_that_is_not_next_are_drawn_again(trained, tmp_path, crash, drawn):
     words = ["Pgrpo.steps=2", "Pgrpo.save_every=2"]
-    crash(1, *words)  # nothing is saved yet, so step 0 makes the parameters of step 1 anew
+    crash(1, *words)  # nothing is saved yet, so step 0 makes the parameters of step 1 again
     drawn.clear()
     assert pgrpo(trained, tmp_path, *words) == 0
     assert drawn == [3, 4, 4, 3]
@@ -185,7 +185,7 @@ def test_a_rollout_that_a_crash_cut_short_is_drawn_again(trained, tmp_path, cras
 def test_rollouts_that_an_attempt_with_other_settings_left_are_drawn_again(
     trained, tmp_path, drawn
 ):
-    # Before the first checkpoint, settings may change; an attempt marks what it leaves.
+    # Before the first checkpoint, settings may change, so an attempt marks its rollouts.
     first = (trained / "pgrpo" / "rollouts" / "000000.jsonl").read_text()
     (tmp_path / "rollouts").mkdir()
     left = first.replace('"extra": {', '"extra": {"run": "0123456789abcdef", ')
@@ -201,7 +201,7 @@ def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(trained,
     shutil.copytree(trained / "sft" / "checkpoints", init)
     words = [f"Pgrpo.init='{init}'", "PolicyLoss.kl_coef=0.1", "Pgrpo.max_prompts=24"]
     assert pgrpo(tmp_path, run, *words, "Pgrpo.steps=1") == 0
-    # The run that made the first parameters goes on: its newest ones are others.
+    # The run that made the first parameters continues, so its newest ones are different.
     with Checkpoints(init, keep=9) as checkpoints:
         noise = np.random.default_rng(0).normal
         other = jax.tree.map(lambda leaf: leaf + noise(size=leaf.shape), restore_params(init))
@@ -225,14 +225,14 @@ def same_first_batch(trained, folder):
 
 
 @pytest.fixture(scope="module")
-def bad_days(runs, tmp_path_factory):
-    """A run and what befell it: in each step but the last, one rollout is bad in another way.
+def bad_rollouts(runs, tmp_path_factory):
+    """A run in which one rollout of each step but the last is bad, each in another way.
 
-    The answer of the first one keeps a worker busy beyond its deadline, so does that of the second
-    but its worker is killed, and the reward of the third is not a number. Of two rollouts one is
-    called right, so that every group has signal.
+    The first answer keeps a worker busy beyond its deadline. The second does too, but its worker is
+    killed. The reward of the third is not a number. Every other rollout is graded correct, so that
+    every group has signal.
     """
-    folder = tmp_path_factory.mktemp("bad_days")
+    folder = tmp_path_factory.mktemp("bad_rollouts")
     bad, killed, rewarded = [], [], []
     generate, start, reward = Generator.__call__, grader._Worker._start, step.reward
 
@@ -251,7 +251,7 @@ def bad_days(runs, tmp_path_factory):
 
         def kill():
             killed.append(process.is_alive())
-            process.kill()  # as the kernel does when memory is short
+            process.kill()  # as the kernel does if memory is short
 
         if len(bad) == 2:
             threading.Timer(0.2, kill).start()
@@ -273,25 +273,25 @@ def bad_days(runs, tmp_path_factory):
     return folder, killed
 
 
-def test_bad_days_stop_no_run(bad_days, numbers):
-    lines = numbers(bad_days[0])
+def test_bad_rollouts_do_not_stop_a_run(bad_rollouts, numbers):
+    lines = numbers(bad_rollouts[0])
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 0]
-    assert all(np.isfinite(leaf).all() for leaf in params(bad_days[0]))
+    assert all(np.isfinite(leaf).all() for leaf in params(bad_rollouts[0]))
 
 
-def test_a_grader_that_hangs_is_counted(bad_days, numbers):
-    assert [line["timeouts"] for line in numbers(bad_days[0])] == [1, 1, 0, 0]
+def test_a_grader_that_hangs_is_counted(bad_rollouts, numbers):
+    assert [line["timeouts"] for line in numbers(bad_rollouts[0])] == [1, 1, 0, 0]
 
 
-def test_a_worker_that_dies_is_counted(bad_days, numbers):
-    folder, killed = bad_days
+def test_a_worker_that_dies_is_counted(bad_rollouts, numbers):
+    folder, killed = bad_rollouts
     assert killed == [True]
     assert numbers(folder)[1]["timeouts"] == 1
 
 
-def test_a_reward_that_is_no_number_is_counted_and_its_group_teaches_nothing(bad_days, numbers):
-    folder, _ = bad_days
+def test_a_reward_that_is_no_number_is_counted_and_its_group_is_not_trained(bad_rollouts, numbers):
+    folder, _ = bad_rollouts
     lines = numbers(folder)
     assert [line["groups_not_finite"] for line in lines] == [0, 0, 1, 0]
     assert all(np.isfinite(line["reward"]) for line in lines)

@@ -1,4 +1,4 @@
-"""`tw pgrpo --hosts`: two real processes sample, grade and train as one does, and go on."""
+"""`tw pgrpo --hosts`: two real processes sample, grade and train as one does, and resume."""
 
 import signal
 
@@ -18,17 +18,17 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
-    """A run of two processes in one piece."""
+    """An uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with Job(runs / "pgrpo.gin", folder) as job:
         job.finish()
-    assert "8 devices of 2 processes" in job.told(0)
-    assert f"{folder}:" not in job.told(1), "one process prints"
+    assert "8 devices of 2 processes" in job.output(0)
+    assert f"{folder}:" not in job.output(1), "one process prints"
     return folder
 
 
 def kept(folder):
-    """What was drawn and rewarded, in every step."""
+    """The rollouts and rewards of every step."""
     files = sorted((folder / "rollouts").iterdir())
     assert [file.name for file in files] == [f"{step:06}.jsonl" for step in range(STEPS)]
     return [records.to_json(one) for file in files for one in records.read(file)]

@@ -1,4 +1,4 @@
-"""`tw sample`: rollouts are kept by ids, seeds belong to rollouts, and nothing is made twice."""
+"""`tw sample`: rollouts are stored as ids, each has its own seed, and none is sampled twice."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def test_every_problem_has_its_rollouts_with_ids_and_log_probs(runs):
         assert all((np.asarray(call.logp) <= 0).all() for call in rollout.calls)
 
 
-def test_item_26_a_kept_rollout_tells_the_response_alone_with_its_tags(runs):
+def test_item_26_a_stored_rollout_has_the_response_alone_with_its_tags(runs):
     cfg = load_config(Sample, [str(runs / "sample.gin")])
     source = samples.load(cfg)
     for rollout in rollouts(runs / "samples"):
@@ -52,7 +52,7 @@ def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
     shutil.copy(runs / "samples" / "made_by.json", tmp_path)
     path = tmp_path / "rollouts.jsonl"
     lines = (runs / "samples" / "rollouts.jsonl").read_bytes().split(b"\n")
-    # Two whole lines and the half of a third, as a crash leaves them.
+    # Two complete lines and half of a third, as after a crash.
     path.write_bytes(b"\n".join(lines[:2]) + b"\n" + lines[2][:30])
     with pytest.warns(UserWarning, match="rollouts.jsonl"):
         assert (
@@ -67,7 +67,7 @@ def test_an_interrupted_run_makes_only_what_is_missing(runs, tmp_path, capsys):
 def test_rollouts_of_other_settings_are_not_mixed(runs, capsys, word):
     assert main(["sample", str(runs / "sample.gin"), "--set", word]) == 2
     name = "temperature" if "temperature" in word else "forkjoin"
-    assert f"holds rollouts with another {name}" in capsys.readouterr().err
+    assert f"has rollouts with another {name}" in capsys.readouterr().err
 
 
 def test_one_four_and_eight_devices_sample_the_same_ids(runs, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def copy(runs, tmp_path):
 
 
 def finished(cfg):
-    """The rollouts of a config that its folder holds."""
+    """The rollouts of a config in its folder."""
     problems = samples.by_rollout(cfg, samples.read_problems(cfg, load_tokenizer(cfg.tokenizer)))
     path = Path(cfg.workdir) / "rollouts.jsonl"
     return list(store.finished_samples(path, problems, source=cfg.problems))
@@ -120,9 +120,9 @@ def test_rollouts_of_a_changed_problems_file_are_not_reused(runs, copy, capsys, 
     first, second, third = records.read(path)
     records.write(path, [first, dataclasses.replace(second, **{field: "7"}), third])
     assert run(runs, folder, f"Sample.problems='{path}'") == 2
-    said = capsys.readouterr().err
-    assert f"{folder}/rollouts.jsonl:3 was not sampled for the problem" in said
-    assert f"the id 'held_out-1' in {path}" in said
+    printed = capsys.readouterr().err
+    assert f"{folder}/rollouts.jsonl:3 was not sampled for the problem" in printed
+    assert f"the id 'held_out-1' in {path}" in printed
 
 
 def test_a_problems_file_that_grew_keeps_its_rollouts(runs, copy):
@@ -133,8 +133,8 @@ def test_a_problems_file_that_grew_keeps_its_rollouts(runs, copy):
     cfg = load_config(Sample, [str(runs / "sample.gin")], words)
     kept = {one.id for one in finished(cfg)}
     assert len(kept) == 6
-    wanted = samples.by_rollout(cfg, samples.read_problems(cfg, load_tokenizer(cfg.tokenizer)))
-    assert [name for name in wanted if name not in kept] == ["new/0", "new/1"]
+    problem_of = samples.by_rollout(cfg, samples.read_problems(cfg, load_tokenizer(cfg.tokenizer)))
+    assert [name for name in problem_of if name not in kept] == ["new/0", "new/1"]
 
 
 def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, copy, capsys):
@@ -149,17 +149,17 @@ def test_rollouts_of_another_checkpoint_at_the_same_path_are_not_reused(runs, co
     with Checkpoints(place, keep=9) as checkpoints:
         checkpoints.save(4, {"params": other}, note)
     assert run(runs, folder, f"Sample.checkpoint='{place}'") == 2
-    assert "holds rollouts with another model_identity" in capsys.readouterr().err
+    assert "has rollouts with another model_identity" in capsys.readouterr().err
 
 
-def test_rollouts_whose_maker_is_not_known_are_not_reused(runs, copy, capsys):
+def test_rollouts_without_made_by_json_are_not_reused(runs, copy, capsys):
     folder, _ = copy
     (folder / "made_by.json").write_text('{"checkpoint": "')
     assert run(runs, folder) == 2
     assert "made_by.json is damaged" in capsys.readouterr().err
     (folder / "made_by.json").unlink()
     assert run(runs, folder) == 2
-    assert "holds rollouts and no made_by.json" in capsys.readouterr().err
+    assert "has rollouts but no made_by.json" in capsys.readouterr().err
 
 
 def test_two_rollouts_of_one_id_are_refused_with_both_lines(runs, copy):
@@ -183,9 +183,9 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_sampled(
     runs, tmp_path, capsys, word
 ):
     assert run(runs, tmp_path / "new", word) == 2
-    said = capsys.readouterr().err
-    assert "held_out.jsonl:1: the prompt of the problem 'held_out-0' has" in said
-    assert word.partition("=")[0] in said
+    printed = capsys.readouterr().err
+    assert "held_out.jsonl:1: the prompt of the problem 'held_out-0' has" in printed
+    assert word.partition("=")[0] in printed
     assert not (tmp_path / "new" / "made_by.json").exists()
 
 

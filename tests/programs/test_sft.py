@@ -1,4 +1,4 @@
-"""`tw sft`: a run leaves what it should, goes on where it stopped, and is its own record."""
+"""`tw sft`: a run writes its files, resumes exactly, and its config reproduces it."""
 
 import json
 import re
@@ -111,8 +111,8 @@ def test_a_finished_run_keeps_its_config_whatever_the_next_command_says(runs, ca
     folder = runs / "sft"
     before = (folder / "config.gin").read_text()
     assert sft(runs, folder, "Optim.peak_lr=2e-3", "Packing.row_tokens=512") == 2
-    told = "Packing.row_tokens = 512 (was 384); Optim.peak_lr = 0.002 (was 0.001). Set them back"
-    assert told in capsys.readouterr().err
+    changes = "Packing.row_tokens = 512 (was 384); Optim.peak_lr = 0.002 (was 0.001). Set them back"
+    assert changes in capsys.readouterr().err
     assert sft(runs, folder, "Sft.steps=8") == 2
     assert "Set Optim.decay_steps = 4 to keep the schedule" in capsys.readouterr().err
     assert sft(runs, folder, "Sft.steps=2", "Optim.decay_steps=4") == 2
@@ -139,9 +139,9 @@ def test_a_run_is_not_resumed_with_another_tokenizer_of_equal_size_at_the_same_p
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("Model.vocab_size=300", "Model.vocab_size = 300: want at least 320"),
+        ("Model.vocab_size=300", "Model.vocab_size = 300 must be at least 320"),
         ("Packing.row_tokens=64", "makes a trie of"),
-        ("Sft.accumulation_steps=3", "Sft.accumulation_steps = 3: want a divisor"),
+        ("Sft.accumulation_steps=3", "Sft.accumulation_steps = 3 must be a divisor"),
         ("Mesh.data=3", "Mesh.data = 3 does not divide the 8 available devices"),
         ("Data.path='nowhere.jsonl'", "nowhere.jsonl: no such file"),
     ],

@@ -34,7 +34,8 @@ LISTING = """# Configs
 
 After reading this page you can write the config of a run and change one from the command line. One
 folder per verb holds its runs: `tw sft configs/sft/demo.gin`. The other folders hold fragments,
-which runs include. `make docs` writes this page, and lists at its end the first line of each file.
+which runs include. The end of the page lists the first line of each file. `make docs` writes this
+page.
 
 ## How to write one
 
@@ -63,12 +64,12 @@ Lora.rank = 8
   or several of its classes have bindings, the error lists the lines that choose, such as
   `Sft.tokenizer = @Bytes()`. A line always wins.
 - **An optional** such as `Model.lora` is built if its class is bound and only this field leads to
-  the class; else it needs its line, `Model.lora = @Lora()`. `Model.lora = None` in a later file or
-  line switches it off.
+  the class. Otherwise it needs a line, `Model.lora = @Lora()`. `Model.lora = None` in a later file
+  or line switches it off.
 - **Scopes** make two configs of one class: `Pair.left = @a/Model()` is built with `a/Model.width =
   8` and, for other fields, with the unscoped bindings of `Model`.
 - **Includes** may bind classes that a verb does not use, so that one fragment serves all verbs.
-  Misspelt names are refused there too. In the run's own file, a binding that nothing uses is an
+  Misspelt names are refused there, too. In the run's own file, a binding that nothing uses is an
   error.
 - **The command line** comes last: `--set Sft.steps=10`, `--set steps=10` for a macro,
   `--set Model.lora=None`. Text needs no quotes.
@@ -77,9 +78,9 @@ Lora.rank = 8
 """
 FIELDS = """# Config fields
 
-Every field that a `.gin` file may set, by verb, with its type and default. A field without a
-default must be set, unless it is of one config class, which is then built. Written by `make docs`
-from the classes themselves.
+On this page you can look up every field that a `.gin` file may set, by verb, with its type and
+default. A field without a default must be set, except if its type is one config class, which is
+then built. `make docs` writes this page from the classes.
 """
 
 

@@ -16,12 +16,12 @@ from tw_jax.programs.aot import Aot
 RESULTS = ROOT / "experiments" / "aot" / "results"
 HEAD = """# What fits where
 
-After reading this page you know which programs fit which pod. Each config of `configs/aot/` names a
+After reading this page you can choose a pod for a program. Each config of `configs/aot/` names a
 model, a program and a pod. `experiments/aot/run.sh` compiles them with `tw aot`, which needs libtpu
-but no TPU, and `make docs` writes this table from the results. Memory is that of one chip: the peak
-of the program, and the memory of the chip. Rows are counted over all chips. A row of a sampler is a
-rollout, and its tokens are the slots of its cache; its temporaries are given as a multiple of the
-cache. If a program does not fit, the table quotes the compiler's error.
+but no TPU, and `make docs` writes this table from the results. The table gives the peak memory of
+the program on one chip, and the memory of the chip. Rows are counted over all chips. A row of a
+sampler is a rollout, and its tokens are the slots of its cache. The temporaries of a sampler are
+given as a multiple of the cache. If a program does not fit, the table quotes the compiler's error.
 
 """
 COLUMNS = (

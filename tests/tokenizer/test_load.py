@@ -318,7 +318,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, files):
 
 
 def test_an_unknown_end_of_sequence_is_refused_with_the_known_ones(files):
-    with pytest.raises(ValueError, match=r"<\|eot_id\|> is no token of .*<\|im_end\|>"):
+    with pytest.raises(ValueError, match=r"<\|eot_id\|> is not a token of .*<\|im_end\|>"):
         load_tokenizer(HuggingFace(path=files["qwen"], eos=("<|eot_id|>",)))
     with pytest.raises(ValueError, match=r"HuggingFace\.eos = \(\)"):
         HuggingFace(path=files["qwen"], eos=())
@@ -340,7 +340,7 @@ def test_a_control_string_of_several_ids_is_named_with_its_ids(tmp_path):
     tokenizer = load_tokenizer(SentencePiece(path=str(tmp_path / "untagged.model")))
     ids = tokenizer.encode("<Thread>").tolist()
     assert len(ids) > 1
-    with pytest.raises(ValueError, match="want one id") as error:
+    with pytest.raises(ValueError, match="must be one id") as error:
         require_single_ids(tokenizer, ("a", "<Thread>"))
     assert f"untagged.model: '<Thread>' is {ids}" in str(error.value)
     assert "train_sentencepiece" in str(error.value)

@@ -57,7 +57,7 @@ def refusal(before, cfg, *, step=5, **contents):
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "change"),
     [
         ("Packing.row_tokens=1024", "Packing.row_tokens = 1024 (was 2048)"),
         ("Packing.window=8", "Packing.window = 8 (was 256)"),
@@ -73,17 +73,18 @@ def refusal(before, cfg, *, step=5, **contents):
         ("Sft.init='elsewhere'", "Sft.init = 'elsewhere' (was None)"),
     ],
 )
-def test_a_run_is_not_resumed_with_another_setting(word, told):
+def test_a_run_is_not_resumed_with_another_setting(word, change):
     sentence = refusal(note(build()), build(word))
     assert sentence == (
-        f"runs/demo/sft holds a run with other settings: {told}. Set them back to resume that run, "
+        "runs/demo/sft holds a run with other settings: "
+        f"{change}. Set them back to resume that run, "
         "or set another Sft.workdir; Sft.init = 'runs/demo/sft/checkpoints' there begins with the "
         "parameters of this one."
     )
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "change"),
     [
         ("Pgrpo.rollouts=4", "Pgrpo.rollouts = 4 (was 8)"),
         ("Sampler.temperature=0.5", "Sampler.temperature = 0.5 (was 1.0)"),
@@ -92,8 +93,8 @@ def test_a_run_is_not_resumed_with_another_setting(word, told):
         ("Evaluation.count=7", "Evaluation.count = 7 (was 200)"),
     ],
 )
-def test_a_reinforcement_run_is_not_resumed_with_another_setting(word, told):
-    assert f": {told}. Set" in refusal(note(build(root=Pgrpo)), build(word, root=Pgrpo))
+def test_a_reinforcement_run_is_not_resumed_with_another_setting(word, change):
+    assert f": {change}. Set" in refusal(note(build(root=Pgrpo)), build(word, root=Pgrpo))
 
 
 def test_a_run_of_another_verb_is_refused_even_if_all_shared_configs_are_equal():
@@ -120,8 +121,8 @@ def test_only_the_fields_of_the_table_may_change(root):
         if name in MAY_CHANGE or f"{name.split('.')[0]}.*" in MAY_CHANGE:
             if name == "Sft.init":
                 continue
-            told = f"{name} = {value} (was 'another')"
-            assert establish(cfg, Kept(before, step=1)).changed == (told,)
+            change = f"{name} = {value} (was 'another')"
+            assert establish(cfg, Kept(before, step=1)).changed == (change,)
         else:
             assert f"{name} = {value} (was 'another')" in refusal(before, cfg, step=1)
 

@@ -99,7 +99,7 @@ def test_a_long_chain_of_extensions_does_not_exhaust_the_stack():
     assert trie.end.tolist() == [1500] * 1500
 
 
-# Grafts.
+# Merging on a prompt.
 
 
 def grown(rng, stem):
@@ -120,7 +120,7 @@ def paths(trie):
 
 
 @hypothesis.given(st.integers(0, 10_000))
-def test_a_graft_has_the_chain_once_and_every_other_node_as_it_was(seed):
+def test_merged_tries_have_the_chain_once_and_every_other_node_as_it_was(seed):
     rng = np.random.default_rng(seed)
     stem = rng.integers(0, 3, rng.integers(1, 5))
     tries = [grown(rng, stem)[0] for _ in range(rng.integers(1, 5))]
@@ -135,7 +135,7 @@ def test_a_graft_has_the_chain_once_and_every_other_node_as_it_was(seed):
     np.testing.assert_array_equal(interval, oracles.visible_by_parents(made.parent))
 
 
-def test_a_graft_never_merges_equal_tokens_below_the_chain():
+def test_merging_on_a_prompt_never_merges_equal_tokens_below_the_chain():
     tries = [tree.build([np.array([7, 8, 1, 2], np.int32)], [None]) for _ in range(3)]
     made = tree.merge_on_prompt(tries, 2)
     assert made.tokens.tolist() == [7, 8, 1, 2, 1, 2, 1, 2]
@@ -143,7 +143,7 @@ def test_a_graft_never_merges_equal_tokens_below_the_chain():
     assert made.end.tolist() == [8, 8, 4, 4, 6, 6, 8, 8]
 
 
-def test_weights_of_the_chain_add_up_in_a_graft():
+def test_weights_of_the_chain_are_added():
     weight = np.array([0, 2, 1], np.float32)
     tries = [tree.build([np.array([7, 8, t], np.int32)], [weight]) for t in (1, 2)]
     assert tree.merge_on_prompt(tries, 2).weight.tolist() == [0, 4, 1, 1]
@@ -153,13 +153,13 @@ def test_weights_of_the_chain_add_up_in_a_graft():
     ("sequences", "stem"),
     [([[1, 2, 3], [1, 3, 3]], 2), ([[1, 2, 3], [1]], 2), ([[1, 2, 3]], 4), ([[1, 2]], -1)],
 )
-def test_a_graft_of_other_chains_is_refused(sequences, stem):
+def test_tries_of_other_chains_are_not_merged(sequences, stem):
     tries = [tree.build([np.array(s, np.int32)], [None]) for s in sequences]
     with pytest.raises(ValueError, match=rf"does not begin with the chain of {stem} tokens"):
         tree.merge_on_prompt(tries, stem)
 
 
-def test_a_graft_of_a_trie_that_branches_inside_the_chain_is_refused():
+def test_a_trie_that_branches_inside_the_chain_is_not_merged():
     branches = tree.build([np.array(s, np.int32) for s in ([1, 2, 3], [1, 4])], [None, None])
     with pytest.raises(ValueError, match="Trie 0 does not begin with the chain of 2 tokens"):
         tree.merge_on_prompt([branches], 2)

@@ -28,7 +28,7 @@ def devices(topology: str) -> list[Any]:
     """The devices of a topology, as libtpu describes them.
 
     Raises:
-      ValueError: If libtpu knows no such topology.
+      ValueError: If libtpu does not have this topology.
       NotImplementedError: If libtpu is not installed.
     """
     # Without these libtpu asks the cloud about its host. The accelerator type is that of any host

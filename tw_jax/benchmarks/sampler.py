@@ -58,10 +58,10 @@ def run(case: SamplerCase) -> BenchmarkReport:
     values["ideal_over_sequential"] = case.lanes
     values[f"{lanes}_over_sequential"] = ms[f"sequential_{first}"] / ms[f"{lanes}_{first}"]
     for prefix in case.prefixes:
-        stored = prefix + case.lanes * case.tokens
+        entries = prefix + case.lanes * case.tokens
         copied = case.lanes * (prefix + case.tokens)
-        values[f"rho_{prefix}"] = 1 - stored / copied
-        values[f"ideal_over_rows_{prefix}"] = copied / stored
+        values[f"rho_{prefix}"] = 1 - entries / copied
+        values[f"ideal_over_rows_{prefix}"] = copied / entries
         rows = ms[f"rows{case.lanes}_{prefix}"]
         values[f"{lanes}_over_rows_{prefix}"] = rows / ms[f"{lanes}_{prefix}"]
     values["recompiles"] = _recompiles(net, params, case)

@@ -172,12 +172,12 @@ def difference(
     """
     with jax.default_matmul_precision("highest"):
         summed = jax.jit(jax.value_and_grad(objective, has_aux=True))
-        ((loss, _), gradient), ((want, _), want_gradient) = (
+        ((loss, _), gradient), ((expected, _), expected_gradient) = (
             jax.device_get(summed(params, batches[name])) for name in ("trie", "rows")
         )
     squares = [
         sum(float(np.square(leaf.astype(np.float64)).sum()) for leaf in jax.tree.leaves(tree))
-        for tree in (jax.tree.map(np.subtract, gradient, want_gradient), want_gradient)
+        for tree in (jax.tree.map(np.subtract, gradient, expected_gradient), expected_gradient)
     ]
-    apart = abs(float(loss) - float(want)) / (abs(float(want)) if size is None else size)
+    apart = abs(float(loss) - float(expected)) / (abs(float(expected)) if size is None else size)
     return apart, (squares[0] / squares[1]) ** 0.5

@@ -1,8 +1,8 @@
-"""Tokens in total, on the longest path, and the ratios between them: one definition for all.
+"""Token costs of a trajectory: all tokens, tokens on the longest path, and their ratios.
 
-There are two readings. `cost_from_ids` reads the structure of a text as ThreadWeaver's reward does;
-prompt tokens are out unless asked for. `cost_from_calls` counts the calls that were made in
-parallel, so threads that a model wrote one after the other earn nothing.
+There are two ways to count. `cost_from_ids` reads the structure from the text, as ThreadWeaver's
+reward does. `cost_from_calls` counts the calls that were made in parallel, so threads that a model
+wrote one after another save nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tw_jax.tokenizer.interface import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Tags:
-    """The four ids that the structure is read from."""
+    """The ids of the four tags from which the structure is read."""
 
     parallel: int
     end_parallel: int
@@ -37,11 +37,11 @@ class Cost:
     """Token counts of one trajectory.
 
     Attributes:
-      total: all tokens.
-      longest: tokens on the critical path; thread wrappers count, of bodies only the longest.
-      in_blocks: tokens inside blocks, wrappers included.
-      blocks: number of blocks.
-      threads: number of threads.
+      total: All tokens.
+      longest: Tokens on the critical path. All thread tags count, but only the longest body.
+      in_blocks: Tokens inside blocks, thread tags included.
+      blocks: Number of blocks.
+      threads: Number of threads.
     """
 
     total: int
@@ -57,7 +57,7 @@ class Cost:
 
     @property
     def parallel_ratio(self) -> float:
-        """Share of the tokens that stand inside blocks."""
+        """Share of the tokens that are inside blocks."""
         return self.in_blocks / self.total if self.total else 0.0
 
     @property
@@ -72,16 +72,17 @@ class Cost:
 
 
 def cost_from_ids(ids: np.ndarray, tags: Tags) -> Cost:
-    """One pass over ids. Source: ThreadWeaver (arXiv:2512.07843), acceleration reward.
+    """The cost of a text, read from its tags in one pass.
 
-    Outside blocks every token is sequential. Inside a block but outside threads tokens, thread
-    tags included, belong to the block's sequential part; a thread's body runs to its `</Thread>`,
-    whatever else it holds. An open thread or block is closed at the end.
+    Outside blocks every token is sequential. Inside a block, tokens outside threads and the thread
+    tags are sequential too. The body of a thread ends at its `</Thread>` and may contain any other
+    token. A thread or block that is still open ends with the text.
+    Source: ThreadWeaver (arXiv:2512.07843), acceleration reward.
 
     Args:
-      ids: [n] int32; leave the prompt out (`ids[prompt_tokens:]`), or keep it in as the
-        reference's reward does.
-      tags: the four tag ids.
+      ids: [n] int32. Leave out the prompt (`ids[prompt_tokens:]`), or include it as the reference's
+        reward does.
+      tags: The four tag ids.
     """
     sequential = longest_threads = in_threads = in_blocks = blocks = threads = 0
     inside = in_thread = False
@@ -122,9 +123,9 @@ def cost_from_ids(ids: np.ndarray, tags: Tags) -> Cost:
 
 
 def cost_from_calls(trajectory: Trajectory) -> Cost:
-    """What was really sampled, and the longest chain of it: each round costs its longest thread.
+    """The cost in sampled tokens. On the longest path, each round costs its longest thread.
 
-    Forced and prompt tokens are out: they take prefill, not decoding steps.
+    Forced tokens and prompt tokens do not count, because they take prefill and no decoding steps.
     """
     parent = sum(len(call.sampled) for call in trajectory.calls if not call.is_thread)
     rounds: dict[int | str, list[int]] = defaultdict(list)

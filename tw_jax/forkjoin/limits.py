@@ -1,4 +1,4 @@
-"""Limits and policies of fork and join; every method and the jitted sampler read the same ones."""
+"""Limits and policies of fork and join, for every method and for the jitted sampler."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ class ForkJoin:
     """Limits and policies of fork and join.
 
     Attributes:
-      max_context: tokens of the joined path, prompt included.
-      max_new: tokens after the prompt, forced ones included.
-      max_thread: sampled tokens of one thread.
-      max_threads: threads of one fork; the outlines after them are dropped and counted.
-      max_rounds: forks of one rollout.
-      unfinished_thread: after a thread without `</Thread>`: "continue" closes it and goes on,
-        "abort" also forces `</Parallel>` and ends the rollout (the reference).
-      parallel: False decodes in one call that stops at an end of sequence only (the AR baseline).
+      max_context: Maximum tokens of the joined path, prompt included.
+      max_new: Maximum tokens after the prompt, forced ones included.
+      max_thread: Maximum sampled tokens of one thread.
+      max_threads: Maximum threads of one fork. Further outlines are dropped and counted.
+      max_rounds: Maximum forks of one rollout.
+      unfinished_thread: What follows a thread without `</Thread>`. "continue" closes the thread and
+        continues the rollout. "abort" also forces `</Parallel>` and ends the rollout, as the
+        reference does.
+      parallel: False decodes in one call that stops only at an end of sequence, as the AR baseline.
     """
 
     max_context: int = 40_960

@@ -1,9 +1,9 @@
 """Trajectories from written text or recorded calls, through the protocol that inference runs.
 
-Training contexts are inference contexts by construction. `replay` answers each request with the ids
-of a text at that place and compares every forced id with it. Text that the protocol would not have
-produced is refused with its place and never repaired. `rebuild` answers with recorded calls, those
-of the jitted sampler or of a file.
+So training contexts always equal inference contexts. `replay` answers each request with the ids of
+a text at that position and compares every forced id with the text. A text that the protocol would
+not have produced is refused with its position and never repaired. `rebuild` answers with recorded
+calls of the jitted sampler or of a file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ReplayError(ValueError):
 def _run(
     protocol: Protocol, prompt: np.ndarray, answer: Callable[[Sequence[Request]], list[Result]]
 ) -> Trajectory:
-    """Drives `steps` with answers that are known; the orchestrator does so with an engine."""
+    """Drives `steps` with prepared answers; the orchestrator does the same with an engine."""
     rollout = steps(protocol, prompt)
     try:
         requests = next(rollout)
@@ -52,7 +52,7 @@ class _Written:
         self._matched = 0  # ids that some context has been compared with, or that were answered
 
     def answer(self, requests: Sequence[Request]) -> list[Result]:
-        """Parent and thread calls; what a join forces is compared with the next parent context."""
+        """Answers calls. The ids that a join forces are compared in the next parent call."""
         if len(requests) == 1 and not requests[0].path:
             return [self._parent(requests[0])]
         answers, at = [], self._matched
@@ -93,24 +93,24 @@ class _Written:
         return self._ids[at : at + length]
 
     def _ends(self, stops: frozenset[int]) -> np.ndarray:
-        """Where the stop ids stand in the text; found once, because a text may stop often."""
+        """Positions of the stop ids in the text; computed once, because there may be many calls."""
         if stops not in self._stops:
             self._stops[stops] = np.flatnonzero(np.isin(self._ids, list(stops)))
         return self._stops[stops]
 
-    def _match(self, want: np.ndarray, at: int, what: str) -> None:
-        have = self._ids[at : at + len(want)]
-        differs = have != want[: len(have)]
-        if len(have) == len(want) and not differs.any():
+    def _match(self, expected: np.ndarray, at: int, what: str) -> None:
+        have = self._ids[at : at + len(expected)]
+        differs = have != expected[: len(have)]
+        if len(have) == len(expected) and not differs.any():
             return
         first = int(differs.argmax()) if differs.any() else len(have)
         found = f"{have[first]}" if first < len(have) else "the end of the text"
         raise ReplayError(
-            f"Token {at + first} is {found} where the protocol forces {want[first]} ({what}). The "
-            "text is not in canonical form, a block has more than ForkJoin.max_threads threads, or "
-            "the tokenizer joins a forced token with its neighbour.",
+            f"Token {at + first} is {found} where the protocol forces {expected[first]} ({what}). "
+            "The text is not in canonical form, or a block has more than ForkJoin.max_threads "
+            "threads, or the tokenizer joins a forced token with its neighbour.",
             at + first,
-            (int(want[first]), what),
+            (int(expected[first]), what),
         )
 
 
@@ -118,13 +118,13 @@ def replay(protocol: Protocol, ids: np.ndarray, prompt_tokens: int) -> Trajector
     """The calls that inference would have made to write this text.
 
     Args:
-      protocol: the method; its limits apply.
+      protocol: The method, with its limits.
       ids: [n] int32, prompt and response, with the end of sequence that was sampled.
-      prompt_tokens: how many leading ids are the prompt.
+      prompt_tokens: Length of the prompt.
 
     Raises:
-      ReplayError: the text differs from what the protocol forces, ends early, or goes on after
-        its end of sequence.
+      ReplayError: If the text differs from the ids that the protocol forces, ends early, or
+        continues after its end of sequence.
     """
     ids = np.asarray(ids, np.int32)
     trajectory = _run(protocol, ids[:prompt_tokens], _Written(ids).answer)
@@ -135,7 +135,7 @@ def replay(protocol: Protocol, ids: np.ndarray, prompt_tokens: int) -> Trajector
         at = int(differs.argmax()) if differs.any() else length
         raise ReplayError(
             f"Replay ends by {trajectory.finish!r} after {len(made)} tokens and the text has "
-            f"{len(ids)}; they part at token {at}. Cut the text at its end of sequence, or raise "
+            f"{len(ids)}; they differ at token {at}. Cut the text at its end of sequence, or raise "
             "the limits in ForkJoin.",
             at,
         )
@@ -177,15 +177,15 @@ class _Recorded:
 
 
 def rebuild(protocol: Protocol, prompt: np.ndarray, calls: Sequence[Result]) -> Trajectory:
-    """The trajectory of recorded calls: contexts, forced ids and joins are the protocol's.
+    """The trajectory of recorded calls. The protocol adds contexts, forced ids and joins.
 
     Args:
-      protocol: with the limits under which the calls were drawn.
+      protocol: The protocol, with the limits under which the calls were drawn.
       prompt: [n] int32 ids.
-      calls: what was drawn, in protocol order.
+      calls: The recorded calls, in protocol order.
 
     Raises:
-      RecordError: the protocol would have made other calls.
+      RecordError: If the protocol would have made other calls.
     """
     recorded = _Recorded(calls)
     trajectory = _run(protocol, np.asarray(prompt, np.int32), recorded.answer)

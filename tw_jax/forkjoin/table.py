@@ -1,4 +1,4 @@
-"""`Table`: what the jitted sampler must know of a method, as ids and arrays.
+"""`Table`: the ids and arrays of a method that the jitted sampler needs.
 
 A method that runs inside the jitted program writes numbered outlines, forks at one id, forces a
 header in each thread and ends a thread at another id. Which ids these are, and how numbers are
@@ -40,7 +40,7 @@ class Table:
       eos: [E] int32 ids that end a sequence.
       next_state: [5, V] int8 automaton over outline numbers, by state and token.
       pushed: [5, V] int32 number characters that the token adds, as base-11 digits.
-      pushed_length: [5, V] int8 how many.
+      pushed_length: [5, V] int8, the number of these characters.
       completes: [5, V] bool, the token closes a number with its colon.
       character: [11] int32 ids of "0".."9" and ".".
       label: [99, W] int32 ids of "1".."99" as the tokenizer writes them, and

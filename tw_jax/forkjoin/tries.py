@@ -1,8 +1,8 @@
-"""Rollouts' calls to their training tries: the hand-over from `Trajectory` to `Trie`.
+"""Builds the training tries of rollouts from their calls.
 
-Which tokens are trained is decided here and nowhere else; how sequences merge is `trie/tree.py`.
-A trajectory becomes a trie, and the rollouts of one prompt become a `Group`, one trie that also
-records for each node which call drew it and the sampler's log-prob. Rewards play no part here.
+Only this file decides which tokens are trained. Sequences are merged in `trie/tree.py`. A
+trajectory becomes a trie. The rollouts of one prompt become a `Group`: one trie that also records
+for each node the call that drew it and the sampler's log-prob.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Group:
     """Rollouts of one prompt in one trie: the prompt once, then the nodes of each rollout.
 
     Attributes:
-      trie: weight 1 on the nodes that some call drew, 0 elsewhere.
-      rollout: [n] int32, which rollout a node belongs to; -1 on the prompt.
-      call: [n] int32, which of its rollout's calls drew the node; -1 where it was not drawn.
-      logp: [n] float32 nats, what the sampler recorded; 0 where the node was not drawn.
+      trie: The trie, with weight 1 on the nodes that a call drew and 0 elsewhere.
+      rollout: [n] int32, the rollout of a node; -1 on the prompt.
+      call: [n] int32, the call of that rollout which drew the node; -1 if it was not drawn.
+      logp: [n] float32, the log-prob in nats that the sampler recorded; 0 if it was not drawn.
     """
 
     trie: Trie
@@ -39,9 +39,9 @@ class Group:
 def trajectory_trie(trajectory: Trajectory) -> Trie:
     """The trie of a rollout: its joined path, then every call; weight 1 on sampled tokens.
 
-    Forced, returned and prompt tokens carry no loss: exactly the tokens that the model drew are
-    trained, each in the context in which it was drawn. Source: ThreadWeaver
-    (arXiv:2512.07843), the figure of decomposed training.
+    Exactly the tokens that the model drew are trained, each in the context in which it was drawn.
+    Forced, returned and prompt tokens have no loss. Source: ThreadWeaver (arXiv:2512.07843), the
+    figure of decomposed training.
     """
     calls = [call for call in trajectory.calls if len(call.sampled)]
     return _merge(trajectory, calls, (np.ones(len(call.sampled), np.float32) for call in calls))
@@ -59,17 +59,16 @@ def group_tries(
     """The rollouts of one prompt as tries that share the prompt and nothing else.
 
     Args:
-      trajectories: K rollouts; `Group.rollout` counts them in this order, whatever part they are
-        in.
-      max_tokens: nodes of one trie, at most those of a row. Longer groups are cut between
-        rollouts into several, and each has the prompt; a rollout that alone is longer is in none.
-        Smaller parts fill rows better, larger ones share more; None never cuts.
+      trajectories: K rollouts. `Group.rollout` counts them in this order, in every part.
+      max_tokens: Maximum number of nodes of a trie, at most the length of a row. A larger group is
+        cut between rollouts into several parts, and each has the prompt. A rollout that alone is
+        larger is left out. Smaller parts fill rows better, larger ones share more. None never cuts.
 
     Returns:
-      The parts of the group, one where it fits.
+      The parts of the group, a single one if it fits.
 
     Raises:
-      ValueError: the prompts differ, a call has no log-probs, or two calls of a rollout drew the
+      ValueError: If the prompts differ, a call has no log-probs, or two calls of a rollout drew the
         same token in the same context.
     """
     rollouts = [_rollout(number, trajectory) for number, trajectory in enumerate(trajectories)]
@@ -85,13 +84,13 @@ def group_tries(
             parts.append([])
             size = len(trie)
         parts[-1].append(number)
-    return [_graft(rollouts, part, stem) for part in parts]
+    return [_join(rollouts, part, stem) for part in parts]
 
 
 class _Rollout(NamedTuple):
     trie: Trie
-    call: np.ndarray  # [n] int32, which drew the node, or -1
-    logp: np.ndarray  # [n] float32, the sampler's
+    call: np.ndarray  # [n] int32, the call that drew the node, or -1
+    logp: np.ndarray  # [n] float32, from the sampler
 
 
 def _rollout(number: int, trajectory: Trajectory) -> _Rollout:
@@ -111,12 +110,13 @@ def _rollout(number: int, trajectory: Trajectory) -> _Rollout:
             )
         logp.append(call.logp)
     sizes = [len(call.sampled) for call in calls]
-    # Sampled tokens are counted from 1 through all calls, and a node's weight says which it is.
+    # Sampled tokens are numbered from 1 through all calls, and the number is the node's weight.
     bounds = np.cumsum([1, *sizes])
     counted = (np.arange(low, high, dtype=np.float32) for low, high in itertools.pairwise(bounds))
     trie = _merge(trajectory, calls, counted)
     which = trie.weight.astype(np.int64)
-    # Weights add up where two calls drew the same node, and float32 ends at 2^24: both show here.
+    # If two calls drew the same node, their weights were added. Beyond 2^24, float32 is not exact.
+    # Both are found here.
     if not np.array_equal(np.sort(which[which > 0]), np.arange(1, bounds[-1])):
         raise ValueError(
             f"Two calls of rollout {number} drew the same token in the same context. Every sampled "
@@ -127,7 +127,7 @@ def _rollout(number: int, trajectory: Trajectory) -> _Rollout:
     return _Rollout(trie, numbers[which], np.concatenate(logp, dtype=np.float32)[which])
 
 
-def _graft(rollouts: Sequence[_Rollout], part: Sequence[int], stem: int) -> Group:
+def _join(rollouts: Sequence[_Rollout], part: Sequence[int], stem: int) -> Group:
     tries = [rollouts[number].trie for number in part]
     sizes = [stem, *(len(trie) - stem for trie in tries)]
 
@@ -144,12 +144,12 @@ def _graft(rollouts: Sequence[_Rollout], part: Sequence[int], stem: int) -> Grou
 
 def _merge(trajectory: Trajectory, calls: Sequence[Call], weights: Iterable[np.ndarray]) -> Trie:
     """The trie of the joined path and of calls whose sampled tokens have weights."""
-    # Generators: the contexts of all calls together are several times the trie.
+    # Generators, because the contexts of all calls are several times as large as the trie.
     sequences = (np.concatenate([call.context, call.sampled]) for call in calls)
     padded = (
         np.concatenate([np.zeros(len(call.context), np.float32), weight])
         for call, weight in zip(calls, weights, strict=True)
     )
     trie = build(itertools.chain([trajectory.ids], sequences), itertools.chain([None], padded))
-    # Sharing is measured against one row per call, which the joined path is not.
+    # Sharing is compared to one row per call, and the joined path is not a call.
     return dataclasses.replace(trie, source_tokens=trie.source_tokens - len(trajectory.ids))

@@ -144,13 +144,13 @@ def read_params(
     folder = Path(folder)
     net = network(model)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
-    stored = _open(folder)
-    _refuse_others(folder, stored, model)
+    file_tensors = _open(folder)
+    _refuse_others(folder, file_tensors, model)
     places = _places(net, shapes, mesh, rules)
     params: Params = {}
     for row in _rows(model):
         shape, place = (_at(tree, row.path) for tree in (shapes, places))
-        _put(params, row.path, _assembled(stored, row, model, shape, place))
+        _put(params, row.path, _assembled(file_tensors, row, model, shape, place))
     return params
 
 
@@ -164,7 +164,7 @@ def _places(
 
 
 def _assembled(
-    stored: Mapping[str, Any],
+    file_tensors: Mapping[str, Any],
     row: _Row,
     model: Model,
     shape: jax.ShapeDtypeStruct,
@@ -172,7 +172,7 @@ def _assembled(
 ) -> jax.Array:
     """One of our arrays. Layers are written one by one into the stacked array on its devices."""
     if row.path[0] != "blocks":
-        return _tensor(stored[row.name], row, model, shape, place)
+        return _tensor(file_tensors[row.name], row, model, shape, place)
     one = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
     of_one = place
     if isinstance(place, jax.sharding.NamedSharding):
@@ -184,13 +184,17 @@ def _assembled(
         donate_argnums=0,
     )
     for layer in range(model.num_layers):
-        new = _tensor(stored[row.name.format(layer)], row, model, one, of_one)
+        new = _tensor(file_tensors[row.name.format(layer)], row, model, one, of_one)
         stack = put(stack, new, layer)
     return stack
 
 
 def _tensor(
-    stored: Any, row: _Row, model: Model, shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding
+    file_tensor: Any,
+    row: _Row,
+    model: Model,
+    shape: jax.ShapeDtypeStruct,
+    place: jax.sharding.Sharding,
 ) -> jax.Array:
     """One tensor, read piece by piece. A piece that several devices hold is read once."""
     devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
@@ -200,7 +204,7 @@ def _tensor(
         devices.setdefault(piece, []).append(device)
     arrays = []
     for piece, holders in devices.items():
-        read = _read(stored, row, [slice(*bounds) for bounds in piece])
+        read = _read(file_tensor, row, [slice(*bounds) for bounds in piece])
         read = np.ascontiguousarray(read, shape.dtype)
         # Without waiting, the pieces of all devices would be in host memory at the same time.
         arrays += jax.block_until_ready([jax.device_put(read, device) for device in holders])
@@ -208,9 +212,9 @@ def _tensor(
     return jax.make_array_from_single_device_arrays(shape.shape, place, arrays)
 
 
-def _read(stored: Any, row: _Row, piece: Sequence[slice]) -> np.ndarray:
+def _read(file_tensor: Any, row: _Row, piece: Sequence[slice]) -> np.ndarray:
     """A piece of our array of one layer; only this piece is read from disk."""
-    return stored[tuple(piece[::-1])].T if row.is_transposed else stored[tuple(piece)]
+    return file_tensor[tuple(piece[::-1])].T if row.is_transposed else file_tensor[tuple(piece)]
 
 
 def named(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
@@ -351,7 +355,7 @@ def _write_json(file: Path, content: Any) -> None:
 
 def _open(folder: Path) -> dict[str, Any]:
     """Every tensor of a folder by name, as a slice object that reads from disk."""
-    stored: dict[str, Any] = {}
+    file_tensors: dict[str, Any] = {}
     for file in weight_files(folder):
         try:
             opened: Any = safe_open(file, framework="np")
@@ -360,8 +364,8 @@ def _open(folder: Path) -> dict[str, Any]:
                 f"{file}: not a whole safetensors file ({error}). It has "
                 f"{file.stat().st_size:,} bytes; copy or download it again."
             ) from None
-        stored |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-    return stored
+        file_tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return file_tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -408,24 +412,24 @@ def _named_shards(index: Path) -> list[str]:
     return sorted(set(where.values()))
 
 
-def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> None:
+def _refuse_others(folder: Path, file_tensors: Mapping[str, Any], model: Model) -> None:
     """Raises ValueError with the names of the first tensors that do not fit the model."""
-    want = tensor_shapes(model)
-    have = {name: tuple(stored[name].get_shape()) for name in stored}
-    missing = [name for name in want if name not in have]
-    spare = [name for name in have if name not in want and not _BUFFER.fullmatch(name)]
+    expected = tensor_shapes(model)
+    have = {name: tuple(file_tensors[name].get_shape()) for name in file_tensors}
+    missing = [name for name in expected if name not in have]
+    spare = [name for name in have if name not in expected and not _BUFFER.fullmatch(name)]
     if model.tie_embeddings and "lm_head.weight" in spare:
         spare.remove("lm_head.weight")
-        _require_tied(folder, stored)
+        _require_tied(folder, file_tensors)
     wrong = [
-        f"{n} is {list(have[n])} and must be {list(want[n])}"
-        for n in want
-        if have.get(n, want[n]) != want[n]
+        f"{n} is {list(have[n])} and must be {list(expected[n])}"
+        for n in expected
+        if have.get(n, expected[n]) != expected[n]
     ]
     odd = [
-        f"{n} is {stored[n].get_dtype()}"
-        for n in want
-        if n in have and stored[n].get_dtype() not in _DTYPES
+        f"{n} is {file_tensors[n].get_dtype()}"
+        for n in expected
+        if n in have and file_tensors[n].get_dtype() not in _DTYPES
     ]
     for problem, names in (
         ("tensors are missing", missing),
@@ -437,12 +441,13 @@ def _refuse_others(folder: Path, stored: Mapping[str, Any], model: Model) -> Non
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             raise ValueError(
                 f"{folder}: {len(names)} {problem}: {shown}. According to its config.json it must "
-                f"have {len(want)} tensors, of a {family_of(model)} with {model.num_layers} layers."
+                f"have {len(expected)} tensors, of a {family_of(model)} with {model.num_layers} "
+                "layers."
             )
 
 
-def _require_tied(folder: Path, stored: Mapping[str, Any]) -> None:
-    embed, head = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
+def _require_tied(folder: Path, file_tensors: Mapping[str, Any]) -> None:
+    embed, head = file_tensors["model.embed_tokens.weight"], file_tensors["lm_head.weight"]
     rows, step = embed.get_shape()[0], 4096
     parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
     same = embed.get_shape() == head.get_shape() and all(

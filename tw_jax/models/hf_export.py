@@ -1,7 +1,8 @@
-"""From a folder of checkpoints to a Hugging Face folder that any engine serves.
+"""Exports a checkpoint as a Hugging Face folder that other engines can serve.
 
-The checkpoint knows its model and has the tokenizer and the other small files beside it. Every
-process of a job reads its part of the parameters; process 0 writes, one gathered tensor at a time.
+The checkpoint records its model, and the tokenizer and the other small files are beside it. Every
+process of a job reads its part of the parameters. Process 0 gathers and writes one tensor at a
+time.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from tw_jax.sharding import Mesh, Rules
 
 @configurable
 class Export:
-    """From the newest of our checkpoints to a Hugging Face folder, `hf/` of the workdir.
+    """Exports the newest checkpoint as a Hugging Face folder, `hf/` of the workdir.
 
-    Adapters are merged into the weights. The tokenizer's file and what an import kept of its source
-    (chat template, generation settings, licence, fields of config.json) go along.
+    Adapters are merged into the weights. The tokenizer's file is copied, and so are the files that
+    an import kept of its source (chat template, generation settings, licence, config.json).
 
     Attributes:
-      checkpoint: folder of a run's checkpoints.
-      dtype: of the tensors written.
-      mesh: devices that the checkpoint is read onto.
-      rules: how parameters are split over them.
+      checkpoint: Folder of a run's checkpoints.
+      dtype: Dtype of the tensors in the files.
+      mesh: Devices onto which the checkpoint is read.
+      rules: How parameters are split over them.
     """
 
     checkpoint: str
@@ -39,12 +40,12 @@ class Export:
     rules: Rules = Rules()
 
     def check(self) -> None:
-        """Refuses a folder without a name."""
+        """Refuses an empty path."""
         require_text(self, "checkpoint")
 
 
 class Exported(NamedTuple):
-    """Which checkpoint was written, and its model."""
+    """The step of the exported checkpoint, and its model."""
 
     step: int
     model: Model
@@ -53,11 +54,11 @@ class Exported(NamedTuple):
 def export_folder(job: Export, folder: Path) -> Exported:
     """Writes the newest checkpoint as a Hugging Face folder.
 
-    After an error the folder is as it was.
+    After an error the folder is unchanged.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      ValueError: an earlier version wrote the checkpoint, without its model.
+      FileNotFoundError: If there is no checkpoint.
+      ValueError: If an earlier version wrote the checkpoint without its model.
     """
     record = read_record(job.checkpoint)
     model = record.config.model

@@ -1,7 +1,7 @@
 """The small files of a Hugging Face folder: tokenizer, chat template, generation settings, licence.
 
-They go along from a folder of the Hub into the folder of checkpoints, and from there into an
-export. This file reads no weights; `models/hf_import.py` and `models/hf_export.py` use it.
+An import copies them from a folder of the Hub into the folder of checkpoints, and an export copies
+them from there. This file reads no weights.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ NAMES = (
     *("chat_template.jinja", "chat_template.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
 )
-"""The files that go along beside tokenizer.json: no code, no weights, nothing unknown."""
+"""The files that are copied beside tokenizer.json. No code and no weights are among them."""
 
 
 def read(folder: Path) -> dict[str, bytes]:
     """The content of tokenizer.json and of the files of `NAMES` that a folder has, by name.
 
     Raises:
-      ValueError: one of them is a link that leads out of the folder.
+      ValueError: If one of them is a link that leads out of the folder.
     """
     found = [folder / name for name in (TOKENIZER, *NAMES)]
     found = [file for file in found if file.is_symlink() or file.exists()]
@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def require_own(file: Path, folder: Path) -> None:
-    """Refuses what is no regular file of a folder, or of the Hub's cache that it is part of."""
+    """Refuses a file that is not a regular file of a folder, or of the Hub's cache around it."""
     places, inside = [folder], folder.resolve()
     # The Hub's cache keeps models--NAME/snapshots/COMMIT/FILE as links to models--NAME/blobs/HASH.
     if inside.parent.name == "snapshots" and inside.parent.parent.name.startswith("models--"):
@@ -51,10 +51,10 @@ def require_own(file: Path, folder: Path) -> None:
 
 
 def parsed(contents: Mapping[str, bytes], name: str, *, source: str | Path) -> dict[str, Any]:
-    """The JSON object of one of the files; {} where it is not there.
+    """The JSON object of one of the files; {} if the file is missing.
 
     Raises:
-      ValueError: it is no JSON object.
+      ValueError: If it is not a JSON object.
     """
     if name not in contents:
         return {}
@@ -67,13 +67,13 @@ def with_control_tokens(
     """Adds control tokens to the tokenizer's files.
 
     Returns:
-      (all files, the tokens that tokenizer.json did not have).
+      (all files, the added tokens).
     """
     path = f"{source}/{TOKENIZER}"
     content, added = add_control_tokens(contents[TOKENIZER], source=path, control=control)
     contents = {**contents, TOKENIZER: content}
     fields = parsed(contents, "tokenizer_config.json", source=source)
-    # Where this table exists, some engines read added tokens from it alone.
+    # If this table exists, some engines read added tokens only from it.
     if added and isinstance(fields.get("added_tokens_decoder"), dict):
         flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         for token in added:
@@ -84,37 +84,37 @@ def with_control_tokens(
 
 
 def as_json(content: Any) -> bytes:
-    """A JSON file."""
+    """The content of a JSON file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def chat_of(contents: Mapping[str, bytes], *, source: str | Path) -> Chat:
-    """The chat template's family: by the template where there is one, else by special tokens.
+    """The family of a chat template, from the template or, if there is none, from special tokens.
 
-    A template is only searched for the special tokens that it writes; it is never run.
+    A template is never executed. It is only searched for the special tokens that it writes.
     """
     fields = parsed(contents, "tokenizer_config.json", source=source)
     template = json.dumps(fields.get("chat_template") or "")
     for name in ("chat_template.jinja", "chat_template.json"):
         template += contents.get(name, b"").decode("utf-8", errors="replace")
-    known = template
+    searched = template
     if template == '""':
-        known = "".join(read_vocabulary(contents[TOKENIZER], source=f"{source}/{TOKENIZER}"))
-    if "<|im_start|>" in known and "<|im_end|>" in known:
+        searched = "".join(read_vocabulary(contents[TOKENIZER], source=f"{source}/{TOKENIZER}"))
+    if "<|im_start|>" in searched and "<|im_end|>" in searched:
         return Chat(template="qwen")
-    if "<|start_header_id|>" in known and "<|eot_id|>" in known:
+    if "<|start_header_id|>" in searched and "<|eot_id|>" in searched:
         return Chat(template="llama")
     return Chat(template="plain")
 
 
 def eos_of(contents: Mapping[str, bytes], chat: Chat, *, source: str | Path) -> tuple[str, ...]:
-    """The tokens that end a sampled text, the one that ends an answer of the template first.
+    """The tokens that end a sampled text. The one that ends an answer of the template is first.
 
-    The others are those that tokenizer_config.json, generation_config.json and config.json name and
-    tokenizer.json has.
+    The others are named by tokenizer_config.json, generation_config.json and config.json. Only
+    tokens of tokenizer.json are returned.
 
     Returns:
-      Each token once; () where none is named.
+      Each token once; () if none is named.
     """
     ids = read_vocabulary(contents[TOKENIZER], source=f"{source}/{TOKENIZER}")
     texts = {id: text for text, id in ids.items()}

@@ -1,7 +1,7 @@
-"""From a Hugging Face folder to a folder of checkpoints that is enough to train and sample from.
+"""Imports a Hugging Face folder as a folder of checkpoints, from which models train and sample.
 
-`checkpoints/` gets the parameters as step 0, the tokenizer with its control tokens, and in `hf/`
-the small files that an export needs. Every process of a job reads its part of the weights.
+`checkpoints/` receives the parameters as step 0, the tokenizer with its control tokens, and in
+`hf/` the small files that an export needs. Every process of a job reads its part of the weights.
 """
 
 from __future__ import annotations
@@ -32,25 +32,28 @@ from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 @configurable
 class Import:
-    """From a Hugging Face folder to `checkpoints/` of the workdir.
+    """Imports a Hugging Face folder into `checkpoints/` of the workdir.
 
-    Beside the parameters it gets the tokenizer and, in `hf/`, the config, the chat template and the
-    licence, and no other file: no code and no weights of other formats. A link that leads out of
-    the folder is refused, except into the `blobs` of the Hub's cache that the folder belongs to.
+    The parameters and the tokenizer are imported, and the config, the chat template and the licence
+    are copied to `hf/`. No other file is copied: no code and no weights of other formats. A link
+    that leads out of the folder is refused, except into the `blobs` of the Hub's cache that the
+    folder belongs to.
 
     Attributes:
-      source: the folder, with config.json, safetensors and tokenizer.json, or tokenizer.model where
-        train_sentencepiece wrote it.
-      param_dtype: of the parameters; training wants float32, which holds bfloat16 exactly.
-      compute_dtype: of activations.
-      control_tokens: whether the tokenizer gets the control tokens that it lacks and the model
-        their rows. Without them the model can be exported and compared, but not trained or sampled.
-      vocab_multiple: the number of rows then is a multiple of this, so that a mesh can split them.
-      eos: tokens that end a sampled text; None takes those that the folder's files name.
-      chat: how a question becomes a prompt; None takes the family of the folder's chat template
-        (qwen or llama), or plain.
-      mesh: devices that the parameters are read onto.
-      rules: how parameters are split over them.
+      source: The folder, with config.json, safetensors, and tokenizer.json or a tokenizer.model
+        that train_sentencepiece wrote.
+      param_dtype: Dtype of the parameters. Use float32 for training; it holds bfloat16 exactly.
+      compute_dtype: Dtype of activations.
+      control_tokens: Whether control tokens that are missing are added to the tokenizer, and rows
+        for them to the model. A model without them can be exported and compared, but not trained or
+        sampled.
+      vocab_multiple: If control tokens are added, the number of rows is rounded up to a multiple of
+        this, so that a mesh can split them.
+      eos: Tokens that end a sampled text; None takes those that the folder's files name.
+      chat: The chat template; None takes the family of the folder's template (qwen or llama), or
+        plain.
+      mesh: Devices onto which the parameters are read.
+      rules: How parameters are split over them.
     """
 
     source: str
@@ -64,7 +67,7 @@ class Import:
     rules: Rules = Rules()
 
     def check(self) -> None:
-        """Refuses a folder without a name, and a multiple below one."""
+        """Refuses an empty path, a multiple below 1 and an empty `eos`."""
         require_text(self, "source")
         require(self, "vocab_multiple", least=1)
         if self.eos is not None:
@@ -77,15 +80,15 @@ class Import:
 
 
 def import_folder(job: Import, folder: Path) -> LanguageModel:
-    """Reads a Hugging Face folder and writes `folder`/checkpoints; returns what it holds.
+    """Reads a Hugging Face folder and writes `folder`/checkpoints; returns its config.
 
-    All is written into a new folder in `folder`, and moved to its place when it is complete. After
-    an error `folder` is as it was.
+    All files are written into a new folder inside `folder`, which is moved to its place when it is
+    complete. After an error `folder` is unchanged.
 
     Raises:
-      FileNotFoundError: a file of the source is not there.
-      ValueError: see `hf.read_params` and `hf_config.read_model`; or an import is there already; or
-        a file is a link that leaves the source; or the ends of sequence cannot be found.
+      FileNotFoundError: If a file of the source is missing.
+      ValueError: If an import already exists, if a file is a link that leaves the source, if no end
+        of sequence is found, or as in `hf.read_params` and `hf_config.read_model`.
     """
     place = folder / "checkpoints"
     source = Path(job.source)
@@ -93,7 +96,7 @@ def import_folder(job: Import, folder: Path) -> LanguageModel:
     def read() -> tuple[Model, dict[str, bytes]]:
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
             raise ValueError(
-                f"{place} is there already, and an import needs an empty place. Delete it to "
+                f"{place} exists already, and an import needs an empty folder. Delete it to "
                 "import again, or set Convert.workdir to another folder."
             )
         model = hf_config.read_model(source)
@@ -116,7 +119,7 @@ def import_folder(job: Import, folder: Path) -> LanguageModel:
 
 @contextlib.contextmanager
 def _building(part: Path) -> Iterator[Path]:
-    """A new folder that process 0 makes for all, and deletes after the block."""
+    """A new folder that process 0 creates for all processes and deletes after the block."""
     with folders.building(part) if hosts.is_first() else contextlib.nullcontext():
         hosts.gather("made")
         yield part
@@ -126,7 +129,7 @@ def _building(part: Path) -> Iterator[Path]:
 def _write(
     checkpoints: Path, job: Import, model: Model, contents: Mapping[str, bytes]
 ) -> LanguageModel:
-    """Writes the parameters as step 0, and the files beside it."""
+    """Writes the parameters as step 0, and the files beside it; returns the config."""
     source = Path(job.source)
     contents, words = _tokenizer_files(job, contents)
     chat, tokenizer = _language(job, contents)
@@ -158,7 +161,7 @@ def _write(
 def _tokenizer_files(
     job: Import, contents: Mapping[str, bytes]
 ) -> tuple[Mapping[str, bytes], dict[int, list[int]]]:
-    """The files with control tokens, and the ids of the word that each added one stands for."""
+    """The files with control tokens, and by id of each added token the ids of its word."""
     if not job.control_tokens or hf_files.TOKENIZER not in contents:
         return contents, {}
     made, added = hf_files.with_control_tokens(contents, THREADWEAVER, source=job.source)
@@ -168,14 +171,14 @@ def _tokenizer_files(
 def _language(
     job: Import, contents: Mapping[str, bytes]
 ) -> tuple[Chat, HuggingFace | SentencePiece]:
-    """The chat template and the tokenizer that the folder's files say, or that the job sets."""
+    """The chat template and the tokenizer: those of the job, or else of the folder's files."""
     if hf_files.TOKENIZER not in contents:
         if "tokenizer.model" in contents:
             path = str(Path(job.source, "tokenizer.model"))
             return job.chat or Chat(template="plain"), SentencePiece(path=path)
         raise FileNotFoundError(
-            f"{job.source}/tokenizer.json: the tokenizer file is not there. Download it too; a "
-            "checkpoint keeps its tokenizer."
+            f"{job.source}/tokenizer.json: the tokenizer file is not there. Download it too, "
+            "because a checkpoint stores its tokenizer."
         )
     chat = job.chat or hf_files.chat_of(contents, source=job.source)
     eos = job.eos or hf_files.eos_of(contents, chat, source=job.source)
@@ -189,14 +192,14 @@ def _language(
 
 
 def _built(job: Import, cfg: HuggingFace | SentencePiece, content: bytes) -> Tokenizer | None:
-    """The tokenizer; None without control tokens, if the library cannot use it."""
+    """The tokenizer; None if it has no control tokens and the library cannot use it."""
     if job.control_tokens:
         return load_tokenizer(cfg, content=content)
-    known: Any = THREADWEAVER
+    control: Any = THREADWEAVER
     if isinstance(cfg, HuggingFace):
         vocabulary = read_vocabulary(content, source=cfg.path)
-        known = [text for text in THREADWEAVER if text in vocabulary]
+        control = [text for text in THREADWEAVER if text in vocabulary]
     try:
-        return load_tokenizer(cfg, control=known, content=content)
+        return load_tokenizer(cfg, control=control, content=content)
     except ValueError:
         return None

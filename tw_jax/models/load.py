@@ -1,10 +1,9 @@
-"""A checkpoint is enough: its record says which model, tokenizer, chat and limits it belongs to.
+"""Loads a model from a folder of checkpoints, with its tokenizer, chat template and limits.
 
-`record_model` is called by every program that saves checkpoints: it puts the tokenizer's file into
-the folder of checkpoints and returns the note that each checkpoint keeps. `load_model` reads such a
-folder onto any mesh, on any number of hosts; `describe` gives the note as gin text. The folder can
-be moved or copied, and nothing outside of it is read. This file does not know how a model is
-trained or sampled.
+Every program that saves checkpoints calls `record_model`. It copies the tokenizer's file into the
+folder of checkpoints and returns a note, which each checkpoint stores. `load_model` reads such a
+folder onto any mesh, on any number of hosts. `describe` returns the note as gin text. The folder
+can be moved or copied, because nothing outside of it is read.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.tokenizer.sentencepiece import SentencePiece
 
 _KEY = "language_model"
-"""Where a checkpoint's note keeps what this file writes."""
+"""Key of what this file writes into the note of a checkpoint."""
 
 
 @configurable
 class LanguageModel:
-    """A model with all that its ids and its rollouts depend on.
+    """A model with everything that its ids and its rollouts depend on.
 
     Attributes:
-      model: sizes and numerics.
-      tokenizer: text to ids.
-      chat: how a question becomes a prompt.
-      forkjoin: limits of fork and join.
+      model: Sizes and numerics.
+      tokenizer: The tokenizer.
+      chat: The chat template.
+      forkjoin: Limits of fork and join.
     """
 
     model: Model
@@ -62,13 +61,13 @@ class Loaded(NamedTuple):
     """A model that is ready to be sampled, scored or trained.
 
     Attributes:
-      network: pure functions of the parameters.
-      params: on the devices that `load_model` was told, with adapters where the model has them.
-      tokenizer: text to ids.
-      chat: how a question becomes a prompt.
-      protocol: decisions of fork and join, with the limits of `config.forkjoin`.
-      config: all of it as config.
-      step: of the checkpoint.
+      network: Pure functions of the parameters.
+      params: Parameters on the mesh that `load_model` received, with adapters if the model has any.
+      tokenizer: The tokenizer.
+      chat: The chat template.
+      protocol: Decisions of fork and join, with the limits of `config.forkjoin`.
+      config: The config of all of these.
+      step: Step of the checkpoint.
     """
 
     network: Network
@@ -93,20 +92,20 @@ def load_model(
     Every process of a job calls it with the same arguments and reads its part of the parameters.
 
     Args:
-      folder: the `checkpoints/` of a run or an import; a URL such as gs://bucket/run/checkpoints is
-        read too.
-      mesh: devices to put the parameters on, whatever the mesh was that they were saved from; None
-        for the first local device.
-      rules: how the mesh splits parameters.
-      step: which checkpoint; None for the newest.
-      config: replaces what the checkpoint says, to change limits or the attention backend for
-        instance. Its tokenizer must have the checkpoint's vocabulary.
+      folder: The `checkpoints/` of a run or an import, as a path or a URL such as
+        gs://bucket/run/checkpoints.
+      mesh: Devices to put the parameters on; None for the first local device. The mesh may differ
+        from the one that saved the parameters.
+      rules: How the mesh splits parameters.
+      step: Which checkpoint; None for the newest.
+      config: Replaces the recorded config, for example to change limits or the attention backend.
+        Its tokenizer must have the checkpoint's vocabulary.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint, or its tokenizer's file is missing.
-      DamagedError: the checkpoint is damaged.
-      ValueError: an earlier version wrote it, without its model; the tokenizer's file is another
-        one; or `config` does not fit the parameters.
+      FileNotFoundError: If there is no such checkpoint, or its tokenizer's file is missing.
+      DamagedError: If the checkpoint is damaged.
+      ValueError: If an earlier version wrote the checkpoint without its model, if the tokenizer's
+        file is not that of the checkpoint, or if `config` does not fit the parameters.
     """
     record = read_record(folder, step=step)
     chosen = record.config if config is None else config
@@ -121,30 +120,31 @@ def load_model(
 
 
 def describe(folder: str | Path) -> str:
-    """What the newest checkpoint of a folder knows, as the gin text of a `LanguageModel`.
+    """The recorded config of the newest checkpoint, as the gin text of a `LanguageModel`.
 
     Returns:
       Text that `load_config(LanguageModel, ...)` reads. The tokenizer's path is that of its file in
       `folder`.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      DamagedError: its record is damaged.
-      ValueError: an earlier version wrote it, without its model.
+      FileNotFoundError: If there is no checkpoint.
+      DamagedError: If its record is damaged.
+      ValueError: If an earlier version wrote it without its model.
     """
-    # Without a word to other processes: configs are built before they are compared.
+    # This does not communicate, because each process builds its config before they are compared.
     return operative(_read(folder, newest(folder)).config)
 
 
 class Record(NamedTuple):
-    """What one checkpoint says of itself.
+    """The record of a checkpoint about its model.
 
     Attributes:
-      step: its step.
-      config: the model and what belongs to it; the tokenizer's path is in the folder.
-      fingerprint: of the tokenizer; "" where an import kept one that the library cannot use.
-      control_tokens: the control tokens of the vocabulary and their ids.
-      added: ids of the control tokens that the import added to the model; their rows are not
+      step: Step of the checkpoint.
+      config: Config of the model. The path of its tokenizer is in the folder of checkpoints.
+      fingerprint: Fingerprint of the tokenizer; "" if an import copied a tokenizer that this
+        library cannot use.
+      control_tokens: The control tokens of the vocabulary and their ids.
+      added: Ids of the control tokens that the import added to the model. Their rows are not
         pretrained.
     """
 
@@ -156,24 +156,24 @@ class Record(NamedTuple):
 
 
 def read_record(folder: str | Path, *, step: int | None = None) -> Record:
-    """Reads what a checkpoint says of itself; no array is read. All processes get the same.
+    """Reads the record of a checkpoint, the same in all processes; no array is read.
 
     Raises:
-      FileNotFoundError, DamagedError, ValueError: in every process; see `load_model`.
+      FileNotFoundError, DamagedError, ValueError: In every process; see `load_model`.
     """
     if step is None:
-        # As process 0 sees it: a run may save another one at this moment.
+        # Process 0 decides, because a run may save another checkpoint at this moment.
         step = hosts.gather(hosts.together(partial(newest, folder), FileNotFoundError))[0]
     assert step is not None
     return hosts.together(partial(_read, folder, step), ValueError, OSError)
 
 
 def read_files(folder: str | Path, config: LanguageModel) -> dict[str, bytes]:
-    """The tokenizer's file and what an import kept of its Hugging Face folder, by their names.
+    """The tokenizer's file and the files that an import copied, by name.
 
     Args:
-      folder: of checkpoints.
-      config: of one of them.
+      folder: Folder of checkpoints.
+      config: Config of one of them.
     """
     names = {name: f"hf/{name}" for name in hf_files.NAMES}
     if not isinstance(config.tokenizer, Bytes):
@@ -191,25 +191,26 @@ def record_model(
     origin: str | Path | None = None,
     added: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Makes a folder of checkpoints enough to load a model from.
+    """Prepares a folder of checkpoints so that `load_model` can read it.
 
-    The tokenizer's file is copied into the folder, in one move and by process 0, and so are the
-    files that an import left in `hf/`, so that an export finds them.
+    Process 0 copies the tokenizer's file into the folder, atomically. It also copies the files that
+    an import left in `hf/` of the origin, because an export needs them.
 
     Args:
-      folder: of the checkpoints that will be saved.
-      config: what they belong to.
-      tokenizer: of `config`; None for one that can only be kept for an export.
-      origin: the folder of checkpoints that the run begins with. It need not be there any more when
-        a run is resumed.
-      added: ids of the control tokens that an import has added. A run that begins with other
-        checkpoints keeps those of them.
+      folder: Folder of the checkpoints that will be saved.
+      config: Config of their model.
+      tokenizer: The tokenizer of `config`; None if this library cannot use it and only an export
+        will.
+      origin: The folder of checkpoints that the run begins with. It may have been deleted when a
+        run is resumed.
+      added: Ids of the control tokens that an import has added. A run that begins with other
+        checkpoints records those of them.
 
     Returns:
-      What each checkpoint must keep in its `extra`: JSON, to be merged into what else it keeps.
+      A JSON object that each checkpoint must store in its `extra`, beside its other entries.
 
     Raises:
-      OSError: the file cannot be read or written.
+      OSError: If the file cannot be read or written.
     """
     portable = config
     if not isinstance(config.tokenizer, Bytes):
@@ -221,7 +222,7 @@ def record_model(
         )
     if origin is not None and tokenizer is not None:
         fingerprint = tokenizer.fingerprint
-        found = hosts.together(lambda: _kept_files(origin, fingerprint), ValueError, OSError)
+        found = hosts.together(lambda: _files_of_import(origin, fingerprint), ValueError, OSError)
         write_beside(folder, found)
         added = _added_before(folder, origin)
     return {
@@ -235,12 +236,12 @@ def record_model(
 
 
 def with_added_rows(model: Model, folder: str | Path, origin: str | Path | None) -> Model:
-    """Fills in `Lora.token_rows` where a config leaves them open.
+    """Sets `Lora.token_rows` if a config does not.
 
     Args:
-      model: of a run.
-      folder: the run's own checkpoints, which may not exist yet.
-      origin: the checkpoints that the run begins with.
+      model: The model of a run.
+      folder: Folder of the run's own checkpoints, which may not exist yet.
+      origin: Folder of the checkpoints that the run begins with.
 
     Returns:
       The model, whose adapters train the rows of the control tokens that the import has added.
@@ -251,15 +252,15 @@ def with_added_rows(model: Model, folder: str | Path, origin: str | Path | None)
 
 
 def abstract_params(net: Network, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
-    """Shapes and dtypes of a network's parameters, and where a mesh puts them.
+    """Shapes, dtypes and shardings of a network's parameters.
 
     Args:
-      net: the network.
-      mesh: devices; None leaves the place open.
-      rules: how the mesh splits parameters.
+      net: The network.
+      mesh: Devices; None leaves out the shardings.
+      rules: How the mesh splits parameters.
 
     Returns:
-      The tree of parameters with `jax.ShapeDtypeStruct`s for leaves.
+      The tree of parameters with `jax.ShapeDtypeStruct`s as leaves.
     """
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     if mesh is None:
@@ -272,20 +273,20 @@ def abstract_params(net: Network, mesh: jax.sharding.Mesh | None, rules: Rules) 
 
 
 def _read(folder: str | Path, step: int) -> Record:
-    """As `read_record`, without a word to other processes."""
-    kept = read_note(folder, step=step).get(_KEY)
-    if kept is None:
+    """As `read_record`, but without communication between processes."""
+    note = read_note(folder, step=step).get(_KEY)
+    if note is None:
         raise ValueError(
             f"{folder}/{step} does not say which model, tokenizer and chat template it belongs to, "
             "because an earlier version of tw_jax wrote it. Run tw sft, tw pgrpo or tw convert "
             "again to write a new checkpoint."
         )
     try:
-        lines = filter(None, kept["config"].split("\n"))
+        lines = filter(None, note["config"].split("\n"))
         config = load_config(LanguageModel, [], list(lines))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder}: this version of tw_jax cannot read what the checkpoint says of its model: "
+            f"{folder}: this version of tw_jax cannot read the config that the checkpoint records: "
             f"{error} Use the version that wrote it, or convert or train again."
         ) from error
     if not isinstance(config.tokenizer, Bytes):
@@ -293,7 +294,7 @@ def _read(folder: str | Path, step: int) -> Record:
         tokenizer = dataclasses.replace(config.tokenizer, path=path)
         config = dataclasses.replace(config, tokenizer=tokenizer)
     return Record(
-        step, config, kept["tokenizer"], kept["control_tokens"], tuple(kept.get("added", ()))
+        step, config, note["tokenizer"], note["control_tokens"], tuple(note.get("added", ()))
     )
 
 
@@ -311,15 +312,15 @@ def _tokenizer(
     if tokenizer.fingerprint != record.fingerprint:
         raise ValueError(
             f"{tokenizer.source} is not the tokenizer of the checkpoints in {folder}: the "
-            f"fingerprint of its vocabulary is {tokenizer.fingerprint[:16]}, and that of the "
-            f"checkpoint's is {record.fingerprint[:16]}. Put the tokenizer's own file there."
+            f"fingerprint of its vocabulary is {tokenizer.fingerprint[:16]}, and the checkpoint "
+            f"records {record.fingerprint[:16]}. Put the original file of the tokenizer there."
         )
     require_single_ids(tokenizer, record.control_tokens)
     return tokenizer
 
 
-def _kept_files(folder: str | Path, fingerprint: str) -> dict[str, bytes]:
-    """What an import kept in `hf/`; nothing if its checkpoints have another tokenizer."""
+def _files_of_import(folder: str | Path, fingerprint: str) -> dict[str, bytes]:
+    """The files that an import left in `hf/`; none if its checkpoints have another tokenizer."""
     names = [f"hf/{name}" for name in hf_files.NAMES]
     found = {name: content for name in names if (content := read_beside(folder, name)) is not None}
     if found and read_note(folder).get(_KEY, {}).get("tokenizer") != fingerprint:
@@ -332,7 +333,7 @@ def _added_before(folder: str | Path, origin: str | Path | None) -> tuple[int, .
 
     def read() -> tuple[int, ...]:
         for place in (folder, origin):
-            # A damaged checkpoint is set aside when the run resumes.
+            # A damaged checkpoint is renamed when the run resumes.
             with contextlib.suppress(FileNotFoundError, DamagedError):
                 return tuple(read_note(place).get(_KEY, {}).get("added", ())) if place else ()
         return ()

@@ -36,7 +36,7 @@ class Aot:
     rules: Rules = Rules()
 
     def check(self) -> None:
-        """Refuses generations whose memory is not known."""
+        """Refuses generations that are not in `topology.HBM`."""
         if self.topology.partition(":")[0] not in topology.HBM:
             raise ValueError(
                 f"Aot.topology = {self.topology!r} must be one of {', '.join(topology.HBM)}, a "

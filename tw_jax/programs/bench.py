@@ -1,4 +1,4 @@
-"""`tw bench`: times tries, attention, train steps and the sampler against what they replace.
+"""`tw bench`: times tries, attention, train steps and the sampler, each beside a baseline.
 
 A bar is a value that is expected on two idle CPU cores. A missed bar is printed but is not an
 error, because machines differ. The sizes are in `data/workloads.py`, the runs in `benchmarks/`.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{args.name!r} is not a benchmark. Choose one of {', '.join(CASES)}.")
     # Only this benchmark is imported, because another one needs PyTorch.
     benchmark = importlib.import_module(f"{benchmarks.__name__}.{args.name}")
-    report, where = benchmark.run(CASES[args.name]), _circumstances()
+    report, where = benchmark.run(CASES[args.name]), _environment()
     print(f"tw bench {args.name}: {where['device']}, jax {where['versions']['jax']}")
     print(_table(report))
     if args.json:
@@ -82,7 +82,7 @@ def _table(report: BenchmarkReport) -> str:
     return "\n".join(lines)
 
 
-def _circumstances() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     """Device, versions and commit."""
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
@@ -107,7 +107,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed package may lie inside the checkout of another project.
+        # An installed package may be inside the checkout of another project.
         if Path(git("rev-parse", "--show-toplevel")) != package.parent:
             return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")

@@ -1,8 +1,7 @@
 """`tw convert`: Hugging Face folders to our checkpoints, and back.
 
-What an import writes is what the other verbs read: `checkpoints/` for `Sft.init` or
-`Sample.checkpoint`, with the tokenizer in it. What an export writes, any engine that reads Hugging
-Face folders can serve.
+An import writes `checkpoints/`, with the tokenizer in it, which the other verbs read as `Sft.init`
+or `Sample.checkpoint`. An export can be served by any engine that reads Hugging Face folders.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tw_jax.models.transformer import Model
 from tw_jax.tokenizer.hugging_face import HuggingFace
 
 MANY_HOSTS = True
-"""`tw convert --hosts` is one process of many: a model may be larger than a host."""
+"""`tw convert --hosts` is one process of many, because a model may be too large for one host."""
 
 
 @configurable
@@ -29,30 +28,30 @@ class Convert:
     """One conversion.
 
     Attributes:
-      workdir: where its results go.
-      job: which way.
+      workdir: Folder of the results.
+      job: An import or an export.
     """
 
     workdir: str
     job: Import | Export
 
     def check(self) -> None:
-        """Refuses a folder without a name."""
+        """Refuses an empty path."""
         require_text(self, "workdir")
 
 
 def run(cfg: Convert) -> None:
-    """Imports or exports."""
+    """Runs the import or the export, and prints its result."""
     folder = Path(cfg.workdir)
     match cfg.job:
         case Import():
             made = import_folder(cfg.job, folder)
-            told = f"{folder}/checkpoints: {_size(made.model)}, {_language(made)}"
+            result = f"{folder}/checkpoints: {_size(made.model)}, {_language(made)}"
         case Export():
             step, model = export_folder(cfg.job, folder / "hf")
-            told = f"{folder}/hf: step {step}, {_size(model)}, as {cfg.job.dtype}"
+            result = f"{folder}/hf: step {step}, {_size(model)}, as {cfg.job.dtype}"
     if hosts.is_first():
-        print(told)
+        print(result)
     workdir.record(cfg)
 
 

@@ -1,8 +1,8 @@
-"""`tw evaluate`: sample held-out problems, grade them, and report accuracy and latency together.
+"""`tw evaluate`: samples held-out problems, grades them, and reports accuracy and latency.
 
-Wall clock is the decoding time of the same trajectories as threads and as one lane, warm,
-interleaved, one request at a time. With `--hosts` it is one process of a job: each grades a share
-of the rollouts, and process 0 writes and prints.
+Wall clock is the decoding time of the same trajectories as threads and as one lane, after a round
+that compiles, in turn, one request at a time. With `--hosts` this is one process of a job. Each
+process grades a share of the rollouts, and process 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Evaluate:
     """Sampling, grading and a report.
 
     Attributes:
-      workdir: where `summary.json` and `graded.jsonl` go.
-      sample: what to sample; finished rollouts of an earlier attempt are kept.
-      grader: the task that judges responses.
-      prompt_in_text: counts prompt tokens in the numbers that are read from the text, as the
-        reference does.
-      timed: trajectories whose decoding is timed; 0 leaves wall clock out.
-      training: folder of the training run, whose packing is quoted in the summary; None for none.
-      before: folder of an evaluation of the same problems to compare with, whose summary is quoted
-        as "before"; None for none.
+      workdir: Folder of `summary.json` and `graded.jsonl`.
+      sample: The rollouts to sample. Finished rollouts of an earlier attempt are used again.
+      grader: The task that grades responses.
+      prompt_in_text: Whether metrics that are read from the text count prompt tokens, as in the
+        reference.
+      timed: Number of trajectories whose decoding is timed; 0 disables wall clock.
+      training: Folder of the training run. Its packing is quoted in the summary; None for none.
+      before: Folder of an evaluation of the same problems to compare with. Its summary is quoted as
+        "before"; None for none.
     """
 
     workdir: str
@@ -59,7 +59,7 @@ class Evaluate:
     before: str | None = None
 
     def check(self) -> None:
-        """Refuses files without a name, and a number of timed rollouts below 0."""
+        """Refuses empty paths, and a negative number of timed rollouts."""
         require_text(self, "workdir", "training", "before")
         require(self, "timed", least=0)
 
@@ -97,7 +97,7 @@ def run(cfg: Evaluate) -> None:
 
 
 def cost_of_text(trajectory: Trajectory, tags: Tags, *, with_prompt: bool) -> Cost:
-    """What a trajectory costs by its text."""
+    """The cost of a trajectory, read from its text."""
     return cost_from_ids(trajectory.ids[0 if with_prompt else trajectory.prompt_tokens :], tags)
 
 
@@ -135,7 +135,7 @@ def _write(folder: Path, summary: dict[str, Any], graded: list[dict[str, Any]]) 
 
 
 def _quoted(cfg: Evaluate, problems: list[Problem]) -> dict[str, Any]:
-    """What the summary quotes of a training run and of an earlier evaluation."""
+    """The entries of the summary from a training run and from an earlier evaluation."""
     quoted: dict[str, Any] = {}
     if cfg.before is not None:
         quoted["before"] = _summary_of(cfg.before, problems)
@@ -147,11 +147,11 @@ def _quoted(cfg: Evaluate, problems: list[Problem]) -> dict[str, Any]:
 
 
 def _summary_of(folder: str, problems: list[Problem]) -> dict[str, Any]:
-    """The figures of an earlier evaluation of these problems.
+    """The summary of an earlier evaluation of these problems.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it was an evaluation of other problems.
+      FileNotFoundError: If there is none.
+      ValueError: If it was an evaluation of other problems.
     """
     path = Path(folder) / "summary.json"
     summary = _read(path, f"Evaluate.before = {folder!r}", "Run that evaluation first")
@@ -173,15 +173,15 @@ def _read(path: Path, field: str, first: str) -> dict[str, Any]:
     try:
         return dict(strict_json.parse(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged. {first}, so that it is written again.") from None
+        raise ValueError(f"{path} is damaged. {first}, to write it again.") from None
 
 
 def _print(summary: dict[str, Any]) -> None:
     columns = [summary] if "before" not in summary else [summary["before"], summary]
     without = summary["without_answer"]
-    apart = f" ({without} without a known answer, left out of exact match)" if without else ""
+    note = f" ({without} without an answer, left out of exact match)" if without else ""
     problems = counted(summary["problems"], "problem")
-    print(f"{problems}, {counted(summary['samples'], 'sample')} each{apart}:")
+    print(f"{problems}, {counted(summary['samples'], 'sample')} each{note}:")
     if len(columns) > 1:
         print(f"  {'':32}{'before':24}after")
     for name, label, spec in (

@@ -1,4 +1,4 @@
-"""`tw make`: problems, their gold trajectories, and a tokenizer that fits them.
+"""`tw make`: makes problems, their gold trajectories, and a tokenizer for them.
 
 It writes training and held-out examples, which share no question, and a SentencePiece model that is
 trained on the training texts. It prints the lengths of the texts, which help to choose the sizes of

@@ -1,8 +1,8 @@
-"""`tw parity`: this library's numbers beside PyTorch's, from rotary frequencies to a loss curve.
+"""`tw parity`: compares this library with PyTorch, from rotary frequencies to a loss curve.
 
 Both sides read one Hugging Face folder and receive the same tries. The table, `parity.json` and
-`parity.png` show how far they are apart in float32 and bfloat16, and which stage is the first one
-outside its tolerance. The last line is one JSON object. The exit status is 1 if float32 fails.
+`parity.png` show their differences in float32 and bfloat16, and the first stage that is outside its
+tolerance. The last line is one JSON object. The exit status is 1 if float32 fails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Parity:
     Attributes:
       workdir: Folder of `model/` (if one is made), `parity.json` and `parity.png`.
       source: Where the weights come from.
-      material: What both sides read.
+      material: The texts, problems or trajectories that both sides read.
       row_tokens: Tokens of a row into which tries are packed.
       dtypes: Dtypes of activations to compare, float32 first.
       training: The training curve; None skips gradients, the single step and the curve.
@@ -119,7 +119,7 @@ def _import_torch_oracle() -> ModuleType:
 def _match_decoding(
     cfg: Parity, model: Model, params: Params, oracle: Any, material: Material
 ) -> dict[str, float | None]:
-    """Shares of prompts that both sides continue with equal ids; None where the config skips it."""
+    """Shares of prompts that both sides continue with equal ids; None if the config skips this."""
     greedy = forkjoin = None
     if cfg.greedy_tokens:
         greedy = stages.greedy_match(model, params, oracle, material, tokens=cfg.greedy_tokens)
@@ -130,7 +130,7 @@ def _match_decoding(
 
 
 def _write(folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Writes the files and prints the figures without stages and curves."""
+    """Writes the files and prints the numbers, except stages and curves."""
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "parity.json", json.dumps(results, indent=2) + "\n")
     save(parity_figure(results), folder / "parity.png", "png")

@@ -1,8 +1,8 @@
-"""`tw pgrpo`: reinforces a model by its own fork-join rollouts, on packed tries.
+"""`tw pgrpo`: reinforcement learning from fork-join rollouts, on packed tries.
 
-A step draws problems, samples a group of rollouts for each with the current parameters, judges and
-rewards them, packs each group into a trie from the very ids that were sampled, and updates.
-Sampler and trainer read the same arrays. The same command resumes an interrupted run.
+A step draws problems, samples a group of rollouts for each with the current parameters, grades and
+rewards them, packs the sampled ids of each group into a trie, and updates the parameters. Sampler
+and trainer use the same arrays of parameters. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MANY_HOSTS = True
 
 
 def run(cfg: Pgrpo) -> None:
-    """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
+    """Trains until `steps`, beginning with the newest checkpoint of the workdir if there is one."""
     mesh, folder = sharding.make_mesh(cfg.mesh), Path(cfg.workdir)
     model = with_added_rows(cfg.model, folder / "checkpoints", cfg.init)
     cfg = dataclasses.replace(cfg, model=model)
@@ -62,8 +62,9 @@ def run(cfg: Pgrpo) -> None:
         Checkpoints(folder / "checkpoints", keep=cfg.keep) as checkpoints,
         sharding.use(mesh, cfg.rules),
     ):
-        # A step with more parts than any before is compiled for twice as many; no mistake here.
-        warnings.filterwarnings("ignore", message="Step .* was compiled anew")
+        # A step with more microbatches than any before is compiled for twice as many. This is not a
+        # mistake, so the warning is off.
+        warnings.filterwarnings("ignore", message="Step .* was compiled again")
         who = establish(
             cfg,
             checkpoints,
@@ -96,7 +97,9 @@ def run(cfg: Pgrpo) -> None:
         model = LanguageModel(
             model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.chat, forkjoin=cfg.forkjoin
         )
-        kept = record_model(checkpoints.directory, model, setup.tokenizer, origin=cfg.init)
+        language_model = record_model(
+            checkpoints.directory, model, setup.tokenizer, origin=cfg.init
+        )
         with (
             Metrics(folder, step=first) as metrics,
             TrainingLoop(
@@ -106,7 +109,7 @@ def run(cfg: Pgrpo) -> None:
                 save_every=cfg.save_every,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                note={**who.note, **kept},
+                note={**who.note, **language_model},
             ) as loop,
         ):
             prompts = 0 if position is None else position["prompts"]
@@ -125,7 +128,7 @@ def _train(
     reference: Logp | None,
     prompts: int,
 ) -> None:
-    """Takes the steps that are left; `prompts` counts the problems that were drawn before them."""
+    """Takes the remaining steps; `prompts` is the number of problems that were drawn before."""
     tags, watch, clock = tags_of(setup.tokenizer), SignalWatch(), time.monotonic()
     for index in loop:
         began, params, numbers = time.monotonic(), loop.state.params, {}
@@ -134,7 +137,7 @@ def _train(
         with loop.spend("data"), files.unfinished(index) as unfinished:
             groups = []
             while sum(g.has_signal for g in groups) < cfg.prompts and len(groups) < cfg.max_prompts:
-                # Empty rows take as long as others, so all rows are filled.
+                # Empty rows take as much time as others, so all rows are filled.
                 count = min(cfg.max_prompts - len(groups), cfg.sampler.rows // cfg.rollouts)
                 problems = setup.problems.drawn(prompts, count, seed=cfg.seed)
                 seed = cfg.sampler.seed + prompts * cfg.rollouts
@@ -193,7 +196,7 @@ def _is_evaluated(cfg: Pgrpo, index: int) -> bool:
 def _evaluate(
     cfg: Pgrpo, setup: Setup, loop: TrainingLoop, *, pool: GraderPool, prefix: str = ""
 ) -> dict[str, float]:
-    """The numbers of the held-out problems, if there are any, with the present parameters."""
+    """Metrics of the held-out problems with the current parameters; {} without an evaluation."""
     if cfg.evaluation is None or setup.held_out is None:
         return {}
     with loop.spend("eval"):

@@ -1,4 +1,4 @@
-"""`tw plot`: pictures of runs: training, token latency, and one rollout in time and as a trie.
+"""`tw plot`: draws training curves, token latency, and one rollout in time and as a trie.
 
 This program reads what `tw sft`, `tw pgrpo`, `tw sample` and `tw evaluate` wrote, and writes PNGs.
 """

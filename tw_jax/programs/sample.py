@@ -1,7 +1,7 @@
-"""`tw sample`: fork-join rollouts of a trained model, kept by ids.
+"""`tw sample`: samples fork-join rollouts of a trained model and stores their ids.
 
-Finished rollouts are appended as they come, so an interrupted run goes on where it stopped. With
-`--hosts` it is one process of a job, and process 0 reads and writes the files.
+Finished rollouts are appended to the file at once, so the same command continues an interrupted
+run. With `--hosts` this is one process of a job, and process 0 reads and writes the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MANY_HOSTS = True
 
 
 def run(cfg: Sample) -> None:
-    """Samples what is missing and prints how the new rollouts ended."""
+    """Samples the missing rollouts and prints how they ended."""
     tokenizer = load_tokenizer(cfg.tokenizer)
     problems = samples.read_problems(cfg, tokenizer)
     _, new = samples.sample(cfg, samples.load(cfg), problems)

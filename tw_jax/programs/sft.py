@@ -1,8 +1,8 @@
 """`tw sft`: supervised training on packed tries, from records to checkpoints.
 
 The same program trains the sequential baseline (`Data.labels = "sequential"`) and the reference's
-flat labels. Run the same command again to go on where a run stopped. With `--hosts` it is one
-process of a job: the same command on every host, each with its own share of the data.
+flat labels. The same command resumes an interrupted run. With `--hosts` this is one process of a
+job: the same command runs on every host, each with its own share of the data.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ class Sft:
     """A supervised run.
 
     Attributes:
-      workdir: checkpoints, metrics, config and `packing.json` go here.
-      steps: optimiser steps of the whole run.
-      model: the model; its vocabulary holds the tokenizer's.
-      tokenizer: text to ids.
-      data: which trajectories, and which of their tokens are trained.
-      forkjoin: limits of the protocol that the trajectories are replayed through.
-      packing: tokens of a row and what happens to long trajectories.
-      batch_rows: rows of the global batch, over all devices, processes and accumulation steps.
-      optim: optimiser and schedule.
-      mesh: devices.
-      rules: which logical axis is split over which axis of the mesh.
-      accumulation_steps: parts of a batch that are run one after another.
-      chunk_tokens: nodes per row that are unembedded at a time.
-      save_every: steps between checkpoints.
-      keep: checkpoints kept.
-      seed: of the fresh parameters.
-      init: folder of checkpoints whose newest parameters the run begins with, such as `tw convert`
-        writes; fresh ones by default. Adapters that it lacks are fresh. Model, tokenizer, chat and
-        limits that the config leaves open are those of this checkpoint.
+      workdir: Folder of checkpoints, metrics, config and `packing.json`.
+      steps: Optimiser steps of the whole run.
+      model: The model. Its vocabulary must hold the tokenizer's.
+      tokenizer: The tokenizer.
+      data: The trajectories, and which of their tokens are trained.
+      forkjoin: Limits of the protocol by which trajectories are replayed.
+      packing: Tokens of a row, and the policy for long trajectories.
+      batch_rows: Rows of the global batch, over all devices, processes and accumulation steps.
+      optim: Optimiser and schedule.
+      mesh: Devices.
+      rules: Which logical axis is split over which axis of the mesh.
+      accumulation_steps: Number of parts of a batch, which are run one after another.
+      chunk_tokens: Nodes per row that are unembedded at a time.
+      save_every: Steps between checkpoints.
+      keep: Number of checkpoints to keep.
+      seed: Seed of newly initialised parameters.
+      init: Folder of checkpoints, such as one of `tw convert`. The run begins with the newest
+        parameters; adapters that they lack are initialised. None initialises all parameters.
+        Model, tokenizer, chat and limits that the config does not set are those of the checkpoint.
     """
 
     workdir: str
@@ -97,18 +97,19 @@ class Sft:
         require(self, "seed", least=0)
         if self.batch_rows % self.accumulation_steps:
             raise ValueError(
-                f"Sft.accumulation_steps = {self.accumulation_steps}: want a divisor of "
-                f"Sft.batch_rows = {self.batch_rows}."
+                f"Sft.accumulation_steps = {self.accumulation_steps} must be a divisor of "
+                f"Sft.batch_rows = {self.batch_rows}. Change one of them."
             )
         if self.model.lora is not None and self.init is None:
             raise ValueError(
-                "Model.lora is set and Sft.init is None: want a checkpoint, for the weights beside "
-                "adapters are frozen. Set Model.lora = None to train from scratch."
+                "Model.lora is set and Sft.init is None, but adapters need the weights of a "
+                "checkpoint, which they leave unchanged. Set Sft.init, or Model.lora = None to "
+                "train from scratch."
             )
 
 
 def run(cfg: Sft) -> None:
-    """Trains to `steps`, or goes on from the newest checkpoint of the workdir."""
+    """Trains until `steps`, beginning with the newest checkpoint of the workdir if there is one."""
     mesh = sharding.make_mesh(cfg.mesh)
     model = with_added_rows(cfg.model, Path(cfg.workdir) / "checkpoints", cfg.init)
     cfg = dataclasses.replace(cfg, model=model)
@@ -148,17 +149,17 @@ def run(cfg: Sft) -> None:
             )
         if hosts.is_first():
             count, moving = sizes(state.params)
-            told = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
+            size = f"{count:,} parameters" + (f", {moving:,} trained," if moving < count else "")
             devices = counted(mesh.size, "device")
             where = f"{devices} of {counted(jax.process_count(), 'process')}"
-            print(f"{folder}: {told} on {where}, step {first} of {cfg.steps}")
+            print(f"{folder}: {size} on {where}, step {first} of {cfg.steps}")
             print(standing(who, first=first, steps=cfg.steps), end="")
         if first < cfg.steps:
             workdir.record(cfg)
         model = LanguageModel(
             model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.data.chat, forkjoin=cfg.forkjoin
         )
-        kept = record_model(checkpoints.directory, model, tokenizer, origin=cfg.init)
+        language_model = record_model(checkpoints.directory, model, tokenizer, origin=cfg.init)
         with (
             Metrics(folder, step=first) as metrics,
             sharding.use(mesh, cfg.rules),
@@ -169,7 +170,7 @@ def run(cfg: Sft) -> None:
                 save_every=cfg.save_every,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                note={**who.note, **kept},
+                note={**who.note, **language_model},
             ) as loop,
         ):
             for _ in loop:
@@ -178,7 +179,7 @@ def run(cfg: Sft) -> None:
                 )
                 loop.save_when_due(batches.get_state())
         packed = _of_all_shares(batches, mesh, cfg.rules)
-        # A run that was killed behind its last checkpoint has not written it.
+        # A run that was killed after its last checkpoint has not written this file.
         is_due = first < cfg.steps or not (folder / "packing.json").exists()
         if hosts.is_first() and is_due:
             write_packing(folder, *packed, seconds=time.monotonic() - began)
@@ -188,14 +189,14 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> Bat
     """The packed batches of this process: its share of the records and of the rows.
 
     Raises:
-      ValueError: the shares do not divide the rows of a batch, or the processes of this job read
-        different files.
+      ValueError: If the number of shares does not divide the rows of a batch, or the processes of
+        this job read different files.
     """
     share, shares = sharding.row_share(mesh, cfg.rules)
     if cfg.batch_rows % shares:
         raise ValueError(
-            f"Sft.batch_rows = {cfg.batch_rows}: want a multiple of {shares}, because "
-            f"{shares} processes pack a share of the rows each."
+            f"Sft.batch_rows = {cfg.batch_rows} must be a multiple of {shares}, because each of "
+            f"{shares} processes packs a share of the rows."
         )
     protocol = ThreadWeaver(make_table(tokenizer), cfg.forkjoin)
     batches = Batches(
@@ -213,11 +214,11 @@ def open_batches(cfg: Sft, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> Bat
 def _of_all_shares(
     batches: Batches, mesh: jax.sharding.Mesh, rules: Rules
 ) -> tuple[PackingStats, int]:
-    """How all shares were packed, and the number of unusable records in them."""
+    """The packing statistics of all shares, and the number of unusable records in them."""
     share, _ = sharding.row_share(mesh, rules)
-    told = hosts.gather([share, vars(batches.stats), batches.unusable])
-    # Processes that hold the same rows have packed the same share.
-    of_share = {share: (PackingStats(**stats), unusable) for share, stats, unusable in told}
+    gathered = hosts.gather([share, vars(batches.stats), batches.unusable])
+    # Processes with the same rows have packed the same share, which counts once.
+    of_share = {share: (PackingStats(**stats), unusable) for share, stats, unusable in gathered}
     all_stats, unusable = zip(*of_share.values(), strict=True)
     total = {
         name: sum(getattr(stats, name) for stats in all_stats) for name in vars(PackingStats())

@@ -1,9 +1,8 @@
-"""The numbers of an evaluation: accuracy, latency and format, with intervals over problems.
+"""The metrics of an evaluation: accuracy, latency and format, with intervals over problems.
 
-`tw evaluate` and the evaluation while training compute them by the same functions. Token latency is
-the longest chain of the calls that were made (`cost_from_calls`), as in the reward. What the text
-looks like (`cost_from_ids`, the release's reading) has names that begin with text_. Every mean
-comes with its interval and the number of problems.
+`tw evaluate` and the evaluation during training compute them by the same functions. Token latency
+is the length of the longest chain of calls (`cost_from_calls`), as in the reward. Metrics that are
+read from the text instead (`cost_from_ids`), as in the release, have names that begin with text_.
 """
 
 from __future__ import annotations
@@ -29,14 +28,15 @@ from tw_jax.tasks.grader import GraderPool
 
 @configurable
 class Evaluation:
-    """Held-out problems that are sampled while training.
+    """Held-out problems that are sampled during training.
 
     Attributes:
-      problems: a file of problems or examples.
-      count: how many of them, from the start of the file.
-      samples: rollouts of each; with more than one, pass@k is reported for powers of two.
-      every: steps between evaluations; one comes before the first step and one after the last, too.
-      temperature: of these rollouts.
+      problems: A file of problems or examples.
+      count: Number of problems, from the start of the file.
+      samples: Rollouts of each problem. If there are several, pass@k is reported for powers of two.
+      every: Steps between evaluations. There is also one before the first step and one after the
+        last.
+      temperature: Sampling temperature of these rollouts.
     """
 
     problems: str
@@ -46,7 +46,7 @@ class Evaluation:
     temperature: float = 0.0
 
     def check(self) -> None:
-        """Refuses evaluations of nothing."""
+        """Refuses empty evaluations, and samples that would all be the same."""
         require_text(self, "problems")
         require(self, "count", "samples", "every", least=1)
         require_temperature(self)
@@ -61,18 +61,18 @@ class Evaluation:
 def evaluate_held_out(
     cfg: Evaluation, generate: Generator, params: Params, problems: Problems, pool: GraderPool
 ) -> dict[str, float]:
-    """Samples held-out problems with the present parameters and grades them.
+    """Samples held-out problems with the current parameters and grades them.
 
     Args:
-      cfg: samples and temperature.
-      generate: samples; the seeds begin with that of its config.
-      params: of the network.
-      problems: those of `cfg`; each has an answer.
-      pool: grades.
+      cfg: Number of samples and temperature.
+      generate: Samples rollouts. The seeds begin with that of its config.
+      params: Parameters of the network.
+      problems: The problems of `cfg`; each has an answer.
+      pool: Grades the rollouts.
 
     Returns:
-      Numbers for a line of metrics: `eval_correct` with its 95 % interval, `eval_pass_at_k`,
-      token latency, and the number of problems that were left out because they have no answer.
+      Metrics: `eval_correct` with its 95 % interval, `eval_pass_at_k`, token latency, and the
+      number of problems that were left out because they have no answer.
     """
     asked, seed = list(problems), generate.sampler.cfg.seed
     groups = generate(
@@ -109,11 +109,11 @@ def summarise(
     """Accuracy, format and token latency of rollouts, with 95 % intervals over problems.
 
     Args:
-      texts: what was written after each prompt; rollouts of one problem side by side.
-      trajectories: the rollouts.
-      verdicts: on their answers.
-      text_costs: what each costs by its text.
-      samples: rollouts of each problem.
+      texts: The text after each prompt; rollouts of one problem are adjacent.
+      trajectories: The rollouts.
+      verdicts: Verdicts on their answers.
+      text_costs: The cost of each rollout, read from its text.
+      samples: Rollouts of each problem.
     """
     reports = [grammar.well_formed(text) for text in texts]
     well = np.array([report.trajectory_well_formed for report in reports])
@@ -138,10 +138,10 @@ def latency(costs: Sequence[Cost], samples: int) -> dict[str, Any]:
     """Means of token counts with a 95 % interval, their ratio, and the shape of the blocks.
 
     Args:
-      costs: of all rollouts, those of one problem side by side, all counted in one way.
-      samples: rollouts of each problem.
+      costs: Costs of all rollouts, all counted in the same way; those of one problem are adjacent.
+      samples: Rollouts of each problem.
     """
-    # Samples of one problem resemble each other: intervals are over problems.
+    # Intervals are over problems, because samples of one problem are not independent.
     longest, total = (
         score.bootstrap(np.array(values, float).reshape(-1, samples).mean(axis=1))
         for values in ([c.longest for c in costs], [c.total for c in costs])
@@ -157,15 +157,15 @@ def latency(costs: Sequence[Cost], samples: int) -> dict[str, Any]:
 
 
 def accuracy(verdicts: Sequence[str], samples: int) -> dict[str, Any]:
-    """Accuracy over the problems whose answer is known; the others are counted apart.
+    """Accuracy over the problems that have an answer; the others are counted separately.
 
     Args:
-      verdicts: of all rollouts, those of one problem side by side.
-      samples: rollouts of each problem.
+      verdicts: Verdicts on all rollouts; those of one problem are adjacent.
+      samples: Rollouts of each problem.
 
     Returns:
-      `exact_match` and its interval, None where no answer is known; `pass_at_k` for powers of two;
-      `without_answer`, the number of problems whose answer is not known.
+      `exact_match` and its interval, None if no problem has an answer; `pass_at_k` for powers of
+      two; and `without_answer`, the number of problems without an answer.
     """
     table = np.array(verdicts).reshape(-1, samples)
     has_truth = table[:, 0] != "unknown"

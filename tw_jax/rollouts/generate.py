@@ -1,8 +1,8 @@
-"""From problems to rollouts: one function for reinforcement, evaluation and sampling.
+"""Samples rollouts for problems; P-GRPO, evaluation and `tw sample` all use it.
 
 Every process of a job takes part in every call and gets all rollouts. A rollout has its own seed,
-so it does not depend on the rollouts that are sampled beside it. This file does not judge a rollout
-and does not write a file.
+so it does not depend on the rollouts that are sampled beside it. Rollouts are graded and stored
+elsewhere.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RolloutGroup(NamedTuple):
     texts: Sequence[str]  # decoded after the prompt
 
     def record(self, k: int, *, fingerprint: str, extra: dict[str, Any]) -> Rollout:
-        """Rollout k as a file keeps it; `fingerprint` is that of the tokenizer."""
+        """The record of rollout k for a file; `fingerprint` is that of the tokenizer."""
         return Rollout.from_trajectory(
             self.trajectories[k],
             self.problem,
@@ -48,7 +48,7 @@ class RolloutGroup(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """Samples rollouts; built by `make_generator`, which has the arguments."""
+    """Samples rollouts. It is built by `make_generator`, which documents the arguments."""
 
     sampler: ForkJoinSampler
     tokenizer: Tokenizer
@@ -70,19 +70,19 @@ class Generator:
         """Samples K rollouts of each of P problems, `Sampler.rows` at a time.
 
         Args:
-          params: of the network, on the mesh.
+          params: Parameters of the network, on the mesh.
           problems: P problems.
-          ids: P lists of K names; K divides `Sampler.rows`.
-          seeds: P * K numbers, those of one problem side by side.
-          temperature: 0 takes the most likely token.
-          top_p: as in `Sampler`.
-          top_k: as in `Sampler`.
+          ids: P lists of K names. K divides `Sampler.rows`.
+          seeds: P * K seeds; those of one problem are adjacent.
+          temperature: Sampling temperature; 0 takes the most likely token.
+          top_p: As in `Sampler`.
+          top_k: As in `Sampler`.
 
         Returns:
           P groups, in the order of the problems.
 
         Raises:
-          ValueError: a prompt is too long; see `ForkJoinSampler`.
+          ValueError: If a prompt is too long; see `ForkJoinSampler`.
         """
         if not problems:
             return []
@@ -119,13 +119,13 @@ def make_generator(
     """Builds the sampler's program for a mesh.
 
     Args:
-      network: the model.
-      tokenizer: that of the model.
-      chat: how a question becomes a prompt.
-      protocol: decides on fork and join, with their limits.
-      sampler: rows and sizes; seeds and temperature are given to each call.
-      mesh: devices.
-      rules: which logical axis is split over which axis of the mesh.
+      network: The model.
+      tokenizer: The tokenizer of the model.
+      chat: The chat template.
+      protocol: Decisions and limits of fork and join.
+      sampler: Rows and sizes. Seeds and temperature are arguments of each call.
+      mesh: Devices.
+      rules: Which logical axis is split over which axis of the mesh.
     """
     return Generator(make_sampler(network, protocol, sampler), tokenizer, chat, mesh, rules)
 
@@ -140,16 +140,16 @@ def check_sampler_rows(rows: int, samples: int, field: str) -> None:
 
     Args:
       rows: `Sampler.rows`.
-      samples: rollouts of a problem, which are decoded side by side.
-      field: the config field that holds `samples`, for the message.
+      samples: Rollouts of a problem, which are decoded together.
+      field: Name of the config field of `samples`, for the message.
 
     Raises:
-      ValueError: `samples` does not divide `rows`.
+      ValueError: If `samples` does not divide `rows`.
     """
     if rows % samples:
         raise ValueError(
             f"Sampler.rows = {rows} is not a multiple of {field} = {samples}, and the rollouts of "
-            "a problem are decoded side by side. Change one of them."
+            "a problem are decoded together. Change one of them."
         )
 
 
@@ -157,7 +157,7 @@ def check_trainable(sampler: Sampler) -> None:
     """Refuses a sampler whose rollouts cannot be trained on.
 
     Raises:
-      ValueError: it samples from another distribution than that of temperature alone.
+      ValueError: If it does not sample from the distribution of temperature alone.
     """
     if sampler.top_p != 1 or sampler.top_k != 0 or sampler.temperature <= 0:
         raise ValueError(

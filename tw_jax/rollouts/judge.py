@@ -1,7 +1,7 @@
-"""Verdicts on the answers of rollouts, shared over the processes of a job.
+"""Grades the answers of rollouts; the work is shared by the processes of a job.
 
-Each text is judged by one process, because a deadline that is missed on one host may be met on
-another. All processes then have all verdicts. This file knows no reward.
+Each text is graded by only one process, because a deadline that is missed on one host may be met on
+another. All processes then receive all verdicts.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from tw_jax.tasks import task
 from tw_jax.tasks.grader import GraderPool
 
 Verdict = task.Verdict | Literal["unknown"]
-"""What the grader says of an answer; "unknown" where the right answer is not known."""
+"""The grader's verdict on an answer; "unknown" if the problem has no answer to compare with."""
 
 
 def judge(pool: GraderPool, items: Iterable[tuple[Problem, str]]) -> list[Verdict]:
     """Grades responses to problems.
 
     Args:
-      pool: grades the share of this process.
-      items: a problem and the text after its prompt, for each rollout; the same in every process.
+      pool: Grades the share of this process.
+      items: The problem and the text after the prompt of each rollout, the same in every process.
 
     Returns:
-      A verdict for each item, in their order. "timeout" is an answer that was not judged in time.
+      A verdict for each item, in their order. "timeout" means that grading took too long.
     """
     items = list(items)
     can_grade = [pool.task.can_grade(problem) for problem, _ in items]
@@ -40,7 +40,7 @@ def judge_groups(pool: GraderPool, groups: Sequence[RolloutGroup]) -> list[list[
     """Grades the rollouts of each group; see `judge`.
 
     Returns:
-      For each group a verdict for each of its rollouts.
+      The verdicts on the rollouts of each group.
     """
     items = [(group.problem, text) for group in groups for text in group.texts]
     verdicts = iter(judge(pool, items))

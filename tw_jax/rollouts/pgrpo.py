@@ -1,4 +1,4 @@
-"""The config of `tw pgrpo`, and what the steps of its runs share: problems, sampler, reference."""
+"""The config of `tw pgrpo`, and the parts of a run that all steps share, such as the sampler."""
 
 from __future__ import annotations
 
@@ -47,43 +47,44 @@ class Pgrpo:
     """A reinforcement run.
 
     Attributes:
-      workdir: checkpoints, metrics, config and `rollouts/` go here.
-      steps: draws of the whole run, each followed by `inner_steps` updates.
-      init: folder of checkpoints whose newest parameters the run begins with; adapters that it
-        lacks are fresh. Model, tokenizer, chat and limits that the config leaves open are those of
-        this checkpoint.
-      model: the model; its vocabulary holds the tokenizer's.
-      tokenizer: text to ids.
-      chat: how a question becomes a prompt.
-      forkjoin: limits of fork and join.
-      problems: a file of problems or examples; drawn in an order of the seed, again and again.
-      prompts: groups with signal that a step trains on.
+      workdir: Folder of checkpoints, metrics, config and `rollouts/`.
+      steps: Steps of the whole run. Each samples rollouts and takes `inner_steps` updates.
+      init: Folder of checkpoints. The run begins with the newest parameters; adapters that they
+        lack are initialised. Model, tokenizer, chat and limits that the config does not set are
+        those of the checkpoint.
+      model: The model. Its vocabulary must hold the tokenizer's.
+      tokenizer: The tokenizer.
+      chat: The chat template.
+      forkjoin: Limits of fork and join.
+      problems: A file of problems or examples. They are drawn in random order, which is new in each
+        epoch.
+      prompts: Number of groups with signal that a step trains on.
       rollouts: K, rollouts of a group.
-      max_prompts: prompts that a step draws at most to find its groups, as many at a time as the
-        sampler has rows for; groups whose rewards are all equal teach nothing.
-      inner_steps: updates of a step, each with its share of the groups; 1 is on-policy.
-      long_prompts: what happens to a problem whose prompt is longer than `Sampler.max_prompt` or
-        fills `ForkJoin.max_context`: "refuse" stops at the start with its line, "drop" leaves it
-        out and counts it. Held-out problems are always refused.
-      sampler: rows, temperature and seed; `rollouts` divides its rows.
-      grader: the task that judges responses.
-      reward: what a rollout earns.
-      normalise: "mean" centres the rewards of a group, "std" also divides by their deviation.
-      loss: clipping and importance weights.
-      aggregation: how tokens are averaged.
-      packing: tokens of a row.
-      microbatch_rows: rows that are run at a time, over all devices; an update has as many
-        microbatches as its groups fill.
-      optim: optimiser and schedule.
-      max_mismatch: nats of KL (k3) from the sampler to the trainer, over a step's tokens; a step
-        that has more stops the run.
-      evaluation: held-out problems; None evaluates nothing.
-      mesh: devices.
-      rules: which logical axis is split over which axis of the mesh.
-      chunk_tokens: nodes per row that are unembedded at a time.
-      save_every: steps between checkpoints.
-      keep: checkpoints kept.
-      seed: of the order of the problems.
+      max_prompts: Maximum number of prompts that a step draws to find its groups. It draws as many
+        at a time as the sampler has rows. Groups whose rewards are all equal have no signal.
+      inner_steps: Updates of a step, each on its share of the groups; 1 is on-policy.
+      long_prompts: What happens to a problem whose prompt is longer than `Sampler.max_prompt` or
+        fills `ForkJoin.max_context`. "refuse" stops at the start and names its line, "drop" leaves
+        it out and counts it. Held-out problems are always refused.
+      sampler: Rows, temperature and seed. `rollouts` must divide its rows.
+      grader: The task that grades responses.
+      reward: The reward of a rollout.
+      normalise: "mean" centres the rewards of a group; "std" also divides by their deviation.
+      loss: Clipping and importance weights.
+      aggregation: How tokens are averaged.
+      packing: Tokens of a row.
+      microbatch_rows: Rows that are run at a time, over all devices. The number of microbatches of
+        an update depends on its groups.
+      optim: Optimiser and schedule.
+      max_mismatch: Largest KL divergence (k3, in nats) from the sampler to the trainer, over the
+        tokens of a step. A step with a larger one stops the run.
+      evaluation: Held-out problems; None disables evaluation.
+      mesh: Devices.
+      rules: Which logical axis is split over which axis of the mesh.
+      chunk_tokens: Nodes per row that are unembedded at a time.
+      save_every: Steps between checkpoints.
+      keep: Number of checkpoints to keep.
+      seed: Seed of the order of the problems.
     """
 
     workdir: str
@@ -120,13 +121,13 @@ class Pgrpo:
     inherits: ClassVar[str] = "init"
 
     def check(self) -> None:
-        """Refuses sizes that do not fit each other, and draws that cannot be trained on."""
+        """Refuses sizes that do not fit each other, and samplers that cannot be trained on."""
         require_text(self, "workdir", "init", "problems")
         counts = ("steps", "prompts", "max_prompts", "microbatch_rows", "chunk_tokens")
         require(self, *counts, "save_every", "keep", least=1)
-        require(self, "rollouts", least=2)  # an advantage is over the mean of a group
+        require(self, "rollouts", least=2)  # an advantage is relative to the mean of a group
         require(self, "seed", least=0)
-        require(self, "max_mismatch", above=0)  # rounding differs
+        require(self, "max_mismatch", above=0)  # sampler and trainer round differently
         require(self, "max_prompts", least=self.prompts)
         require(self, "inner_steps", least=1, most=self.prompts)  # each update needs a group
         check_trainable(self.sampler)
@@ -136,7 +137,7 @@ class Pgrpo:
 
 
 class Setup(NamedTuple):
-    """What the steps of a run share."""
+    """The parts of a run that all steps share."""
 
     network: Network
     tokenizer: Tokenizer
@@ -145,7 +146,7 @@ class Setup(NamedTuple):
     generate: Generator
 
     def contents(self, cfg: Pgrpo) -> dict[str, str]:
-        """What distinguishes the content of the files that the config names from another."""
+        """Fingerprints of the files that the config names."""
         found = {"problems": fingerprint(cfg.problems), "tokenizer": self.tokenizer.fingerprint}
         if cfg.evaluation is not None:
             found["held-out problems"] = fingerprint(cfg.evaluation.problems)
@@ -156,8 +157,8 @@ def prepare(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> Setup:
     """Reads tokenizer and problems and builds the network and the sampler; nothing runs yet.
 
     Raises:
-      ValueError: there is no problem, two have one id, the answer of one is not known, a prompt is
-        too long, or the devices do not divide the rows.
+      ValueError: If there is no problem, two have the same id, one has no answer, a prompt is too
+        long, or the number of devices does not divide the rows.
     """
     _check_mesh(cfg, mesh)
     tokenizer = load_tokenizer(cfg.tokenizer)
@@ -174,8 +175,8 @@ def prepare(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> Setup:
         too_long=cfg.long_prompts,
         option="Pgrpo.long_prompts",
     )
-    aside = cfg.evaluation
-    held_out = aside and read(aside.problems, count=aside.count, unanswered="drop")
+    evaluation = cfg.evaluation
+    held_out = evaluation and read(evaluation.problems, count=evaluation.count, unanswered="drop")
     # All processes of a job read the problems, and each of them samples all rollouts.
     for asked in (problems, held_out or ()):
         check_problems(cfg.grader, asked)
@@ -209,13 +210,13 @@ def _check_mesh(cfg: Pgrpo, mesh: jax.sharding.Mesh) -> None:
 def make_reference(
     cfg: Pgrpo, net: Network, began: Callable[[], Params], current: Params
 ) -> Logp | None:
-    """Scores tokens by the model that the run began with; None without a KL term.
+    """Scores tokens by the initial model of the run; None if the loss has no KL term.
 
     Args:
-      cfg: the run.
-      net: the model.
-      began: reads the parameters that the run began with.
-      current: the present parameters, for the shapes and places of adapters.
+      cfg: The run.
+      net: The model.
+      began: Reads the initial parameters of the run.
+      current: The current parameters. Shapes and shardings of adapters are taken from them.
     """
     if not cfg.loss.kl_coef:
         return None

@@ -1,9 +1,8 @@
 """The reward of a rollout: a correct answer, the tokens that its threads saved, and further terms.
 
 Acceleration is computed from the calls that were made, so text that only looks parallel earns
-nothing; the reference's readings of the text are available for comparison. Own terms are config
-classes that inherit from `RewardTerm` (docs/extending.md). This file knows no grader and no
-advantages.
+nothing. The ways of the reference, which read the text, are available for comparison. Own terms are
+config classes that inherit from `RewardTerm` (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rollouts of a trained model for a file of problems, kept and completed: the work of `tw sample`.
+"""Samples rollouts for a file of problems and stores them, for `tw sample` and `tw evaluate`.
 
-`tw evaluate` samples by the same config before it grades. Finished rollouts are appended as they
-come, so an interrupted program samples only what is missing.
+Finished rollouts are appended to the file at once, so an interrupted program samples only the
+missing ones when it runs again.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Sample:
     """Rollouts for a set of problems.
 
     Attributes:
-      workdir: where `rollouts.jsonl` goes.
-      checkpoint: folder of a training run's checkpoints; the newest is read. Model, tokenizer,
-        chat and limits that the config leaves open are those of this checkpoint.
-      model: the model that was trained.
-      tokenizer: the tokenizer that it was trained with.
-      chat: how a question becomes a prompt.
-      forkjoin: limits and policies of fork and join.
-      sampler: rows, temperature, seeds.
-      problems: a file of problems or examples.
-      count: how many of them, from the start of the file; None for all.
-      samples: rollouts per problem.
-      mesh: devices that the parameters and the rows are split over.
-      rules: which logical axis is split over which axis of the mesh.
+      workdir: Folder of `rollouts.jsonl`.
+      checkpoint: Folder of a training run's checkpoints. The newest is read. Model,
+        tokenizer, chat and limits that the config does not set are those of this checkpoint.
+      model: The model that was trained.
+      tokenizer: The tokenizer that it was trained with.
+      chat: The chat template.
+      forkjoin: Limits and policies of fork and join.
+      sampler: Rows, temperature and seed.
+      problems: A file of problems or examples.
+      count: Number of problems, from the start of the file; None for all.
+      samples: Rollouts per problem.
+      mesh: Devices over which the parameters and the rows are split.
+      rules: Which logical axis is split over which axis of the mesh.
     """
 
     workdir: str
@@ -80,7 +80,7 @@ class Sample:
 
 
 class Source(NamedTuple):
-    """What rollouts are sampled from."""
+    """The model from which rollouts are sampled."""
 
     params: Params
     generate: Generator
@@ -91,9 +91,9 @@ def load(cfg: Sample) -> Source:
     """Reads the newest checkpoint onto the mesh and builds the sampler.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      ValueError: the checkpoint does not fit the config, see `load_model`; or the devices do not
-        divide `Sampler.rows`.
+      FileNotFoundError: If there is no checkpoint.
+      ValueError: If the checkpoint does not fit the config, as in `load_model`, or the number of
+        devices does not divide `Sampler.rows`.
     """
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_split("Sampler.rows", cfg.sampler.rows, mesh, sharding.sampling(cfg.rules))
@@ -117,8 +117,8 @@ def read_problems(cfg: Sample, tokenizer: Tokenizer) -> list[Problem]:
     """The problems to sample, from a file of problems, examples or rollouts.
 
     Raises:
-      ValueError: the file has no problem, or two of one id; a prompt is empty or too long; or the
-        processes of this job read different files.
+      ValueError: If the file has no problem, or two with the same id, if a prompt is empty or too
+        long, or if the processes of this job read different files.
     """
     prompt = functools.partial(cfg.chat.prompt, tokenizer)
     limits = prompt_limits(cfg.sampler, cfg.forkjoin)
@@ -137,28 +137,27 @@ def by_rollout(cfg: Sample, problems: list[Problem]) -> dict[str, Problem]:
 def sample(
     cfg: Sample, source: Source, problems: list[Problem]
 ) -> tuple[list[Rollout], list[Rollout]]:
-    """Samples the rollouts that `rollouts.jsonl` does not hold yet.
+    """Samples the rollouts that are missing in `rollouts.jsonl`.
 
     Returns:
-      All rollouts of the problems, in their order, and those of them that are new.
+      (all rollouts of the problems, in their order; the new ones among them).
 
     Raises:
-      ValueError: the workdir holds rollouts of another model, of other settings or of other
+      ValueError: If the workdir has rollouts of another model, of other settings or of other
         problems.
     """
-    wanted = by_rollout(cfg, problems)
-    names, rows = list(wanted), cfg.sampler.rows
+    problem_of = by_rollout(cfg, problems)
+    names, rows = list(problem_of), cfg.sampler.rows
     new: list[Rollout] = []
-    with kept_samples(cfg.workdir, wanted, source=cfg.problems, maker=_maker(cfg, source)) as (
-        kept,
-        add,
-    ):
-        missing = [n for n, name in enumerate(names) if name not in kept]
+    with kept_samples(
+        cfg.workdir, problem_of, source=cfg.problems, maker=_provenance(cfg, source)
+    ) as (finished, add):
+        missing = [n for n, name in enumerate(names) if name not in finished]
         batches = [missing[first : first + rows] for first in range(0, len(missing), rows)]
         for batch in progress(batches, desc="sample"):
             groups = source.generate(
                 source.params,
-                [wanted[names[n]] for n in batch],
+                [problem_of[names[n]] for n in batch],
                 [[names[n]] for n in batch],
                 # Seeds belong to rollouts, not to the order in which a resumed run samples them.
                 seeds=[cfg.sampler.seed + n for n in batch],
@@ -171,12 +170,12 @@ def sample(
                 fingerprint = source.generate.tokenizer.fingerprint
                 new.append(group.record(0, fingerprint=fingerprint, extra=extra))
                 add(new[-1])
-    found = {**kept, **{rollout.id: rollout for rollout in new}}
+    found = {**finished, **{rollout.id: rollout for rollout in new}}
     return [rollout for name in names if isinstance(rollout := found[name], Rollout)], new
 
 
-def _maker(cfg: Sample, source: Source) -> dict[str, Any]:
-    """Everything that rollouts depend on: those of two makers must not be graded as one."""
+def _provenance(cfg: Sample, source: Source) -> dict[str, Any]:
+    """Everything that rollouts depend on. Rollouts that differ in it must not share a file."""
     return {
         "checkpoint": cfg.checkpoint,
         "step": source.step,

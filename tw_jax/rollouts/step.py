@@ -1,7 +1,7 @@
-"""The groups of a step of reinforcement: their rewards, and the batch that is made of them.
+"""Rewards the groups of a P-GRPO step, and packs them into the batch of the step.
 
-Rewards are computed as the groups are sampled, because a step samples until enough groups have
-signal. Then the first of these groups become the batch, and every rollout becomes a record with its
+Rewards are computed while groups are sampled, because a step samples until enough groups have
+signal. The first of these groups then become the batch, and every rollout becomes a record with its
 reward and advantage.
 """
 
@@ -51,7 +51,7 @@ class RewardedGroup(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """What a step trains on, keeps and reports."""
+    """The batch of a step, the records of its rollouts, and its metrics."""
 
     batch: PolicyBatch
     records: list[Rollout]
@@ -70,10 +70,10 @@ def reward_groups(
 
     Args:
       groups: P groups of K rollouts.
-      verdicts: on their answers; every verdict but "correct" counts as not correct.
-      cfg: the reward.
-      tags: ids of the tags, which some rewards read.
-      row_tokens: rollouts whose tries are longer keep their reward and are not trained.
+      verdicts: Verdicts on their answers. Every verdict except "correct" counts as not correct.
+      cfg: The reward.
+      tags: Ids of the tags, which some rewards read.
+      row_tokens: Length of a row. Rollouts whose tries are longer are rewarded but not trained.
     """
     parts = [
         exclude_long(
@@ -106,21 +106,21 @@ def pack_step(
     microbatch_rows: int,
     fingerprint: str,
 ) -> StepBatch:
-    """Packs the first groups with signal into rows; the others are kept and not trained.
+    """Packs the first groups with signal into rows; the others are recorded but not trained.
 
     Args:
-      index: number of the step, for messages.
-      groups: all groups of the step.
-      prompts: groups to train on at most.
-      inner_steps: updates among which the groups are divided.
-      normalise: see `advantages`.
-      aggregation: how tokens are averaged.
-      packing: tokens of a row.
-      microbatch_rows: see `pack_groups`.
-      fingerprint: of the tokenizer, for the records.
+      index: Number of the step, for messages.
+      groups: All groups of the step.
+      prompts: Maximum number of groups to train on.
+      inner_steps: Number of updates over which the groups are divided.
+      normalise: See `advantages`.
+      aggregation: How tokens are averaged.
+      packing: Tokens of a row.
+      microbatch_rows: See `pack_groups`.
+      fingerprint: Fingerprint of the tokenizer, for the records.
 
     Raises:
-      ValueError: every rollout is longer than a row.
+      ValueError: If every rollout is longer than a row.
     """
     parts = [one.parts for one in groups]
     rewards = np.stack([one.rewards for one in groups])
@@ -174,7 +174,7 @@ def _scored(rewarded: RewardedGroup, advantage: np.ndarray, packing: Packing) ->
 def _extras(
     number: int, rewarded: RewardedGroup, advantage: np.ndarray, in_batch: bool
 ) -> list[dict[str, object]]:
-    """What the record of each rollout of a group says of its reward."""
+    """The entries about reward and training in the record of each rollout of a group."""
     return [
         {
             **parts.record(total),

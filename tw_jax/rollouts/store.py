@@ -1,9 +1,9 @@
-"""The files that rollouts are kept in, and how an interrupted program continues them.
+"""Stores rollouts in files, which an interrupted program continues.
 
-`tw pgrpo` has a file for each step: `rollouts/000012.jsonl`, and `rollouts/.000012.jsonl` while the
-step is being sampled. `tw sample` has `rollouts.jsonl`, and beside it `made_by.json`, which says
-what the rollouts were sampled from. Process 0 of a job reads and writes all of them and sends their
-content to the others, because a shared disk may show another host an older content.
+`tw pgrpo` writes a file for each step: `rollouts/000012.jsonl`, and `rollouts/.000012.jsonl` while
+the step is being sampled. `tw sample` writes `rollouts.jsonl`, and beside it `made_by.json`, which
+records the model and the settings. Process 0 of a job reads and writes all of them and sends their
+content to the others, because another host may see older content on a shared disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tw_jax.forkjoin.protocol import Protocol
 from tw_jax.rollouts.generate import RolloutGroup
 
 Add = Callable[[Record], None]
-"""Appends a record to a file; called in every process, and only process 0 writes."""
+"""Appends a record to a file. Every process calls it, and only process 0 writes."""
 
 
 @contextlib.contextmanager
@@ -33,15 +33,15 @@ def continued(
     """Opens a file that an interrupted program may have begun; see `records.append`.
 
     Args:
-      path: a .jsonl file.
-      read: the records of the file that count.
+      path: A .jsonl file.
+      read: Reads the records of the file that are used.
 
     Yields:
       (the records by id, a function that adds one), the same in every process.
 
     Raises:
-      ValueError: in every process, if `read` refuses the file.
-      OSError: in every process, if the file cannot be read or written.
+      ValueError: In every process, if `read` refuses the file.
+      OSError: In every process, if the file cannot be read or written.
     """
     with contextlib.ExitStack() as stack:
 
@@ -80,7 +80,7 @@ class UnfinishedStep:
     def find(
         self, problems: Sequence[Problem], ids: Sequence[Sequence[str]]
     ) -> list[RolloutGroup] | None:
-        """The groups of problems that an interrupted attempt sampled; None if one is missing."""
+        """The groups that an interrupted attempt sampled; None if any rollout is missing."""
         if not all(name in self._begun for names in ids for name in names):
             return None
         return [
@@ -94,7 +94,7 @@ class UnfinishedStep:
         ]
 
     def add(self, groups: Sequence[RolloutGroup]) -> None:
-        """Keeps the rollouts that the file does not have yet."""
+        """Appends the rollouts that the file does not have yet."""
         extra = {"run": self._run.run}
         for group in groups:
             for k, name in enumerate(group.ids):
@@ -106,22 +106,22 @@ class StepFiles:
     """The files of a reinforcement run, `rollouts/` in its workdir.
 
     Attributes:
-      folder: that folder.
-      run: distinguishes unfinished rollouts of this run from those of another, as
-        `Identity.digest`.
-      fingerprint: of the tokenizer.
-      protocol: rebuilds trajectories.
+      folder: The folder.
+      run: `Identity.digest`, which distinguishes unfinished rollouts of this run from those of
+        another.
+      fingerprint: Fingerprint of the tokenizer.
+      protocol: Rebuilds trajectories.
     """
 
     def __init__(
         self, workdir: str | Path, *, run: str, fingerprint: str, protocol: Protocol
     ) -> None:
-        """See the attributes; nothing is read yet."""
+        """Stores the arguments; nothing is read yet. See the attributes."""
         self.folder = Path(workdir) / "rollouts"
         self.run, self.fingerprint, self.protocol = run, fingerprint, protocol
 
     def delete_from(self, step: int) -> None:
-        """Deletes the rollouts of this step and later ones, which are sampled again.
+        """Deletes the rollouts of `step` and all later steps, which are sampled again.
 
         The unfinished file of `step` itself is kept.
         """
@@ -148,8 +148,8 @@ class StepFiles:
 
 # The rollouts of `tw sample`.
 
-_FOR_READERS = ("checkpoint", "step")
-"""Fields of `made_by.json` that are not compared; the identity of the parameters is."""
+_INFORMATIVE = ("checkpoint", "step")
+"""Fields of `made_by.json` that are not compared. The identity of the parameters is compared."""
 
 
 @contextlib.contextmanager
@@ -160,20 +160,20 @@ def kept_samples(
     source: str,
     maker: Mapping[str, Any],
 ) -> Iterator[tuple[dict[str, Record], Add]]:
-    """Opens `rollouts.jsonl` to add what is missing.
+    """Opens `rollouts.jsonl` to add missing rollouts.
 
     Args:
-      workdir: its folder.
-      problems: the problem of each rollout that is to be sampled, by the rollout's id.
-      source: the file of the problems, for messages.
-      maker: what the rollouts depend on; the content of `made_by.json`.
+      workdir: Its folder.
+      problems: The problem of each rollout, by the id of the rollout.
+      source: Path of the file of the problems, for messages.
+      maker: Model and settings that the rollouts depend on; the content of `made_by.json`.
 
     Yields:
-      (the rollouts that are there, by id; a function that adds one).
+      (the rollouts of the file by id, a function that adds one).
 
     Raises:
-      ValueError: in every process, if the folder has rollouts of another maker or of a problem that
-        has changed, or two of one id.
+      ValueError: In every process, if the folder has rollouts of another maker or of a problem that
+        has changed, or two with the same id.
     """
     path = Path(workdir) / "rollouts.jsonl"
     first = hosts.is_first()
@@ -185,10 +185,11 @@ def kept_samples(
 def finished_samples(
     path: Path, problems: Mapping[str, Problem], *, source: str
 ) -> Iterator[Rollout]:
-    """The rollouts of these problems that a file holds, in its order; see `kept_samples`.
+    """The rollouts of these problems in a file, in its order; see `kept_samples`.
 
     Raises:
-      ValueError: a rollout was sampled for another problem of this id, or two have the same id.
+      ValueError: If a rollout was sampled for another problem with this id, or two rollouts have
+        the same id.
     """
     found, seen = records.open_records(path), {}
     hashes = {problem.id: content_hash(problem) for problem in problems.values()}
@@ -216,7 +217,7 @@ def _require_maker(rollouts: Path, maker: Mapping[str, Any]) -> None:
         return
     if not path.exists():
         raise ValueError(
-            f"{folder} holds rollouts and no {path.name}, which would say what they were sampled "
+            f"{folder} has rollouts but no {path.name}, which records the model they were sampled "
             f"from. {remedy}"
         )
     try:
@@ -226,11 +227,11 @@ def _require_maker(rollouts: Path, maker: Mapping[str, Any]) -> None:
     changed = [
         name
         for name, value in maker.items()
-        if name not in _FOR_READERS and before.get(name) != value
+        if name not in _INFORMATIVE and before.get(name) != value
     ]
     if changed:
         raise ValueError(
-            f"{folder} holds rollouts with another {', '.join(changed)}. They were sampled from "
+            f"{folder} has rollouts with another {', '.join(changed)}. They were sampled from "
             f"step {before.get('step')} of {before.get('checkpoint')}, and this command reads step "
             f"{maker['step']} of {maker['checkpoint']}. {remedy}"
         )

@@ -1,6 +1,6 @@
-"""Decoding time of the same tokens as threads and as one lane.
+"""Times the decoding of the same tokens as threads and as one lane.
 
-Both ways run the sampler's program with given tokens, so they differ in nothing but the schedule.
+Both run the sampler's program with given tokens, so that they differ only in their schedules.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tw_jax.sample.sampler import make_sampler
 def wall_clock(
     generate: Generator, params: Params, trajectories: list[Trajectory], *, repeats: int = 3
 ) -> dict[str, float]:
-    """Times trajectories that are decoded again, one request at a time.
+    """Decodes trajectories again, one request at a time, and measures the time.
 
-    The first round of both ways compiles and is not counted.
+    The first round compiles both schedules and is not counted.
 
     Args:
-      generate: has the network, the protocol and the mesh.
-      params: of the network.
-      trajectories: what to decode again.
-      repeats: counted rounds, threads and one lane in turn.
+      generate: Has the network, the protocol and the mesh.
+      params: Parameters of the network.
+      trajectories: The trajectories to decode.
+      repeats: Number of counted rounds. In each, threads are followed by one lane.
 
     Returns:
       `wall_ratio`, threads over one lane, of the medians, and both medians in seconds.
@@ -69,7 +69,7 @@ def wall_clock(
 
 
 def _script_of_calls(trajectory: Trajectory, among: list[Trajectory]) -> np.ndarray:
-    """[1, R, N] the ids that each call drew; one shape for all trajectories, to compile once."""
+    """[1, R, N], the sampled ids of each call, in one shape for all trajectories."""
     calls = max(len(t.calls) for t in among)
     length = max(len(call.sampled) for t in among for call in t.calls)
     script = np.zeros((1, calls, length), np.int32)
@@ -79,7 +79,7 @@ def _script_of_calls(trajectory: Trajectory, among: list[Trajectory]) -> np.ndar
 
 
 def _script_of_path(trajectory: Trajectory, among: list[Trajectory]) -> np.ndarray:
-    """[1, 1, N] the joined path after the prompt, forced tokens too: one lane draws it all."""
+    """[1, 1, N], the joined path after the prompt. One lane samples it, forced tokens included."""
     length = max(len(t.ids) - t.prompt_tokens for t in among)
     script = np.full((1, 1, length), trajectory.ids[-1], np.int32)
     path = trajectory.ids[trajectory.prompt_tokens :]

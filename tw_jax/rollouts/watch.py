@@ -1,7 +1,7 @@
-"""What a reader of the console learns of a reinforcement run while it goes on.
+"""Messages of a P-GRPO run on the console: the progress bar, and steps without signal.
 
-A group whose rewards are all equal has no advantage, so a step without any group that has signal
-changes nothing, and its loss is 0. `SignalWatch` reports runs of such steps.
+A group whose rewards are all equal has no advantages. A step in which all groups are so changes no
+parameter, and its loss is 0. `SignalWatch` reports when several such steps follow each other.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from tw_jax.bounds import counted
 
 PATIENCE = 5
-"""Steps in a row without signal after which a sentence says so."""
+"""Number of consecutive steps without signal that are reported."""
 
 
 def shown(numbers: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of a step that the progress bar shows."""
+    """The metrics of a step that the progress bar shows."""
     return {
         "reward": f"{numbers['reward']:.3g}",
         "correct": f"{numbers['correct']:.3g}",
@@ -26,18 +26,18 @@ def shown(numbers: Mapping[str, float]) -> dict[str, Any]:
 
 
 class SignalWatch:
-    """Counts the steps in a row in which no group had signal."""
+    """Counts consecutive steps in which no group had signal."""
 
     def __init__(self) -> None:
-        """No step was seen."""
+        """Starts the count at 0."""
         self._steps: list[int] = []
 
     def sentence(self, index: int, numbers: Mapping[str, float]) -> str | None:
-        """What to tell about a step, once in each run of `PATIENCE` steps without signal.
+        """A message after `PATIENCE` consecutive steps without signal; otherwise None.
 
         Args:
-          index: number of the step.
-          numbers: of its rollouts.
+          index: Number of the step.
+          numbers: Metrics of the step.
         """
         if numbers["groups_with_signal"]:
             self._steps = []
@@ -56,10 +56,10 @@ class SignalWatch:
 
 
 def steps_without_signal(lines: list[dict[str, Any]]) -> str | None:
-    """How many steps of a run had no signal; None if all had some.
+    """A message about the steps of a run that had no signal; None if there are none.
 
     Args:
-      lines: the metrics of the run.
+      lines: The metrics of the run.
     """
     count = sum(line["groups_with_signal"] == 0 for line in lines)
     if not count:

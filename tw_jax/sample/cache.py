@@ -10,7 +10,7 @@ the one mask does the rest: a query at number `at` sees slot j iff `enter[j] <= 
     join:                 never  6      never  7                thread 1 is kept, thread 2 hidden
 
 A hidden entry has `exit <= enter`, so no number sees it. It stays in its slot until `grow` moves
-the visible entries to the front. This file implements that policy and knows no tags.
+the visible entries to the front. This file implements that policy and does not depend on tags.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ A query at number `at` sees an entry if `enter <= at < exit`. The trunk never ex
 thread 1 exit at 40, so thread 2 does not see them. A join sets the exit of thread 1's entries to
 "never" and hides those of thread 2, whose text is encoded again after thread 1, at new depths.
 
-Decisions are those of the host protocol, read from the same `Table`. This file knows no method, no
-prompt and no trajectory.
+Decisions are those of the host protocol, read from the same `Table`. This file does not depend on a
+method, a prompt or a trajectory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the three tokenizers share: facts about a vocabulary, and ways to be careful with text."""
+"""The base classes of the three tokenizers, and checks of text and files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tw_jax.tokenizer.control import THINK
 from tw_jax.tokenizer.ids import check_ids, join_ids
 
 SPACE = "\u2581"
-"""How a SentencePiece vocabulary writes a space; in a text it is an ordinary character."""
+"""SentencePiece vocabularies write this for a space. In a text it is an ordinary character."""
 PROBE = f" a  b\n\n\t1: 23,\u00e9{SPACE}\u20ac\U0001f600\u2028</Thread><Thread>\n{{x}}. "
-"""What a tokenizer must give back unchanged; composed characters, for Qwen composes them (NFC)."""
+"""A text that a tokenizer must decode unchanged. Its accent is composed, because Qwen uses NFC."""
 
 
 class Backend(abc.ABC):
-    """What the three share: facts about the vocabulary, and ways to be careful with text.
+    """The base class of all tokenizers; see `Tokenizer` for the methods.
 
     Attributes:
-      pieces: names of the ids in order, for the fingerprint; None for a hole.
-      control: control tokens.
-      reserved: further strings that `encode_plain` must keep from becoming one id.
+      pieces: Names of the ids in order, for the fingerprint; None for an unused id.
+      control: Control tokens.
+      reserved: Further strings that `encode_plain` never encodes as one id.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Backend(abc.ABC):
         self.fingerprint = hashlib.sha256(named.encode()).hexdigest()
         self._control = tuple(control)
         strings = sorted({*control, *THINK, *reserved})
-        # Looking ahead without consuming finds occurrences that overlap, too.
+        # A lookahead consumes nothing, so it also finds occurrences that overlap.
         self._reserved = re.compile(f"(?={'|'.join(re.escape(s) for s in strings if len(s) > 1)})")
 
     kind: ClassVar[str]
-    """Its part of the fingerprint, which stored ids and checkpoints have: never change it."""
+    """Part of the fingerprint. Never change it: stored ids and checkpoints have the fingerprint."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -76,8 +76,8 @@ class Backend(abc.ABC):
 
     def encode_plain(self, text: str) -> np.ndarray:
         """See `Tokenizer`."""
-        # Every reserved string is cut behind its first character and the parts are encoded one by
-        # one, so no part contains one, whatever the backend does with its added tokens.
+        # Every reserved string is cut after its first character and the parts are encoded one by
+        # one. So no part contains one, and the backend's handling of added tokens does not matter.
         cuts = [m.start() + 1 for m in self._reserved.finditer(text)]
         starts = [0, *cuts]
         ends = [*cuts, len(text)]
@@ -100,16 +100,16 @@ class Backend(abc.ABC):
         if back != PROBE:
             raise ValueError(
                 f"{path}: the tokenizer changes text: {PROBE!r} comes back as {back!r}. Threads "
-                "are joined by id, so want one that keeps every character: a byte-level "
+                "are joined by id, so every character must be kept. Use a byte-level "
                 "tokenizer.json (Qwen, Llama 3), or a file written by train_sentencepiece."
             )
 
 
 class TableBackend(Backend):
-    """A backend that decodes by itself: each id has its bytes.
+    """A tokenizer that decodes by a table of bytes.
 
     Attributes:
-      table: the bytes of each id.
+      table: The bytes of each id.
     """
 
     def __init__(
@@ -139,13 +139,13 @@ def require_unicode(text: str) -> bytes:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"The text has half a surrogate pair, U+{ord(text[error.start]):04X}, at character "
-            f"{error.start}: …{text[max(0, error.start - 20) : error.start]!r}. It is no Unicode "
-            "text; read its source as UTF-8, or replace that character."
+            f"{error.start}: …{text[max(0, error.start - 20) : error.start]!r}. It is not Unicode "
+            "text. Read its source as UTF-8, or replace that character."
         ) from None
 
 
 def existing(path: str | Path) -> Path:
-    """The path of a tokenizer's file; FileNotFoundError where there is none."""
+    """The path of a tokenizer's file; raises FileNotFoundError if there is none."""
     if not Path(path).is_file():
         hint = "a folder; name the file in it" if Path(path).is_dir() else "not there"
         raise FileNotFoundError(f"{path}: the tokenizer file is {hint}.")

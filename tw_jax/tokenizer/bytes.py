@@ -1,4 +1,4 @@
-"""Bytes as ids, with the control tokens after them: a tokenizer without a file."""
+"""A tokenizer without a file: its ids are the bytes, followed by the control tokens."""
 
 from __future__ import annotations
 

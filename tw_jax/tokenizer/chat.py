@@ -13,41 +13,41 @@ from tw_jax.tokenizer.interface import Tokenizer
 
 @configurable
 class Chat:
-    r"""How a question becomes a prompt, and what ends an answer.
+    r"""The chat template: the text around a question, and the end of an answer.
 
-    plain: `{question}\n`. qwen: the Qwen3 template with one user turn. llama: the Llama 3 headers
-    with one user turn. The instruction follows the question after one space, unless the
-    question ends with it already, as in ThreadWeaver's tables. The newline that Qwen's template
-    writes behind the last `<|im_end|>` is never sampled and thus left out.
+    "plain" is `{question}\n`, "qwen" the Qwen3 template with one user turn, and "llama" the Llama 3
+    headers with one user turn. The instruction follows the question after one space, unless the
+    question already ends with it, as in ThreadWeaver's tables. The newline that Qwen's template
+    writes after the last `<|im_end|>` is left out, because it is never sampled.
     Source: ThreadWeaver (arXiv:2512.07843), training texts.
 
     Attributes:
-      template: family of the tokenizer that the prompt is for.
-      instruction: sentence behind every question; "" for none.
+      template: Template of the tokenizer's family.
+      instruction: A sentence after every question; "" for none.
     """
 
     template: Literal["plain", "qwen", "llama"]
     instruction: str = ""
 
     def prompt(self, tokenizer: Tokenizer, question: str) -> np.ndarray:
-        """Ids up to the first one that the model writes.
+        """Ids of the prompt, which ends before the first token of the answer.
 
         Args:
-          tokenizer: must know the template's special tokens.
-          question: outside text; control strings in it stay text.
+          tokenizer: Must have the special tokens of the template.
+          question: Untrusted text. Control strings in it are encoded as plain text.
 
         Returns:
           [n] int32.
 
         Raises:
-          ValueError: the tokenizer lacks a special token of the template.
+          ValueError: If the tokenizer lacks a special token of the template.
         """
         bare = not question.endswith(self.instruction)  # "" ends every question
         user = f"{question} {self.instruction}" if bare else question
         if self.template == "plain":
             return tokenizer.encode_plain(user + "\n")
-        # Between two special tokens goes one stretch of text, encoded as a whole, so that the ids
-        # are those of the whole prompt encoded at once.
+        # The text between two special tokens is encoded as a whole, so that the ids equal those of
+        # the whole prompt encoded at once.
         if self.template == "qwen":
             start, end = (self._special(tokenizer, s) for s in ("<|im_start|>", "<|im_end|>"))
             parts = [start, f"user\n{user}", end, "\n", start, "assistant\n"]
@@ -61,7 +61,7 @@ class Chat:
         )
 
     def answer_suffix(self, tokenizer: Tokenizer) -> np.ndarray:
-        """Ids that end a written answer, [1] int32; the sampler stops on the same id."""
+        """The id that ends an answer, [1] int32. The sampler stops at the same id."""
         if self.template == "plain":
             return np.array(tokenizer.eos_ids[:1], np.int32)
         name = "<|im_end|>" if self.template == "qwen" else "<|eot_id|>"
@@ -69,12 +69,12 @@ class Chat:
         if last not in tokenizer.eos_ids:
             raise ValueError(
                 f"Chat.template = {self.template!r}: answers end with {name} (id {last}), but the "
-                f"sampler stops only on {tokenizer.eos_ids}. Add {name!r} to HuggingFace.eos."
+                f"sampler stops only at {tokenizer.eos_ids}. Add {name!r} to HuggingFace.eos."
             )
         return np.array([last], np.int32)
 
     def document(self, tokenizer: Tokenizer, question: str, response: str) -> np.ndarray:
-        """Ids of a written trajectory, [n] int32: prompt, response (trusted), end of sequence."""
+        """Ids of a trajectory, [n] int32: prompt, response (trusted text), end of sequence."""
         prompt = self.prompt(tokenizer, question)
         return join_ids((prompt, tokenizer.encode(response), self.answer_suffix(tokenizer)))
 

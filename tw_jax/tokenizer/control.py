@@ -1,6 +1,6 @@
-"""The control tokens of each method, one id each in every vocabulary that is used with it.
+"""The control tokens of each method. A vocabulary that is used with a method has one id for each.
 
-The one place that lists them: a tokenizer gets a list as its argument and knows no method.
+Tokenizers receive such a list as an argument and do not depend on a method.
 """
 
 from __future__ import annotations
@@ -22,4 +22,4 @@ THREADWEAVER = (
 """ThreadWeaver's control tokens, in the order in which they are added to a vocabulary."""
 
 THINK = ("<think>", "</think>")
-"""Marks of reasoning that pretrained vocabularies have; text from outside must not become them."""
+"""Marks of reasoning in pretrained vocabularies. Untrusted text is never encoded as one of them."""

@@ -1,4 +1,4 @@
-"""Files of Hugging Face `tokenizers`: read, and given control tokens. Its only importer."""
+"""Reads files of Hugging Face `tokenizers` and adds control tokens. The only importer of it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tw_jax.tokenizer.ids import check_ids
 
 @configurable
 class HuggingFace:
-    """A file of Hugging Face `tokenizers`; missing control tokens are added behind its last id.
+    """A file of Hugging Face `tokenizers`. Missing control tokens are added after its last id.
 
     Attributes:
-      path: the tokenizer.json of a checkpoint.
-      eos: tokens that end a sampled text, such as `<|im_end|>`; the first one is also the padding.
+      path: The tokenizer.json of a checkpoint.
+      eos: Tokens that end a sampled text, such as `<|im_end|>`. The first is also the padding.
     """
 
     path: str
@@ -32,7 +32,7 @@ class HuggingFace:
         """Refuses a tokenizer without an end of sequence."""
         if not self.eos:
             raise ValueError(
-                "HuggingFace.eos = (): want at least one token, or sampling never ends. "
+                "HuggingFace.eos = () must name at least one token, or sampling never ends. "
                 "Set it to ('<|im_end|>',) for Qwen or ('<|eot_id|>',) for Llama 3."
             )
         require_text(self, "path", "eos")
@@ -45,23 +45,23 @@ class HuggingFaceTokenizer(Backend):
 
     def __init__(self, cfg: HuggingFace, control: Sequence[str], content: bytes | None) -> None:
         tokenizer = _read_hugging_face(cfg.path, content)
-        # A file may carry the limits of the program that wrote it; they would cut documents.
+        # A file may contain the limits of the program that wrote it, which would cut documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.add_special_tokens(list(control))
         self._tokenizer = tokenizer
-        known = tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        missing = [text for text in cfg.eos if text not in known]
+        missing = [text for text in cfg.eos if text not in vocabulary]
         if missing:
             raise ValueError(
-                f"HuggingFace.eos = {cfg.eos}: {', '.join(missing)} is no token of {cfg.path}. "
+                f"HuggingFace.eos = {cfg.eos}: {', '.join(missing)} is not a token of {cfg.path}. "
                 f"Its special tokens are: {', '.join(special[:30])}."
             )
-        pieces: list[str | None] = [None] * (max(known.values()) + 1)
-        for text, id in known.items():
+        pieces: list[str | None] = [None] * (max(vocabulary.values()) + 1)
+        for text, id in vocabulary.items():
             pieces[id] = text
-        eos_ids = tuple(known[text] for text in cfg.eos)
+        eos_ids = tuple(vocabulary[text] for text in cfg.eos)
         super().__init__(
             pieces,
             source=cfg.path,
@@ -84,12 +84,12 @@ class HuggingFaceTokenizer(Backend):
 
 
 class AddedToken(NamedTuple):
-    """A control token that a vocabulary did not have.
+    """A control token that was added to a vocabulary.
 
     Attributes:
-      text: its name.
-      id: its new id.
-      word: ids of its name without the outer brackets, such as `/Thread`, at least one.
+      text: Its text.
+      id: Its new id.
+      word: Ids of its text without the outer brackets, such as `/Thread`; at least one.
     """
 
     text: str
@@ -100,24 +100,24 @@ class AddedToken(NamedTuple):
 def add_control_tokens(
     content: bytes, *, source: str, control: Sequence[str] = THREADWEAVER
 ) -> tuple[bytes, list[AddedToken]]:
-    """Adds control tokens to a tokenizer.json, for engines that read it by themselves.
+    """Adds control tokens to a tokenizer.json, so that other engines have them too.
 
-    Those that it has keep their ids; the others get the ids after its last one, in order.
+    Tokens that it already has keep their ids. The others get the ids after its last one, in order.
 
     Args:
-      content: of the tokenizer.json of a checkpoint.
-      source: what errors call it.
-      control: the control tokens.
+      content: Content of the tokenizer.json of a checkpoint.
+      source: Name of the file in errors.
+      control: The control tokens.
 
     Returns:
-      The new content, and the added tokens in order. Where all are there, the old content and none.
+      The new content, and the added tokens in order. If none is missing, the content is unchanged.
 
     Raises:
-      ValueError: it is not a tokenizer.json.
+      ValueError: If it is not a tokenizer.json.
     """
     before = _read_hugging_face(source, content)
-    known = before.get_vocab(with_added_tokens=True)
-    missing = [text for text in control if text not in known]
+    vocabulary = before.get_vocab(with_added_tokens=True)
+    missing = [text for text in control if text not in vocabulary]
     if not missing:
         return content, []
     after = _read_hugging_face(source, content)
@@ -130,14 +130,14 @@ def add_control_tokens(
 
 
 def read_vocabulary(content: bytes, *, source: str) -> dict[str, int]:
-    """The ids of a tokenizer.json by their names, special tokens included.
+    """The ids of a tokenizer.json by their texts, special tokens included.
 
     Args:
-      content: of the file.
-      source: what errors call it.
+      content: Content of the file.
+      source: Name of the file in errors.
 
     Raises:
-      ValueError: it is not a tokenizer.json.
+      ValueError: If it is not a tokenizer.json.
     """
     return _read_hugging_face(source, content).get_vocab(with_added_tokens=True)
 

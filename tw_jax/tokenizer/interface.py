@@ -1,8 +1,8 @@
-"""The interface of a tokenizer, and the checks that its users make.
+"""The interface of a tokenizer, and checks of a tokenizer.
 
 A tokenizer here is lossless, and each control token is one id. `encode` is for documents, whose
-control strings are control tokens; `encode_plain` is for text from outside, in which they are only
-text.
+control strings become control tokens. `encode_plain` is for untrusted text, whose control strings
+are encoded as plain text.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, without loss.
+    """Converts text to ids and back, without loss.
 
     Attributes:
-      vocab_size: number of ids, all special tokens included.
-      eos_ids: ids that end a sampled text; the first one ends a written one.
-      pad_id: id for places that nobody reads.
-      fingerprint: sha256 of the vocabulary in hex; equal where ids mean the same.
-      source: what errors call it: the file it was read from, or its kind.
+      vocab_size: Number of ids, all special tokens included.
+      eos_ids: Ids that end a sampled text. The first one ends a plain document.
+      pad_id: Id of padding, which no computation reads.
+      fingerprint: sha256 of the vocabulary in hex. Equal fingerprints mean equal ids.
+      source: Name in errors: the file that it was read from, or its kind.
     """
 
     vocab_size: int
@@ -36,23 +36,23 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a document, [n] int32; a control string in it becomes its control id."""
+        """Ids of a document, [n] int32. A control string in it becomes its control id."""
         ...
 
     def encode_plain(self, text: str) -> np.ndarray:
-        """Ids of text that nobody vouches for, [n] int32; no control string becomes its id."""
+        """Ids of untrusted text, [n] int32. No control string in it becomes a control id."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of [n] ids, special tokens verbatim; broken UTF-8 reads as U+FFFD."""
+        """Text of [n] ids, with the text of special tokens. Invalid UTF-8 becomes U+FFFD."""
         ...
 
     def piece(self, id: int) -> str:
-        """What one id contributes to a text; U+FFFD for a fraction of a character."""
+        """Text of one id; U+FFFD if it is a part of a character."""
         ...
 
     def id_of(self, text: str) -> int:
-        """The one id that is `text`; ValueError where it takes several."""
+        """The id whose text is `text`; raises ValueError if there is none."""
         ...
 
 
@@ -60,14 +60,14 @@ def require_single_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> None:
     """Refuses a tokenizer in which one of the strings is not exactly one id.
 
     Raises:
-      ValueError: names every such string and the ids it takes.
+      ValueError: If there is such a string. The message names all of them with their ids.
     """
     wrong = {text: tokenizer.encode(text).tolist() for text in strings}
     wrong = {t: ids for t, ids in wrong.items() if len(ids) != 1 or tokenizer.piece(ids[0]) != t}
     if wrong:
         named = ", ".join(f"{text!r} is {ids}" for text, ids in wrong.items())
         raise ValueError(
-            f"{tokenizer.source}: {named}; want one id of its own for each, for threads are "
+            f"{tokenizer.source}: {named}. Each must be one id of its own, because threads are "
             "forced, stopped and joined by id. Use the hf/tokenizer.json that `tw convert` writes, "
             "or a SentencePiece file of train_sentencepiece: both have the control tokens."
         )
@@ -77,9 +77,10 @@ def check_rows(tokenizer: Tokenizer, rows: int) -> None:
     """Refuses a model whose embedding table has fewer rows than the tokenizer has ids.
 
     Raises:
-      ValueError: so it is.
+      ValueError: If it has fewer.
     """
     if rows < tokenizer.vocab_size:
         raise ValueError(
-            f"Model.vocab_size = {rows}: want at least {tokenizer.vocab_size}, the tokenizer's ids."
+            f"Model.vocab_size = {rows} must be at least {tokenizer.vocab_size}, the number of the "
+            "tokenizer's ids. Raise it, or use the model's own tokenizer."
         )

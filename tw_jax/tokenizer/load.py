@@ -1,4 +1,4 @@
-"""From the config of a tokenizer to the tokenizer."""
+"""Loads the tokenizer of a config."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ def load_tokenizer(
     control: Sequence[str] = THREADWEAVER,
     content: bytes | None = None,
 ) -> Tokenizer:
-    """Builds the tokenizer of a config.
+    """Loads the tokenizer of a config.
 
     Args:
-      cfg: which one.
-      control: the control tokens of the method that the ids are for, in order.
-      content: of its file, where the caller has read it; `cfg.path` then only names it in errors.
+      cfg: The config.
+      control: The control tokens of the method that the tokenizer is used with, in order.
+      content: The content of its file, if the caller has read it. `cfg.path` is then only the name
+        of the file in errors.
 
     Raises:
-      FileNotFoundError: its file is not there.
-      ValueError: the file is no tokenizer, has no end of sequence, or changes the text it encodes.
+      FileNotFoundError: If its file does not exist.
+      ValueError: If the file is not a tokenizer, has no end of sequence, or changes text.
     """
     match cfg:
         case Bytes():

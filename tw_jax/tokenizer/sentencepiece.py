@@ -1,4 +1,4 @@
-"""SentencePiece files: read, and trained on a corpus. The only importer of sentencepiece."""
+"""Reads SentencePiece files and trains them on a corpus. The only importer of sentencepiece."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SentencePiece:
     """A SentencePiece file, as written by `train_sentencepiece`.
 
     Attributes:
-      path: the .model file.
+      path: The .model file.
     """
 
     path: str
@@ -42,7 +42,7 @@ class SentencePieceTokenizer(TableBackend):
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
             raise ValueError(
-                f"{cfg.path}: not a SentencePiece model. Give a .model file, such as "
+                f"{cfg.path}: not a SentencePiece model. Give a .model file, such as one that "
                 "train_sentencepiece writes."
             ) from None
         self._processor = processor
@@ -68,7 +68,7 @@ class SentencePieceTokenizer(TableBackend):
     def encode(self, text: str) -> np.ndarray:
         """See `Tokenizer`."""
         require_unicode(text)
-        # The library would take a U+2581 of the text for a space, so it goes by its bytes.
+        # The library would read a U+2581 of the text as a space, so it is encoded by its bytes.
         head, *tail = text.split(SPACE)
         ids = self._processor.encode(head)
         for part in tail:
@@ -83,22 +83,22 @@ def train_sentencepiece(
     *,
     control: Sequence[str] = THREADWEAVER,
 ) -> None:
-    """Trains a SentencePiece file on a corpus and writes it in one move.
+    """Trains a SentencePiece model on a corpus and writes its file atomically.
 
-    Byte-pair merges with byte fallback, which lose no character; the control tokens, `<think>`,
-    `</think>`, newline and colon are symbols that nothing merges with, and digits stand one by one,
-    so ids do not depend on where a text is cut at a tag or behind a thread's header. The same texts
-    in the same order give the same file.
+    The model uses byte-pair merges with byte fallback, which is lossless. Control tokens,
+    `<think>`, `</think>`, newline and colon are never merged with other symbols, and each digit is
+    one token. So ids do not depend on where a text is cut, at a tag or after a thread's header. The
+    same texts in the same order give the same file.
 
     Args:
-      texts: the corpus; control strings in it are control tokens.
-      path: the .model file to write.
-      vocab_size: ids in all. 285 are fixed and every frequent character takes one; the rest are
-        merges.
-      control: the control tokens, which are its first symbols in this order.
+      texts: The corpus. Control strings in it are control tokens.
+      path: The .model file to write.
+      vocab_size: Total number of ids. 285 are fixed, each frequent character has one, and the rest
+        are merges.
+      control: The control tokens, which are the first symbols, in this order.
 
     Raises:
-      ValueError: the corpus is empty, or does not carry that vocabulary.
+      ValueError: If the corpus is empty, or too small for this vocabulary.
     """
     model = io.BytesIO()
     lines = (line for text in texts for line in text.split("\n") if require_unicode(line))
@@ -116,7 +116,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 24,  # bytes; the library drops longer lines without a word
+            max_sentence_length=1 << 24,  # bytes; the library silently drops longer lines
             pad_id=0,
             eos_id=1,
             unk_id=2,

@@ -43,7 +43,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 MAY_CHANGE: Mapping[str, str] = {name: kind for kind, names in _KINDS.items() for name in names}
-"""The fields that may differ when a run is resumed, and what they are about.
+"""The fields that may differ when a run is resumed, and the kind of each.
 
 `Mesh.*` stands for all fields of `Mesh`.
 """
@@ -98,7 +98,7 @@ def establish(
       FileNotFoundError: If the run starts and `init` has no checkpoint.
     """
     now = Identity(operative(cfg), dict(contents), None)
-    # All processes judge what process 0 has read, so that either all or none of them stop.
+    # All processes check what process 0 has read, so that either all or none of them stop.
     before, taken = hosts.gather([checkpoints.note(), checkpoints.latest() or 0])[0]
     if before is None:
         now = now._replace(origin=hosts.together(lambda: _origin_of(cfg.init), ValueError, OSError))
@@ -173,16 +173,17 @@ def _refuse_changes(
         if _may(name) and not (name in is_place and {None, "None"} & {*found[name]})
     }
     refused = [text for name, text in changes.items() if name not in allowed]
-    # Two verbs can agree in all configs that they share, but their step numbers differ in meaning.
+    # Two verbs can agree in all configs that they share, but their step numbers mean different
+    # things.
     root_then = _holder(next(iter(_fields(before.get("config", ""))), "")) or "none recorded"
     if root_then != root:
         refused.insert(0, f"root config: {root} (was {root_then})")
-    kept = before.get("contents", {})
+    recorded = before.get("contents", {})
     for name, value in now.contents.items():
-        if kept.get(name) != value:
-            refused.append(f"{name}: {value} (was {kept.get(name, 'not recorded')})")
+        if recorded.get(name) != value:
+            refused.append(f"{name}: {value} (was {recorded.get(name, 'not recorded')})")
     advice = ""
-    if f"{root}.steps" in found and kept.get("schedule") != now.contents.get("schedule"):
+    if f"{root}.steps" in found and recorded.get("schedule") != now.contents.get("schedule"):
         advice = f" Set Optim.decay_steps = {_length(before['config'], root)} to keep the schedule."
     if cfg.steps < taken:
         refused.append(f"{root}.steps = {cfg.steps} ({taken} steps are taken)")
@@ -197,17 +198,17 @@ def _refuse_changes(
 
 def _refuse_other_origin(cfg: Any, origin: Origin) -> None:
     name = f"{type(cfg).__name__}.init = {cfg.init!r}"
-    wanted = f"The run began with its step {origin.step}, identity {origin.identity}"
+    recorded = f"The run began with its step {origin.step}, identity {origin.identity}"
     advice = "Put that checkpoint back to resume, or start a new run in another workdir."
     try:
         found = identity(cfg.init, step=origin.step)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{name} lacks the parameters of this run. {wanted}. {error} {advice}"
+            f"{name} lacks the parameters of this run. {recorded}. {error} {advice}"
         ) from error
     if found != origin.identity:
         raise ValueError(
-            f"{name} has other parameters than before. {wanted}; now the identity is {found}. "
+            f"{name} has other parameters than before. {recorded}; now the identity is {found}. "
             f"{advice}"
         )
 

@@ -1,9 +1,10 @@
-"""The loop of a run: it runs the step, writes lines, saves checkpoints and can be resumed.
+"""The training loop: it runs steps, writes metrics, saves checkpoints and can be resumed.
 
-A program iterates over a `TrainingLoop`, which yields the numbers of the steps that are left. The
-body makes a batch and calls `step`, `log` where it needs the numbers at once, and `save_when_due`.
-A program that does not call `log` never waits for the device: the numbers of a step are then read
-while the next step runs. This file does not depend on a model, a loss or an optimiser.
+A program iterates over a `TrainingLoop`, which yields the indices of the remaining steps. The body
+makes a batch and calls `step`, `log` if it needs the metrics of the step at once, and
+`save_when_due`. A program that does not call `log` never waits for the device, because the metrics
+of a step are then read while the next step runs. This file does not depend on a model, a loss or an
+optimiser.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from tw_jax.metrics import Clock, Metrics, count_compiles, progress
 from tw_jax.train.state import Step, TrainState
 
 MAX_NONFINITE = 5
-"""Steps in a row whose gradients are not finite before a run stops; fewer in a shorter run.
+"""Number of consecutive steps without finite gradients after which a run stops.
 
-One such step is skipped and may be an accident of its batch. As with `max_consecutive_errors` of
-`optax.apply_if_finite`, many in a row mean that no later step will be better.
+In a shorter run it is the number of steps. One such step is skipped, and its batch may be the
+cause. Many in a row mean that no later step will be better, as with `max_consecutive_errors` of
+`optax.apply_if_finite`.
 """
 
 
 class DivergedError(ValueError):
-    """The loss, or the gradients of many steps in a row, are not finite any more."""
+    """The loss, or the gradients of many consecutive steps, are not finite."""
 
 
 def resume(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState | None, Any]:
-    """Reads the newest sound checkpoint of a run; damaged ones are set aside.
+    """Reads the newest checkpoint of a run that is not damaged; damaged ones are renamed.
 
     Args:
-      checkpoints: of the run.
+      checkpoints: Checkpoints of the run.
       abstract: `abstract_state` of the mesh to continue on, which may differ from the earlier one.
 
     Returns:
@@ -48,7 +50,8 @@ def resume(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState |
       was saved.
 
     Raises:
-      ValueError: the processes of this job find different checkpoints; or see `restore`.
+      ValueError: If the processes of this job find different checkpoints, or as in
+        `Checkpoints.restore`.
     """
     latest = checkpoints.latest()
     hosts.agree(checkpoint=f"step {latest}")
@@ -59,7 +62,7 @@ def resume(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState |
 
 
 class TrainingLoop:
-    """Iterates over the steps of a run that are left, and owns its state.
+    """Iterates over the remaining steps of a run, and owns its state.
 
     ::
 
@@ -68,12 +71,13 @@ class TrainingLoop:
                 loop.step(loop.draw(batches, place))
                 loop.save_when_due(batches.get_state())
 
-    Each step writes one line of metrics, numbered by the steps taken before it: the numbers of the
-    step, those given to `log`, and where time went since the line before: `steps_per_second`,
-    `tokens_per_second`, `save_seconds`, and a number of seconds for each name given to `spend`.
+    Each step writes one line of metrics. Its index is the number of steps taken before. It has the
+    metrics of the step, those passed to `log`, and the times since the previous line:
+    `steps_per_second`, `tokens_per_second`, `save_seconds`, and seconds for each name passed to
+    `spend`.
 
     Attributes:
-      state: the state after the last step; before it, the state that the loop was given.
+      state: The state after the last step, or the initial state before the first one.
     """
 
     def __init__(
@@ -87,16 +91,16 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         note: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepares the steps from that of `state` on; nothing runs yet.
+        """Prepares the steps, beginning with that of `state`; nothing runs yet.
 
         Args:
-          state: donated where `step` donates it.
-          step: compiled; its metrics have `loss` and may have `tokens`.
-          steps: steps of the whole run, those that `state` has taken included.
-          save_every: steps from one checkpoint to the next.
-          metrics: opened at the step of `state`.
-          checkpoints: of the run.
-          note: kept in every checkpoint beside the position, as JSON: the config of the run.
+          state: The state to begin with. It is donated if `step` donates its argument.
+          step: The compiled step. Its metrics have `loss` and may have `tokens`.
+          steps: Steps of the whole run, including those that `state` has taken.
+          save_every: Steps from one checkpoint to the next.
+          metrics: Metrics, opened at the step of `state`.
+          checkpoints: Checkpoints of the run.
+          note: A JSON object that every checkpoint stores beside the position, such as the config.
         """
         self.state = state
         self._step, self._steps, self._save_every = step, steps, save_every
@@ -109,7 +113,7 @@ class TrainingLoop:
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> TrainingLoop:
-        """Listens to SIGTERM and SIGINT, and shows the progress bar."""
+        """Installs handlers of SIGTERM and SIGINT, and shows the progress bar."""
         with contextlib.ExitStack() as stack:
             self._caught = stack.enter_context(_signals())
             self._compiles = stack.enter_context(count_compiles())
@@ -123,7 +127,7 @@ class TrainingLoop:
         self._opened.close()
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of the steps that are left; the last checkpoint is on disk at the end."""
+        """Yields the indices of the remaining steps, then waits for the last checkpoint."""
         for index in range(self._first, self._steps):
             self._index = index
             yield index
@@ -136,32 +140,32 @@ class TrainingLoop:
             yield
 
     def draw(self, batches: Any, place: Callable[[Any], Any]) -> Any:
-        """The next batch on the devices; its time is `data_seconds`.
+        """Puts the next batch on the devices; the time for this is added to `data_seconds`.
 
         Args:
-          batches: an iterator, from which one batch is taken.
-          place: puts a batch on the devices.
+          batches: An iterator, from which one batch is taken.
+          place: Puts a batch on the devices.
 
         Raises:
-          ValueError: the batches ended.
+          ValueError: If there is no further batch.
         """
         with self.spend("data"):
             try:
                 return place(next(batches))
             except StopIteration:
                 raise ValueError(
-                    f"The batches ended after {self._index} of {self._steps} steps: want one for "
-                    "each step. Let the data repeat, or ask for fewer steps."
+                    f"The batches ended after {self._index} of {self._steps} steps, and each step "
+                    "needs one. Let the data repeat, or ask for fewer steps."
                 ) from None
 
     def step(self, batch: Any) -> None:
-        """Starts the step on a batch, and writes the line of the step before it.
+        """Starts the step on a batch, and writes the line of the previous step.
 
         Args:
-          batch: on the devices; nothing else is moved there during the call.
+          batch: A batch on the devices. Nothing else may be transferred during the call.
 
         Raises:
-          DivergedError: see `log`, about the step before.
+          DivergedError: If the previous step diverged, as in `log`.
         """
         program = self._program(batch)
         before = self._compiles.count
@@ -179,18 +183,18 @@ class TrainingLoop:
         *,
         shown: Callable[[Mapping[str, float]], Mapping[str, Any]] | None = None,
     ) -> dict[str, float]:
-        """Waits for the numbers of the step that was started last, and writes its line.
+        """Waits for the metrics of the last step that was started, and writes its line.
 
         Args:
-          extra: more numbers of this step.
-          shown: which of all these numbers the progress bar shows; None for the loss.
+          extra: Further metrics of this step.
+          shown: Returns what the progress bar shows of all these metrics; None shows the loss.
 
         Returns:
-          The numbers of the step, without `extra`.
+          The metrics of the step, without `extra`.
 
         Raises:
-          DivergedError: the loss is not finite, or the gradients of `MAX_NONFINITE` steps in a row
-            were not; the line is written, and nothing is saved.
+          DivergedError: If the loss is not finite, or the gradients of `MAX_NONFINITE` consecutive
+            steps are not. The line is written before, and no checkpoint is saved.
         """
         if self._line is None:
             raise RuntimeError("TrainingLoop.log was called twice for one step, or before `step`.")
@@ -208,14 +212,14 @@ class TrainingLoop:
     def save_when_due(self, position: Mapping[str, Any]) -> None:
         """Saves a checkpoint every `save_every` steps, after the last step, and before a stop.
 
-        SIGTERM or SIGINT (Ctrl-C) asks to stop; a second SIGINT stops at once.
+        SIGTERM or SIGINT (Ctrl-C) requests a stop. A second SIGINT stops at once.
 
         Args:
-          position: in the data after this step, as JSON; `resume` returns it.
+          position: Position in the data after this step, as JSON; `resume` returns it.
 
         Raises:
-          DivergedError: see `log`; a checkpoint is never one of a run that has diverged.
-          KeyboardInterrupt: a signal asked to stop; the checkpoint is on disk.
+          DivergedError: As in `log`. A run that has diverged is never saved.
+          KeyboardInterrupt: If a signal requested a stop. The checkpoint is on disk then.
         """
         taken = self._index + 1
         stops = _stops(self._caught, self._index)
@@ -229,39 +233,39 @@ class TrainingLoop:
             self._checkpoints.wait()
             raise KeyboardInterrupt(
                 f"Stopped after step {taken} of {self._steps}, which is saved in "
-                f"{self._checkpoints.directory}. The same command goes on from there."
+                f"{self._checkpoints.directory}. The same command continues from there."
             )
 
     def _program(self, batch: Any) -> Step:
-        """The step, which no process of a job runs before all of them have compiled it."""
+        """The step. In a job of many processes, none runs it before all have compiled it."""
         if not jax.distributed.is_initialized():
             return self._step
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
             step: Any = self._step
             self._programs[shapes] = step.lower(self.state, batch).compile()
-            # A collective on CPUs waits 30 seconds for the other side, and then the run is lost.
+            # A collective on CPUs waits at most 30 seconds for the other processes and then fails.
             hosts.gather("compiled")
         return self._programs[shapes]
 
     def _refuse_diverged(self, index: int, numbers: Mapping[str, float]) -> None:
         if not math.isfinite(numbers["loss"]):
             good = self._checkpoints.latest()
-            since = "no checkpoint was saved; start again"
+            advice = "No checkpoint was saved. Start again"
             if good is not None:
-                since = (
-                    f"the last good checkpoint is {self._checkpoints.directory}/{good}, so look at "
-                    f"steps {good} to {index} and go on from there"
+                advice = (
+                    f"The last good checkpoint is {self._checkpoints.directory}/{good}. Look at "
+                    f"steps {good} to {index} and continue from there"
                 )
             raise DivergedError(
-                f"loss = {numbers['loss']} at step {index}: want a finite number; {since}, "
-                "with a lower Optim.peak_lr, or without the batch that did it."
+                f"loss = {numbers['loss']} at step {index} is not finite. {advice}, with a lower "
+                "Optim.peak_lr or without the batch that caused it."
             )
         norm, is_skipped = numbers.get("grad_norm", 0.0), numbers.get("skipped", 0.0) > 0.999
         if not is_skipped:
             self._nonfinite = 0
         if not is_skipped or math.isfinite(norm):
-            return  # a batch without anything to train is skipped too, and proves nothing
+            return  # a batch without trained tokens is skipped too, and is no sign of divergence
         self._nonfinite += 1
         if self._nonfinite < self._max_nonfinite:
             return
@@ -275,26 +279,26 @@ class TrainingLoop:
 
 
 class _Line(NamedTuple):
-    """The numbers of a step, some of them not computed yet."""
+    """The metrics of a step, some of them not computed yet."""
 
-    index: int  # steps taken before it
+    index: int  # number of steps taken before it
     values: Mapping[str, jax.Array]
 
 
 def _warn_of_recompilation(index: int, batch: Any) -> None:
     shapes = ", ".join(sorted({str(list(leaf.shape)) for leaf in jax.tree.leaves(batch)}))
     warnings.warn(
-        f"Step {index} was compiled anew, for a batch of {shapes}: want one program for all steps. "
-        "Give all batches one shape and dtype.",
+        f"Step {index} was compiled again, for a batch of {shapes}. All steps should run one "
+        "program. Give all batches one shape and dtype.",
         stacklevel=3,
     )
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them in the middle of a step."""
+    """Collects SIGTERM and SIGINT, so that they do not end the process in the middle of a step."""
     caught: list[int] = []
-    # Signals reach the main thread only; in a job of many processes JAX itself listens to SIGTERM.
+    # Only the main thread receives signals. In a job of many processes JAX itself handles SIGTERM.
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield caught
         return
@@ -314,6 +318,6 @@ def _signals() -> Iterator[list[int]]:
 
 def _stops(caught: list[int], index: int) -> bool:
     if jax.process_count() > 1:
-        # All processes must save after the same step, whichever of them got the signal.
+        # All processes must save after the same step, and only one may have received the signal.
         return hosts.is_asked_to_stop(index)
     return bool(caught)

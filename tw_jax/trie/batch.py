@@ -1,7 +1,7 @@
-"""`TrieBatch`, the [B, T] arrays that every train step eats: rows of packed tries.
+"""`TrieBatch`: rows of packed tries as [B, T] arrays, the input of every train step.
 
-Row neighbours need no segment ids: a trie's root ends where the trie ends. This file knows nothing
-of how tries are chosen for rows (`trie/pack.py`) nor of losses (`train/loss.py`).
+Tries in one row need no segment ids, because the interval of a root ends where its trie ends. Which
+tries share a row is decided in `trie/pack.py`. Losses are in `train/loss.py`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class TrieBatch(struct.PyTreeNode):
 
 
 def stack_rows(rows: Sequence[Sequence[Trie]], row_tokens: int) -> TrieBatch:
-    """Lays tries side by side in rows of `row_tokens` and pads what is left.
+    """Places tries side by side in rows and pads the rest of each row.
 
     Args:
-      rows: for each row the tries that stand in it; a row may be empty.
+      rows: The tries of each row. A row may be empty.
       row_tokens: T.
 
     Returns:
       A `TrieBatch` of numpy arrays, [len(rows), row_tokens].
 
     Raises:
-      ValueError: the tries of a row are longer than the row.
+      ValueError: If the tries of a row are longer than the row.
     """
     shape = (len(rows), row_tokens)
     index = np.broadcast_to(np.arange(row_tokens, dtype=np.int32), shape)
@@ -59,7 +59,7 @@ def stack_rows(rows: Sequence[Sequence[Trie]], row_tokens: int) -> TrieBatch:
         used = sum(len(trie) for trie in tries)
         if used > row_tokens:
             raise ValueError(
-                f"Row {b} holds tries of {used} tokens together: want at most {row_tokens}. "
+                f"Row {b} holds tries of {used} tokens together, and a row has {row_tokens}. "
                 "Set Packing.row_tokens higher or put fewer tries in the row."
             )
         at = 0

@@ -1,17 +1,17 @@
-"""The one mask of the project: who sees whom in a trie, from two integers per token.
+"""The one mask of the project: which tokens of a trie see each other, from two integers per token.
 
-A node of a trie flattened in preorder is an ancestor of another exactly if the other lies in the
-interval of its descendants. So query i sees key j iff
+In a trie flattened in preorder, the descendants of a node are one interval. A node is an ancestor
+of every node in that interval, and of no other. So query i sees key j iff
 
     keys.enter[j] <= at[i] < keys.exit[j]
 
-and no [T, T] array of booleans, no segment ids and no walk over parents is needed. The same test
+This needs no [T, T] array of booleans, no segment ids and no walk over parents. The same test
 serves a packed row (enter = index), several tries in one row (a root ends where its trie ends) and
 the slots of a sampler's cache (logical numbers; an unused slot has exit <= enter).
 
-This file knows integers only: it neither builds the numbers (`trie/tree.py`, `sample/cache.py`) nor
-computes attention. It hands on the test in three sizes: per pair, per row, and per pair of blocks.
-Everything works on numpy arrays and on jax arrays, traced or not, and answers in kind.
+The functions here apply the test per pair, per row, and per pair of blocks. They accept numpy
+arrays and jax arrays, traced or not, and return the same kind. The numbers are made in
+`trie/tree.py` and `sample/cache.py`; attention is in `attention/`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ HIDDEN = -1e30
 """Score of a pair that the mask forbids: finite, because -inf minus -inf is NaN."""
 
 LOWEST = -1e29
-"""Where a running maximum of scores starts. It lies above HIDDEN, so that `exp(HIDDEN - maximum)`
-is exactly 0 even for a query that sees nothing: its weights sum to 0, and backends return zeros."""
+"""Initial value of a running maximum of scores.
+
+It is above HIDDEN, so that `exp(HIDDEN - maximum)` is exactly 0 even for a query that sees nothing.
+The weights of such a query sum to 0, and backends return zeros for it.
+"""
 
 
 def sees(at: jax.Array, keys: Span) -> jax.Array:
     """Tests pairs: `keys.enter <= at < keys.exit`, elementwise under broadcasting.
 
     Args:
-      at: int32, any shape: where the queries stand.
+      at: int32 of any shape, the numbers of the queries.
       keys: int32 spans of the keys, of a shape that broadcasts against `at`.
 
     Returns:
@@ -44,7 +47,7 @@ def sees(at: jax.Array, keys: Span) -> jax.Array:
 
 
 def dense(at: jax.Array, keys: Span) -> jax.Array:
-    """Tests every pair of a row. For oracles, drawings and few queries; it is O(T S).
+    """Tests every pair of a row, in O(T S). Use it for oracles, pictures and few queries.
 
     Args:
       at: [B, T] int32.
@@ -58,18 +61,19 @@ def dense(at: jax.Array, keys: Span) -> jax.Array:
 
 
 def needed(at: jax.Array, keys: Span, *, query_block: int, key_block: int) -> jax.Array:
-    """Tests pairs of blocks: may any query of the one see any key of the other?
+    """Tests pairs of blocks: whether a query of one block may see a key of the other.
 
-    A block pair is kept iff `min(enter) <= max(at)` and `min(at) < max(exit)`. No pair of tokens is
-    ever lost; a few block pairs are kept in vain where the extremes come from different keys (at
-    blocks of 256, 5 % of the area on ThreadWeaver trajectories of 20k nodes). Keys with an empty
-    interval count for nothing. Costs O(B (T + S + T/query_block S/key_block)).
+    A block pair is kept iff `min(enter) <= max(at)` and `min(at) < max(exit)`. Every visible pair
+    of tokens is in a kept block pair. A few block pairs without a visible pair are kept too, where
+    the extremes come from different keys (at blocks of 256, 5 % of the area on ThreadWeaver
+    trajectories of 20k nodes). Keys with an empty interval are ignored. Costs
+    O(B (T + S + T/query_block S/key_block)).
 
     Args:
       at: [B, T] int32, T a multiple of `query_block`.
       keys: [B, S] int32 spans, S a multiple of `key_block`.
-      query_block: queries per block.
-      key_block: keys per block.
+      query_block: Queries per block.
+      key_block: Keys per block.
 
     Returns:
       [B, T / query_block, S / key_block] bool.
@@ -95,7 +99,7 @@ def visits(need: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       index: [B, Q, K] int32, key blocks: the needed ones first, ascending, then the others.
-      count: [B, Q] int32, how many of them are needed.
+      count: [B, Q] int32, the number of needed key blocks.
     """
     chex.assert_rank(need, 3)
     xp = need.__array_namespace__()

@@ -1,7 +1,7 @@
-"""Packing many tries into fixed rows: longest first, a truncation policy, fill and sharing ratios.
+"""Packs tries into rows of a fixed length, the longest first, and counts fill and sharing.
 
-Rows are fixed so that the train step compiles once. This file knows no model and no text; the
-data pipeline feeds it tries and takes full batches from it.
+Rows have a fixed length so that the train step is compiled only once. The data pipeline and P-GRPO
+pass tries to this file. It does not depend on a model or on text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tw_jax.trie.tree import Trie
 
 @configurable
 class Packing:
-    """How tries become rows.
+    """How tries are packed into rows.
 
     Attributes:
       row_tokens: T, tokens of a row.
-      too_long: what happens to a trie longer than a row: "refuse" stops with a sentence, "drop"
-        leaves it out and counts it, "truncate" keeps the first row_tokens nodes, which cuts branch
-        copies of the first blocks before it cuts the joined path (the reference's way).
-      window: trajectories that are packed together; more of them fill better, and a resumed run
+      too_long: What happens to a trie that is longer than a row. "refuse" raises an error, "drop"
+        leaves the trie out and counts it, and "truncate" keeps its first row_tokens nodes, as the
+        reference does. Truncation cuts branch copies of the first blocks before the joined path.
+      window: Trajectories that are packed together. More of them fill rows better. A resumed run
         packs at most one window again.
     """
 
@@ -41,7 +41,7 @@ class Packing:
 
 @dataclasses.dataclass
 class PackingStats:
-    """Running totals of a packing, for `rows_filled` and `token_sharing`."""
+    """Running totals of packed tries, from which `rows_filled` and `token_sharing` are computed."""
 
     tries: int = 0
     rows: int = 0
@@ -58,12 +58,12 @@ class PackingStats:
 
     @property
     def token_sharing(self) -> float:
-        """Tokens saved against one row per call: 1 - nodes / call tokens, in [0, 1)."""
+        """Share of tokens saved by merging calls: 1 - nodes / call tokens, in [0, 1)."""
         return 1 - self.used_tokens / max(self.source_tokens, 1)
 
 
 def truncate(trie: Trie, length: int) -> Trie:
-    """The first `length` nodes. Preorder keeps every kept node's ancestors."""
+    """The first `length` nodes. Their ancestors are among them, because the order is preorder."""
     keep = slice(0, length)
     return Trie(
         tokens=trie.tokens[keep],
@@ -78,10 +78,16 @@ def truncate(trie: Trie, length: int) -> Trie:
 def fit_row(
     trie: Trie, cfg: Packing, stats: PackingStats, *, name: str = "a trajectory"
 ) -> Trie | None:
-    """Applies the `too_long` policy to one trie; None means that it is left out.
+    """Applies the `too_long` policy to one trie; returns None if the trie is left out.
+
+    Args:
+      trie: The trie.
+      cfg: The policy and the length of a row.
+      stats: Counts dropped and truncated tries.
+      name: Name of the trie, for the message.
 
     Raises:
-      ValueError: the trie is longer than a row and the policy is "refuse"; `name` says which.
+      ValueError: If the trie is longer than a row and the policy is "refuse".
     """
     if len(trie) <= cfg.row_tokens:
         return trie
@@ -92,27 +98,27 @@ def fit_row(
         stats.truncated += 1
         return truncate(trie, cfg.row_tokens)
     raise ValueError(
-        f"{name} makes a trie of {len(trie)} nodes and a row holds {cfg.row_tokens}: want a trie "
-        "that fits. Set Packing.row_tokens higher, or Packing.too_long to 'drop' or 'truncate'."
+        f"{name} makes a trie of {len(trie)} nodes and a row holds {cfg.row_tokens}. Set "
+        "Packing.row_tokens higher, or Packing.too_long to 'drop' or 'truncate'."
     )
 
 
 def pack(
     tries: Sequence[Trie], cfg: Packing, stats: PackingStats | None = None
 ) -> list[list[Trie]]:
-    """Fits tries into rows, the longest first. `stack_rows` makes a batch of the result.
+    """Packs tries into rows, the longest first. `stack_rows` makes a batch of the rows.
 
-    A pure function of its tries, so a data position inside a window can be restored by packing the
-    window again. Rows come back in the order of their earliest trie, for the longest-first order
-    would sort batches by length.
+    Rows depend only on the tries, so a data position inside a window can be restored by packing the
+    window again. Rows are returned in the order of their earliest trie, because the order of
+    packing would sort batches by length.
 
     Args:
-      tries: none longer than a row, see `fit_row`.
-      cfg: only `row_tokens` is read.
-      stats: totals to add to; None counts nothing.
+      tries: Tries, none longer than a row; see `fit_row`.
+      cfg: Only `row_tokens` is read.
+      stats: Totals to add to; None counts nothing.
 
     Returns:
-      For each row its tries, whose lengths add up to at most `row_tokens`.
+      The tries of each row. Their lengths add up to at most `row_tokens`.
     """
     stats = PackingStats() if stats is None else stats
     rows: list[list[int]] = []

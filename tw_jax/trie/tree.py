@@ -1,9 +1,9 @@
-"""Token sequences to one trie, flattened in first-seen preorder (numpy, host, O(total tokens)).
+"""Merges token sequences into a trie, flattened in preorder (numpy, on the host).
 
-Give the joined path first: then every node's ancestors are at most two contiguous runs, and the
-flat order is the one of ThreadWeaver's collator. The visibility of node j is the
-interval `j <= i < end[j]`. This file knows neither tags nor calls' meaning; it hands a `Trie` to
-`trie/pack.py`.
+Node j is visible to the nodes i with `j <= i < end[j]`. Pass the joined path first: the ancestors
+of every node are then at most two contiguous runs, and the flat order is that of ThreadWeaver's
+collator. Children are in the order in which they were first seen. The time is linear in the total
+number of tokens. Tags and calls have no meaning here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Trie:
       depth: [n] int32 position, 0 at a root.
       end: [n] int32, one past the last descendant.
       weight: [n] float32, the loss weight of predicting this node from its parent.
-      source_tokens: length of all sequences that were merged, so that sharing is
+      source_tokens: total length of the merged sequences; the share of tokens saved is
         `1 - len(tokens) / source_tokens`.
     """
 
@@ -41,12 +41,12 @@ class Trie:
 
 @dataclasses.dataclass(slots=True)
 class _Segment:
-    """A run of nodes without a branch inside it that came before it: one sequence's new tail."""
+    """The nodes that one sequence added to the trie: its tail after the last node in common."""
 
     tokens: np.ndarray
     weight: np.ndarray  # float32, summed over the sequences that pass
-    parent: int  # segment that it hangs from, -1 for a root
-    offset: int  # node of that segment that it hangs from
+    parent: int  # the segment of its parent node, -1 for a root
+    offset: int  # index of its parent node in that segment
     children: list[tuple[int, int]]  # (offset, segment), in order of insertion
     start: int = 0  # flat index of the first node
 
@@ -54,17 +54,17 @@ class _Segment:
 def build(sequences: Iterable[np.ndarray], weights: Iterable[np.ndarray | None]) -> Trie:
     """Merges sequences into one trie.
 
-    Sequences that share a prefix share its nodes; where several sequences weigh a node their
-    weights add up, so that sum(weight * nll) over the trie is the sum over the sequences.
+    Sequences that share a prefix share its nodes. The weights of a shared node are added, so that
+    sum(weight * nll) over the trie is the sum over the sequences.
 
     Args:
-      sequences: arrays of int32 ids, none empty; the joined path first. They are read one at a
-        time and not kept, so a generator needs memory for one.
-      weights: for each sequence [len] float32 loss weights, or None for no loss.
+      sequences: Arrays of int32 ids, none empty, with the joined path first. They are read one at
+        a time and not kept, so a generator of sequences needs memory for only one.
+      weights: For each sequence its [len] float32 loss weights, or None for no loss.
 
     Raises:
-      ValueError: a sequence is empty, a weight has another length than its sequence, or the first
-        token of a sequence has weight (nothing precedes it that could predict it).
+      ValueError: If a sequence is empty, a weight has another length than its sequence, or the
+        first token of a sequence has a weight (no token precedes it and could predict it).
     """
     segments: list[_Segment] = []
     child: dict[tuple[int, int, int], int] = {}
@@ -83,16 +83,16 @@ def build(sequences: Iterable[np.ndarray], weights: Iterable[np.ndarray | None])
 def merge_on_prompt(tries: Sequence[Trie], stem: int) -> Trie:
     """Joins tries that begin with the same chain: the chain once, then each trie's other nodes.
 
-    Below the chain nothing is merged, not even equal tokens: what two rollouts of a prompt drew
-    stays apart, for each has a weight and an advantage of its own. The nodes of one trie follow
-    those of the trie before it, in their order. Weights of the chain add up.
+    Nothing is merged below the chain, not even equal tokens, because each rollout of a prompt has
+    its own weights and its own advantage. The nodes of one trie follow those of the trie before
+    it, in their order. The weights of the chain are added.
 
     Args:
-      tries: at least one.
-      stem: length of the chain; each trie's first `stem` nodes, with all else below them.
+      tries: At least one trie.
+      stem: Length of the chain: the first `stem` nodes of each trie, above all its other nodes.
 
     Raises:
-      ValueError: a trie has other tokens there, or branches before the end of the chain.
+      ValueError: If a trie has other tokens there, or branches before the end of the chain.
     """
     first = tries[0]
     for number, trie in enumerate(tries):
@@ -103,9 +103,10 @@ def merge_on_prompt(tries: Sequence[Trie], stem: int) -> Trie:
         ):
             raise ValueError(
                 f"Trie {number} does not begin with the chain of {stem} tokens that trie 0 begins "
-                "with: want one prompt for all tries of a group. Graft rollouts of one prompt."
+                "with. All tries of a group must have one prompt. Merge only rollouts of one "
+                "prompt."
             )
-    # Where the nodes below the chain go, counted from where they stood.
+    # By how much the indices of the nodes below the chain grow.
     shifts = np.cumsum([0, *(len(trie) - stem for trie in tries)]).astype(np.int32)
     size = stem + int(shifts[-1])
 
@@ -133,10 +134,9 @@ def merge_on_prompt(tries: Sequence[Trie], stem: int) -> Trie:
 def flat_labels(trie: Trie, prompt_tokens: int) -> Trie:
     """The reference's labels: every node after the prompt, predicted from its flat predecessor.
 
-    ThreadWeaver's collator shifts labels in flat order and masks nothing but the prompt, so forced
-    tokens and both copies of threads 2..n are trained, and the first node of each branch copy is
-    read from an unrelated leaf. Kept for comparison; `depth` and `end` stay those of the
-    tree.
+    ThreadWeaver's collator shifts labels in flat order and masks only the prompt. So forced tokens
+    and both copies of threads 2..n are trained, and the first node of each branch copy is predicted
+    from an unrelated leaf. This is kept for comparison. `depth` and `end` are those of the tree.
     """
     index = np.arange(len(trie), dtype=np.int32)
     return dataclasses.replace(
@@ -146,18 +146,18 @@ def flat_labels(trie: Trie, prompt_tokens: int) -> Trie:
 
 def _check(number: int, sequence: np.ndarray, weight: np.ndarray | None) -> None:
     if not len(sequence):
-        raise ValueError(f"Sequence {number} of a trie is empty: want at least one token. Drop it.")
+        raise ValueError(f"Sequence {number} of a trie is empty. Leave it out.")
     if weight is None:
         return
     if len(weight) != len(sequence):
         raise ValueError(
-            f"Sequence {number} has {len(sequence)} tokens and {len(weight)} weights: want one "
+            f"Sequence {number} has {len(sequence)} tokens and {len(weight)} weights. Give one "
             "weight for each token."
         )
     if weight[0]:
         raise ValueError(
-            f"The first token of sequence {number} has weight {weight[0]}: want 0, for no token "
-            "precedes it. Begin the sequence with a prompt or a start token."
+            f"The first token of sequence {number} has weight {weight[0]}, which must be 0 "
+            "because no token precedes it. Begin the sequence with a prompt or a start token."
         )
 
 
@@ -167,12 +167,12 @@ def _insert(
     segments: list[_Segment],
     child: dict[tuple[int, int, int], int],
 ) -> None:
-    """Walks the sequence down, adds its weight on the way, and hangs its new tail."""
-    segment, offset, at = -1, -1, 0  # last matched node, and what is left of the sequence
+    """Follows the sequence from the root, adds its weights, and appends its tail as a segment."""
+    segment, offset, at = -1, -1, 0  # the last matched node, and the position in the sequence
     while at < len(sequence):
         found = child.get((segment, offset, int(sequence[at])))
         if found is None:
-            # Copies, for a view would keep the whole sequence.
+            # A copy, because a view would keep the whole sequence in memory.
             tail = sequence[at:].astype(np.int32)
             added = np.zeros(len(tail), np.float32)
             if weight is not None:
@@ -186,13 +186,13 @@ def _insert(
         length = min(len(have), len(sequence) - at)
         differs = have[:length] != sequence[at : at + length]
         first = int(differs.argmax())
-        # argmax of all-False is 0, and the first token is known to match.
+        # argmax of all-False is 0, and the first token always matches.
         shared = first or length
         if weight is not None:
             segments[found].weight[:shared] += weight[at : at + shared]
         at += shared
         segment, offset = found, shared - 1
-        # A branch that an earlier sequence hung inside this run may go on from here.
+        # The sequence may continue in a branch that an earlier sequence added inside this segment.
 
 
 def _flatten(
@@ -217,9 +217,10 @@ def _flatten_root(
     segments: list[_Segment],
     out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
 ) -> int:
-    """Writes the tree of one root from flat index `at` on; returns the index after it."""
+    """Writes the tree of one root, starting at flat index `at`; returns the index after it."""
     tokens, parent, depth, end = out
-    # Each entry: segment, its children still to be laid out (last one first), open nodes [0, open).
+    # Each entry: a segment, its children that are not written yet (the next one last), and the
+    # number of its nodes whose `end` is not written yet.
     stack: list[list] = []
 
     def lay(number: int) -> None:
@@ -235,7 +236,7 @@ def _flatten_root(
         tokens[at : at + size] = segment.tokens
         depth[at : at + size] = np.arange(first, first + size, dtype=np.int32)
         at += size
-        # Deepest offset first; at one offset, first seen first. Reversed, for it is popped.
+        # Deepest offset first; at one offset, first seen first. Reversed, because of `pop`.
         order = sorted(segment.children, key=lambda pair: -pair[0])[::-1]
         stack.append([number, order, size])
 

@@ -54,14 +54,14 @@ Rule = Literal[
     "conclusion",
     "no_think_end",
 ]
-"""What can be wrong with a text; `check` and `well_formed` report by these names."""
+"""Names of the faults of a text, in the reports of `parse`, `check` and `well_formed`."""
 
 _TAG = re.compile(r"</?(?:Parallel|Outlines|Outline|Thread|Conclusion)>")
 _ANY_TAG = re.compile(r"</?(\w+)>")
 _HEADER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)*)\s*:")
 _EXCERPT = 72
 
-# What the checker reads; it is its own authority on blanks, digits and tags.
+# Patterns of the checker, which treats blanks, digits and tags in its own way.
 _CHECKED_HEADER = re.compile(r"(\d+):\s*(.+)", re.DOTALL)
 _OPENING = re.compile(r"\s*<Outlines>")
 _CLOSING = re.compile(r"</Outlines>\s*(?=<Thread>)")
@@ -195,7 +195,7 @@ def parse(text: str) -> Document:
 
     Args:
       text: a response or a whole document. `<think>` and other tags that are not of the block
-        grammar are prose; inside a block they belong to the outline or thread they stand in.
+        grammar are prose; inside a block they belong to the outline or thread around them.
 
     Raises:
       GrammarError: the first place that cannot be read: an unclosed block, a tag out of place, text
@@ -214,7 +214,7 @@ class _Reader:
     def segments(self) -> Iterator[Prose | ParallelBlock]:
         while (tag := _TAG.search(self.text, self.at)) is not None:
             if tag[0] != "<Parallel>":
-                self.fail(tag.start(), "tag_outside_block", f"{tag[0]} stands outside a block.")
+                self.fail(tag.start(), "tag_outside_block", f"{tag[0]} is outside a block.")
             if tag.start() > self.at:
                 yield Prose(self.text[self.at : tag.start()], (self.at, tag.start()))
             self.at = tag.end()
@@ -251,7 +251,7 @@ class _Reader:
             self.fail(
                 at,
                 "loose_text",
-                f"Text before {tag[0]}. Only {' or '.join(wanted)} may stand here.",
+                f"Text before {tag[0]}. Only {' or '.join(wanted)} may be here.",
             )
         if tag[0] not in wanted:
             rule: Rule = "conclusion" if "Conclusion" in tag[0] else "block_structure"
@@ -293,7 +293,7 @@ class Reason:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What `check` found, block by block; within a block in the order of the rules."""
+    """The result of `check`, by block, and within a block in the order of the rules."""
 
     reasons: tuple[Reason, ...]
 
@@ -305,12 +305,12 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class FormatReport:
-    """What `well_formed` found.
+    """The result of `well_formed`.
 
     Attributes:
-      blocks: number of `<Parallel>` tags.
-      blocks_well_formed: how many of them open a block that can be read and breaks no rule.
-      reasons: all that is wrong with the trajectory, in its blocks or elsewhere.
+      blocks: Number of `<Parallel>` tags.
+      blocks_well_formed: Number of blocks that can be read and break no rule.
+      reasons: All faults of the trajectory, in its blocks and elsewhere.
     """
 
     blocks: int
@@ -319,12 +319,12 @@ class FormatReport:
 
     @property
     def has_block(self) -> bool:
-        """Whether the text forks at all; no verdict."""
+        """Whether the text has a block, well-formed or not."""
         return self.blocks > 0
 
     @property
     def trajectory_well_formed(self) -> bool:
-        """Whether nothing is wrong; true of a finished text without blocks."""
+        """Whether there are no faults. A finished text without blocks has none."""
         return not self.reasons
 
 
@@ -337,17 +337,17 @@ def check(
 ) -> Verdict:
     """The strict format checker of ThreadWeaver's data pipeline, with a reason for each rule.
 
-    Kept with its gaps, so that shares can be compared: tags outside blocks, text beside the
-    outlines and the order of `</Parallel>` and `<Parallel>` are not looked at, and a block of one
-    thread passes. `well_formed` looks at the first three. A conclusion, where there is one, stands
-    after the threads under every setting. Source: ThreadWeaver (arXiv:2512.07843), data filter.
+    Its gaps are kept, so that results can be compared: tags outside blocks, text beside the
+    outlines and the order of `</Parallel>` and `<Parallel>` are not checked, and a block of one
+    thread passes. `well_formed` checks the first three. If there is a conclusion, it must follow
+    the threads under every setting. Source: ThreadWeaver (arXiv:2512.07843), data filter.
 
     Args:
-      text: the text to judge.
-      treat_no_parallel_as_error: whether a text without blocks fails.
-      allow_between_threads: whether anything, words included, may stand between two threads.
-      skip_conclusion: whether to do without the rule that a block has exactly one conclusion, and
-        in it text without tags.
+      text: The text to check.
+      treat_no_parallel_as_error: Whether a text without blocks fails.
+      allow_between_threads: Whether anything, words included, may be between two threads.
+      skip_conclusion: Whether to skip the rule that a block has exactly one conclusion with text
+        and without tags.
     """
     reasons: list[Reason] = []
     opened, closed = text.count("<Parallel>"), text.count("</Parallel>")
@@ -394,7 +394,7 @@ def well_formed(text: str) -> FormatReport:
 
 
 def histogram(reports: Iterable[FormatReport]) -> dict[Rule, int]:
-    """How many trajectories break each rule, most frequent first; one counts once for a rule."""
+    """The number of trajectories that break each rule, the most frequent rule first."""
     counts: Counter[Rule] = Counter()
     for report in reports:
         counts.update({reason.rule for reason in report.reasons})
@@ -477,9 +477,9 @@ def _judge_counts(inner: str, skip_conclusion: bool) -> Iterator[Reason]:
 
 
 def _split(inner: str) -> tuple[int, int, int | None] | None:
-    """Where a block's threads start and stop and where its conclusion's text starts.
+    """Start and stop of a block's threads, and the start of the text of its conclusion.
 
-    The outlines end at the first `</Outlines>` that a `<Thread>` follows. None: this is no block.
+    The outlines end at the first `</Outlines>` that a `<Thread>` follows. None if this is no block.
     """
     end = len(inner.rstrip())
     opening = _OPENING.match(inner)
