@@ -4,7 +4,7 @@ import importlib
 import pathlib
 
 import tiny
-from repo.figure import draw, draw_multiplication, draw_threads
+from repo.figure import draw, draw_multiplication, draw_quickstart, draw_threads
 from repo.fits import fits
 from repo.notebook import notebook
 from repo.sources import ROOT, VERBS, has_config
@@ -130,6 +130,7 @@ MADE = {
     "docs/trie.svg": draw,
     "docs/images/threads.svg": draw_threads,
     "docs/images/trie.svg": draw_multiplication,
+    "docs/images/quickstart.svg": draw_quickstart,
     "docs/quickstart.ipynb": quickstart,
 }
 """Paths from the root of the repository, and the functions that make their texts."""

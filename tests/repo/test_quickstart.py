@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -83,7 +84,10 @@ def test_the_numbers_of_the_page_are_those_of_the_run(facts) -> None:
     assert facts["total"] - facts["longest"] == shorter - tag
 
 
-def test_the_picture_is_written(facts, folder) -> None:
+def test_the_picture_is_written_and_the_one_of_the_page_shows_the_same_calls(facts, folder) -> None:
+    drawn = (ROOT / "docs" / "images" / "quickstart.svg").read_text(encoding="utf-8")
+    titles = re.findall(r"<!-- (.*?): (\d+) decoding steps -->", drawn)
+    assert [int(steps) for _, steps in titles] == [facts["longest"], facts["total"]]
     assert (folder / "rollout.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -106,19 +106,19 @@ def fit_row(
 def pack(
     tries: Sequence[Trie], cfg: Packing, stats: PackingStats | None = None
 ) -> list[list[Trie]]:
-    """Fits tries into rows, the longest first. `stack_rows` makes a batch of the result.
+    """Packs tries into rows, the longest first. `stack_rows` makes a batch of the rows.
 
     Rows depend only on the tries, so a data position inside a window can be restored by packing the
     window again. Rows are returned in the order of their earliest trie, because the order of
     packing would sort batches by length.
 
     Args:
-      tries: none longer than a row, see `fit_row`.
-      cfg: only `row_tokens` is read.
-      stats: totals to add to; None counts nothing.
+      tries: Tries, none longer than a row; see `fit_row`.
+      cfg: Only `row_tokens` is read.
+      stats: Totals to add to; None counts nothing.
 
     Returns:
-      For each row its tries, whose lengths add up to at most `row_tokens`.
+      The tries of each row. Their lengths add up to at most `row_tokens`.
     """
     stats = PackingStats() if stats is None else stats
     rows: list[list[int]] = []
