@@ -75,8 +75,9 @@ def _broken_rule(document: Document, protocol: ThreadWeaver) -> tuple[str, int] 
         wrong = next(((o, t) for o, t in pairs if o.number != t.number), None)
         if wrong is not None:
             outline, thread = wrong
+            numbers = f"{_short(thread.number)} where its outline has {_short(outline.number)}"
             return (
-                f"A thread has the number {thread.number} where its outline has {outline.number}. "
+                f"A thread has the number {numbers}. "
                 "Threads must have the numbers of the outlines, in the same order.",
                 thread.at[0],
             )
@@ -84,8 +85,13 @@ def _broken_rule(document: Document, protocol: ThreadWeaver) -> tuple[str, int] 
             return f"A block has {counts}, and ForkJoin.max_threads = {most} allows fewer.", at
         empty = next((thread for thread in threads if not thread.body), None)
         if empty is not None:
-            return f"Thread {empty.number} is empty. Each thread needs a text.", empty.at[0]
+            return f"Thread {_short(empty.number)} is empty. Each thread needs a text.", empty.at[0]
     return None
+
+
+def _short(number: str) -> str:
+    """The number of an outline or a thread, cut off if it is long: models write the text."""
+    return number if len(number) <= 20 else f"{number[:20]}..."
 
 
 def _count(things: tuple[object, ...], name: str) -> str:
