@@ -16,9 +16,11 @@ import tw_jax
 PAGE = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 NOTEBOOK = (ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8")
 CODE = "\n".join(code_cells(NOTEBOOK))
+TRAINING = (ROOT / "docs" / "api" / "training.md").read_text(encoding="utf-8")
+(REINFORCEMENT,) = python_blocks(TRAINING)
 FACTS = """
 import json
-print(json.dumps({
+facts = {
     "loss": float(metrics["loss"]),
     "nodes": len(trie), "source_tokens": trie.source_tokens,
     "rounds": rollout.rounds, "finish": rollout.finish,
@@ -26,7 +28,12 @@ print(json.dumps({
     "text": tokenizer.decode(rollout.ids), "question": question, "response": response,
     "total": tw.cost_from_calls(rollout).total, "longest": tw.cost_from_calls(rollout).longest,
     "verdict": tw.grade(tokenizer.decode(rollout.ids), "408", where="anywhere"),
-}))
+}
+"""
+REINFORCEMENT_FACTS = """
+facts["reinforcement"] = {name: float(value) for name, value in metrics.items()}
+facts["drawn"] = sum(tw.cost_from_calls(made).total for made in rollouts)
+print(json.dumps(facts))
 """
 
 
@@ -37,9 +44,10 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def facts(folder) -> dict:
-    """What the cells of the notebook computed, one after another in a process of their own."""
+    """What the cells of the notebook, and then the lines of the API page, computed in a process."""
+    script = "\n".join([CODE, FACTS, REINFORCEMENT, REINFORCEMENT_FACTS])
     done = subprocess.run(
-        [sys.executable, "-c", CODE + FACTS],
+        [sys.executable, "-c", script],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -91,6 +99,15 @@ def test_the_picture_is_written_and_the_one_of_the_page_shows_the_same_calls(fac
     assert (folder / "rollout.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_step_of_reinforcement_trains_every_drawn_token_with_the_sampler_s_log_probs(
+    facts,
+) -> None:
+    metrics = facts["reinforcement"]
+    assert metrics["tokens"] == facts["drawn"]
+    assert metrics["mismatch_within_5"] == 1
+    assert metrics["skipped"] == 0
+
+
 # Types, as pyright sees them with the settings that editors have by default.
 
 
@@ -113,6 +130,7 @@ def diagnose(folder: pathlib.Path, name: str, code: str) -> list[dict]:
 
 def test_the_code_of_the_page_has_no_type_error(folder) -> None:
     assert diagnose(folder, "page", CODE) == []
+    assert diagnose(folder, "training", f"{CODE}\n{REINFORCEMENT}") == []
 
 
 def test_every_public_name_has_a_type(folder) -> None:

@@ -105,8 +105,8 @@ def grade(
     of a model that nobody has read.
 
     Args:
-      text: The response without the prompt. Its answer is in `\boxed{}`, at its end.
-      answer: The correct answer, for example "408" or "\frac{1}{2}".
+      text: The response without the prompt. Its last ``\boxed{}`` is the answer.
+      answer: The correct answer, for example ``408`` or ``\frac{1}{2}``.
       mode: "number" accepts only a number in a listed notation. "mathematics" also accepts exact
         expressions, sets, equations and words. docs/answers.md has the rules.
       where: "after_thinking" takes only an answer after `</think>`, "anywhere" also one before.

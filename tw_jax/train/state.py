@@ -174,7 +174,7 @@ def initial_state(
         parameters and one for the run.
       params: Pretrained parameters, for example those of `load_model`. They may lack the adapters
         of the network, which are then fresh. They are donated.
-      mesh: Devices of the state; None takes the default device.
+      mesh: Devices of the state, from `make_mesh`; None takes the default device.
       rules: The mesh axes of each logical axis.
     """
     for_params, for_run = jax.random.split(key)
