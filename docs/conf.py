@@ -32,6 +32,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]  # fields of dataclasses
 napoleon_use_rtype = False
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True  # as they are written, without the fields of a config
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 add_module_names = False

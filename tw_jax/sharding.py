@@ -116,15 +116,12 @@ def sampling(rules: Rules) -> Rules:
 _USED = jax.make_user_context(None)
 
 
-def make_mesh(
-    cfg: Mesh,
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
-) -> jax.sharding.Mesh:
+def make_mesh(cfg: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Arranges devices in the mesh ("data", "fsdp", "sequence", "tensor").
 
     Args:
       cfg: Sizes of the axes.
-      devices: Devices to use; by default all devices of the job.
+      devices: Devices to use, such as `jax.devices()[:4]`; by default all devices of the job.
 
     Raises:
       ValueError: If the product of the sizes is not the number of devices, or if the devices belong

@@ -21,23 +21,23 @@ from sphinx.util.docutils import SphinxDirective
 import tw_jax
 
 TOPICS = {
-    "models": "Model Lora Network Params KV Span network attend",
-    "text": "Bytes HuggingFace SentencePiece Chat load_tokenizer",
+    "models": """
+        Model Rope Llama3Rope YarnRope Lora presets network Network load_model LanguageModel Mesh
+        make_mesh
+    """,
+    "text": "Bytes HuggingFace SentencePiece load_tokenizer Chat",
     "trajectories": """
-        Call Hit Provenance Trajectory ForkJoin ThreadWeaver make_table Request Result run
-        replay rebuild of_calls of_ids
+        trajectory Trajectory Call ForkJoin ThreadWeaver make_table cost_from_calls
     """,
-    "tries": """
-        Trie build flat_labels of_trajectory of_chain of_group Group Packing pack TrieBatch
-        stack_rows
-    """,
+    "tries": "trajectory_trie group_tries Trie Packing pack stack_rows TrieBatch",
     "training": """
-        Optim TrainState make_step token_logp PolicyLoss PolicyBatch Aggregation Scored advantages
-        has_signal pack_groups loss_sums make_logp
+        Optim initial_state TrainState make_sft_step advantages Scored pack_groups PolicyLoss
+        make_pgrpo_step
     """,
     "sampling": "Sampler make_sampler",
-    "rewards": "Reward reward totals",
-    "configs": "load config",
+    "rewards": "grade Task Problem RewardTerm",
+    "pictures": "timeline_figure trie_figure",
+    "configs": "configurable load_config",
 }
 """A page of docs/api/ and the public names that it documents, in this order."""
 

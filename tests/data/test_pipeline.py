@@ -220,7 +220,7 @@ def test_a_token_outside_the_vocabulary_names_its_line(tmp_path):
 def test_ids_of_another_tokenizer_are_refused(tmp_path):
     bad = rollout(examples(1)[0], fingerprint=fakes.Characters().fingerprint)
     path = write(tmp_path / "x.jsonl", [bad])
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: ids of the tokenizer characters"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: the rollout has ids of the tokenizer char"):
         next(open_batches(path))
 
 
@@ -307,10 +307,10 @@ BLOCK = (
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
-        ("<Outlines>\n</Outlines>", r"a block has no outlines[\s\S]*line 1, column 1:"),
+        ("<Outlines>\n</Outlines>", r"A block has no outlines[\s\S]*line 1, column 1:"),
         (
             "<Outlines><Outline>000000001: a</Outline><Outline>000000002: b</Outline></Outlines>",
-            "the response has 2 threads, and the protocol forks 0",
+            "The response has 2 threads, and the protocol forks 0",
         ),
     ],
 )

@@ -383,16 +383,16 @@ GOOD = to_json(problem())
             r"short; delete that line or write the file again\.",
         ),
         ('{"kind": "problem", "extra": {}', "the line ends inside a JSON object"),
-        ("plain words", r"no JSON at column 1, Expecting value \(plain words\)\. Mend"),
-        ('{"a": 1, b: 2}', "no JSON at column 10"),
-        ("[1, 2]", r"want a JSON object, got \[1, 2\]"),
+        ("plain words", r"not JSON at column 1: Expecting value \(plain words\)\. Correct"),
+        ('{"a": 1, b: 2}', "not JSON at column 10"),
+        ("[1, 2]", r"\[1, 2\] must be a JSON object"),
         ('{"question": "q", "answer": NaN}', "NaN is not a JSON number"),
         (f'{{"question": "q", "answer": {"9" * 5000}}}', "4300.*Write that number as a string"),
         (GOOD | {"kind": "rolout"}, "kind = 'rolout' must be one of problem, example, rollout"),
         (GOOD | {"kind": ["problem"]}, "must be one of problem, example, rollout"),
         (
             {k: v for k, v in GOOD.items() if k != "question"} | {"anser": "4"},
-            "the problem lacks question and has the unknown anser .*"
+            "the problem lacks question and must not have anser .*"
             "A problem must have id, question and may have answer, task, extra",
         ),
         (GOOD | {"answer": 42}, r"Problem\.answer = 42 must be text, not int\. Write it in quotes"),
@@ -400,7 +400,7 @@ GOOD = to_json(problem())
         (GOOD | {"question": "\ud800"}, r"Problem\.question has half a surrogate pair"),
         (
             {"a": 1, "b": 2},
-            r"the columns a, b make no record \(\{'a': 1, 'b': 2\}\)\. A row needs question",
+            r"a, b are not those of a record \(\{'a': 1, 'b': 2\}\)\. A row must have question",
         ),
         ({"question": "q", "extra": 3}, "extra = 3 must be an object"),
         ({"question": "q", "answer": 0.5}, "answer = 0.5 must be text or a whole number"),
@@ -446,7 +446,7 @@ def _with_call(**changes):
         (_with_call(path=[[0]]), r"calls: path = \[\[0\]\] must be a list of integers and strings"),
         (
             _with_call(context=[]),
-            "the call has the unknown context .*must have path, sampled, logp, stop_reason",
+            "the call must not have context .*must have path, sampled, logp, stop_reason",
         ),
         (to_json(rollout()) | {"calls": {}}, r"calls = \{\} must be a list"),
         (to_json(rollout()) | {"calls": [3]}, "calls = 3 must be an object for each call"),
@@ -495,7 +495,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 def test_unknown_suffixes_and_missing_files_are_refused(tmp_path):
     for act in (open_records, lambda path: write(path, [])):
-        with pytest.raises(ValueError, match=r"ends in \.jsonl, \.parquet, \.array_record"):
+        with pytest.raises(ValueError, match=r"must end in \.jsonl, \.parquet, \.array_record"):
             act(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError, match=r"x\.jsonl: no such file"):
         read(tmp_path / "x.jsonl")

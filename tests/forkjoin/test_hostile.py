@@ -66,7 +66,7 @@ def mutate(text: str, rng: random.Random) -> str:
 
 def test_mutated_trajectories_end_in_a_result_or_a_sentence():
     rng, parsed, replayed = random.Random(0), 0, 0
-    said: list[tuple[type, int]] = []
+    messages: list[tuple[type, int]] = []
     for _ in range(1500):
         text = mutate(BLOCK + "\nb\n</think>" + BLOCK * rng.randrange(2), rng)
         for between in (True, False):
@@ -91,10 +91,10 @@ def test_mutated_trajectories_end_in_a_result_or_a_sentence():
             )
             replayed += 1
         except ValueError as error:
-            said.append((type(error), len(str(error))))
+            messages.append((type(error), len(str(error))))
     assert parsed > replayed > 50
-    assert {kind for kind, _ in said} == {ValueError}
-    assert max(length for _, length in said) < 1000
+    assert {kind for kind, _ in messages} == {ValueError}
+    assert max(length for _, length in messages) < 1000
 
 
 @pytest.mark.parametrize("unit", ["a", "\0", BLOCK, "<Parallel><Outlines></Outlines></Parallel>"])

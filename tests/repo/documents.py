@@ -4,8 +4,9 @@ import importlib
 import pathlib
 
 import tiny
-from repo.figure import draw, draw_multiplication, draw_threads
+from repo.figure import draw, draw_multiplication, draw_quickstart, draw_threads
 from repo.fits import fits
+from repo.notebook import notebook
 from repo.sources import ROOT, VERBS, has_config
 
 from tw_jax import config
@@ -116,6 +117,12 @@ def fields() -> str:
     return "".join(parts)
 
 
+def quickstart() -> str:
+    """docs/quickstart.ipynb, without the sentence that leads to it."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    return notebook(page.replace("The same page is a [notebook](quickstart.ipynb).\n\n", ""))
+
+
 MADE = {
     "configs/README.md": listing,
     "docs/configs.md": fields,
@@ -123,6 +130,8 @@ MADE = {
     "docs/trie.svg": draw,
     "docs/images/threads.svg": draw_threads,
     "docs/images/trie.svg": draw_multiplication,
+    "docs/images/quickstart.svg": draw_quickstart,
+    "docs/quickstart.ipynb": quickstart,
 }
 """Paths from the root of the repository, and the functions that make their texts."""
 

@@ -1,15 +1,15 @@
-"""Draws docs/trie.svg, the worked example, and the multiplications of docs/images."""
+"""Draws docs/trie.svg, the worked example, and the rollouts of docs/images."""
 
+import ast
 import io
+import re
 
 import numpy as np
 from repo.example import PROMPT, VOCABULARY, WRITTEN, calls
+from repo.sources import ROOT
 
 from tw_jax.forkjoin.calls import Call, Provenance, StopReason, Trajectory
-from tw_jax.forkjoin.limits import ForkJoin
-from tw_jax.forkjoin.replay import replay
-from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
-from tw_jax.forkjoin.threadweaver.table import make_table
+from tw_jax.forkjoin.threadweaver.written import trajectory
 from tw_jax.tasks.multiplication import Multiplication, Product
 from tw_jax.tokenizer.bytes import Bytes
 from tw_jax.tokenizer.chat import Chat
@@ -60,10 +60,17 @@ def multiplication_trajectory(*factors: int) -> Trajectory:
     """The gold text of a product in bytes, replayed; each round forks if it can."""
     problem = Product(factors=factors, seed=0).problem
     response = Multiplication(parallel=True, lone_pair="fork").gold(problem)
-    tokenizer, chat = load_tokenizer(Bytes()), Chat(template="plain")
-    ids = chat.document(tokenizer, problem.question, response)
-    protocol = ThreadWeaver(make_table(tokenizer), ForkJoin())
-    return replay(protocol, ids, len(chat.prompt(tokenizer, problem.question)))
+    chat = Chat(template="plain")
+    return trajectory(load_tokenizer(Bytes()), chat, problem.question, response)
+
+
+def quickstart_trajectory() -> Trajectory:
+    """The answer of docs/quickstart.md, which its code trains until the model samples it."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assignments = re.findall(r'^(\w+) = r?("{1,3}.+?"{1,3})$', page, re.MULTILINE | re.DOTALL)
+    texts = {name: ast.literal_eval(f"r{text}") for name, text in assignments}
+    chat = Chat(template="plain")
+    return trajectory(load_tokenizer(Bytes()), chat, texts["question"], texts["response"])
 
 
 def draw() -> str:
@@ -82,6 +89,12 @@ def draw_threads() -> str:
     """docs/images/threads.svg."""
     decode = load_tokenizer(Bytes()).decode
     return _svg(timeline.timeline_figure(multiplication_trajectory(47, 86, 35, 29), decode))
+
+
+def draw_quickstart() -> str:
+    """docs/images/quickstart.svg."""
+    decode = load_tokenizer(Bytes()).decode
+    return _svg(timeline.timeline_figure(quickstart_trajectory(), decode))
 
 
 def _svg(figure: Figure) -> str:

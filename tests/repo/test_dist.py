@@ -1,5 +1,6 @@
 """The wheel holds the package and nothing else, and `tw` runs from it in an empty environment."""
 
+import ast
 import json
 import os
 import pathlib
@@ -20,6 +21,41 @@ from repo.sources import PACKAGE, ROOT
 pytest.importorskip("build", reason="build comes with the dev extra")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SCRIPT = '''
+import jax
+import tw_jax as tw
+
+def answer(a, b):
+    return f"""<Parallel>
+<Outlines>
+<Outline>1: {a} times {b // 10 * 10}</Outline>
+<Outline>2: {a} times {b % 10}</Outline>
+</Outlines>
+<Thread>
+1: {a * (b // 10 * 10)}
+</Thread><Thread>
+2: {a * (b % 10)}
+</Thread>
+</Parallel>
+The product is {a * b}."""
+
+tokenizer, chat = tw.load_tokenizer(tw.Bytes()), tw.Chat(template="plain")
+limits = tw.ForkJoin(max_new=400, max_threads=2)
+texts = {f"What is {a} * {b}?": answer(a, b) for a, b in ((12, 34), (7, 81), (23, 56))}
+tries = [tw.trajectory_trie(tw.trajectory(tokenizer, chat, *qa, limits)) for qa in texts.items()]
+batch = tw.stack_rows(tw.pack(tries, tw.Packing(row_tokens=512)), 512)
+network = tw.network(tw.presets.TINY, num_ids=tokenizer.vocab_size)
+optim = tw.Optim(algorithm="muon", peak_lr=1e-2)
+state = tw.initial_state(network, optim, key=jax.random.key(0))
+step = jax.jit(tw.make_sft_step(network, optim, steps=50))
+for _ in range(50):
+    state, metrics = step(state, batch)
+protocol = tw.ThreadWeaver(tw.make_table(tokenizer), limits)
+sampler = tw.make_sampler(network, protocol, tw.Sampler(rows=3, temperature=0.0))
+for rollout in sampler(state.params, [chat.prompt(tokenizer, question) for question in texts]):
+    print([rollout.rounds, tokenizer.decode(rollout.ids)])
+'''
+"""What a reader of the quickstart would write for three trajectories of their own."""
 NOT_SOURCES = {".git", ".venv", "build", "dist", "runs", "_build", "__pycache__"}
 
 
@@ -64,7 +100,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built) -> No
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     files = (p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     assert held == {path.relative_to(ROOT).as_posix() for path in files}
-    assert "tw_jax/py.typed" in held
+    assert {"tw_jax/py.typed", "tw_jax/__init__.pyi"} <= held
 
 
 def test_the_source_distribution_holds_no_tests_and_what_its_wheel_needs(built) -> None:
@@ -90,6 +126,20 @@ def test_tw_runs_from_the_wheel(installed, tmp_path) -> None:
     tw = installed / "bin" / "tw"
     assert "sft" in run(tw, "--help", cwd=tmp_path)
     assert "row_tokens" in run(tw, "config", "show", "sft", cwd=tmp_path)
+
+
+def test_a_script_of_30_lines_trains_on_own_trajectories_and_samples_with_forks(
+    installed, tmp_path
+) -> None:
+    assert len([line for line in SCRIPT.splitlines() if line.strip()]) <= 30
+    (tmp_path / "own.py").write_text(SCRIPT, encoding="utf-8")
+    shown = run(installed / "bin" / "python", "own.py", cwd=tmp_path)
+    rollouts = [ast.literal_eval(line) for line in shown.splitlines()]
+    assert [rounds for rounds, _ in rollouts] == [1, 1, 1]
+    made = [
+        re.search(r"\* \d+\?[\s\S]*</Thread><Thread>[\s\S]* is (\d+)\.", t) for _, t in rollouts
+    ]
+    assert [found[1] for found in made] == ["408", "567", "1288"]
 
 
 @pytest.mark.slow  # downloads the dependencies

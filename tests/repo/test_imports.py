@@ -1,5 +1,6 @@
 """Floors and doors: which file may import which (docs/architecture.md)."""
 
+import ast
 import subprocess
 import sys
 
@@ -37,6 +38,22 @@ def test_a_part_of_a_distribution_is_imported_at_its_door_alone(part: str) -> No
         if name == part or name.startswith(f"{part}.")
     }
     assert users == DOORS[part]
+
+
+def test_there_are_at_most_50_public_names_and_no_two_of_one_thing() -> None:
+    assert tw_jax.__all__ == sorted(tw_jax.__all__)
+    assert 40 <= len(tw_jax.__all__) <= 50
+    assert len({id(getattr(tw_jax, name)) for name in tw_jax.__all__}) == len(tw_jax.__all__)
+
+
+def test_importing_the_package_loads_no_other_part_of_it_and_no_jax() -> None:
+    script = "import sys, tw_jax; print(tw_jax.__all__ and sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = ast.literal_eval(done.stdout)
+    assert not {"jax", "numpy", "matplotlib"} & {*loaded}
+    assert [name for name in loaded if name.startswith("tw_jax")] == ["tw_jax"]
 
 
 def test_the_front_hands_out_names_of_the_lower_floors_only() -> None:

@@ -17,6 +17,7 @@ from repo.sources import (
 )
 
 LONGEST_FILE = 600
+LONGEST_PROGRAM = 250
 EMPTY_NAMES = {"utils", "util", "common", "base", "helpers", "manager", "misc", "lib"}
 BANNED_WORDS = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(work|root|home)/")
@@ -91,6 +92,8 @@ def test_no_file_is_longer_than_600_lines() -> None:
         for path in python_files(PACKAGE, ROOT / "tests")
     }
     assert {name: n for name, n in lengths.items() if n > LONGEST_FILE} == {}
+    programs = {name: n for name, n in lengths.items() if name.startswith("tw_jax/programs/")}
+    assert {name: n for name, n in programs.items() if n > LONGEST_PROGRAM} == {}
 
 
 def test_no_file_has_an_empty_name_or_one_of_a_standard_module() -> None:

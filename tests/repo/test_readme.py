@@ -14,6 +14,7 @@ PAGES = [
     "docs/decisions.md",
     "docs/pgrpo.md",
     "docs/pods.md",
+    "docs/quickstart.md",
     "docs/trie.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

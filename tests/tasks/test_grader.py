@@ -13,7 +13,7 @@ import pytest
 from words import Words
 
 from tw_jax.tasks import grader
-from tw_jax.tasks.grader import Grader, GraderPool
+from tw_jax.tasks.grader import Grader, GraderPool, grade
 from tw_jax.tasks.task import Problem, check_problems
 
 # An exponent that passes for small, and a power that would take minutes and gigabytes.
@@ -244,3 +244,27 @@ def test_an_error_of_a_task_stops_the_run_instead_of_counting_as_wrong(text, sen
 def test_a_pool_that_could_not_work_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         Grader(mode="number", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "how", "verdict"),
+    [
+        (r"</think> \boxed{0.5}", r"\frac{1}{2}", {}, "correct"),
+        (r"</think> \boxed{x + 1}", "1 + x", {}, "correct"),
+        (r"</think> \boxed{x + 1}", "2", {"mode": "number"}, "wrong"),
+        (r"</think> \boxed{3}", "2", {"mode": "number"}, "wrong"),
+        (r"\boxed{2} </think>", "2", {}, "no_answer"),
+        (r"\boxed{2} </think>", "2", {"where": "anywhere"}, "correct"),
+    ],
+)
+def test_one_answer_is_graded_without_a_process(text, answer, how, verdict):
+    before = set(multiprocessing.active_children())
+    assert grade(text, answer, **how) == verdict
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_one_answer_is_not_compared_with_a_truth_that_nothing_equals():
+    with pytest.raises(ValueError, match="truth 'x' is not a number"):
+        grade(r"\boxed{2}", "x", mode="number")
+    with pytest.raises(ValueError, match="truth is empty"):
+        grade(r"\boxed{2}", " ")

@@ -105,13 +105,15 @@ def test_a_colon_that_merges_with_what_follows_is_refused_with_its_place(qwen, p
         replay.replay(protocol, ids, len(chat.prompt(qwen, "2 + 2?")))
 
 
-def test_of_an_empty_thread_it_is_said_that_normalising_does_not_help(qwen, protocol):
+def test_an_empty_thread_is_named_because_normalising_does_not_help(qwen, protocol):
     written = Example(
         id="a", question="2 + 2?", response=response(["a", ""]), answer="4", task="none"
     )
     assert normalise(written.response) == response(["a", ""]).replace("2: \n", "2:\n")
     builder = Builder(Data(path="x", chat=Chat(template="qwen")), qwen, protocol)
-    with pytest.raises(ValueError, match=r"x:1: .* Thread 2 is empty, and normalising does not"):
+    with pytest.raises(
+        ValueError, match=r"x:1: Thread 2 is empty\. Each thread needs a text\. Correct"
+    ):
         builder.trajectory(
             Example(**vars(written) | {"response": normalise(written.response)}), "x:1"
         )

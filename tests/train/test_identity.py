@@ -13,6 +13,7 @@ from repo.sources import ROOT
 from tw_jax import hosts
 from tw_jax.checkpoint import Checkpoints
 from tw_jax.config import describe, load_config, operative
+from tw_jax.models.load import LanguageModel
 from tw_jax.programs.pgrpo import Pgrpo
 from tw_jax.programs.sft import Sft
 from tw_jax.train.identity import MAY_CHANGE, Origin, establish, origin_params, standing
@@ -39,11 +40,20 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def recorded(_folder):
+    """The record of a checkpoint of the run that `FILES[Sft]` configures, as gin text."""
+    cfg = load_config(Sft, [FILES[Sft]])
+    return operative(
+        LanguageModel(
+            model=cfg.model, tokenizer=cfg.tokenizer, chat=cfg.data.chat, forkjoin=cfg.forkjoin
+        )
+    )
+
+
 def build(*words, root=Sft, **changes):
     mesh = [f"{root.__name__}.mesh=@Mesh()", "Mesh.data=1"]
-    return load_config(
-        root, [FILES[root]], [*mesh, *words, *(f"{k}={v!r}" for k, v in changes.items())]
-    )
+    bindings = [*mesh, *words, *(f"{k}={v!r}" for k, v in changes.items())]
+    return load_config(root, [FILES[root]], bindings, inherit=recorded)
 
 
 def note(cfg, origin=None, **contents):

@@ -269,6 +269,9 @@ def test_fresh_parameters_do_not_depend_on_the_mesh(network, mesh, close):
     one = initial_state(network, optim, mesh=alone, rules=rules, key=key)
     np.testing.assert_array_equal(jax.random.key_data(many.key), jax.random.key_data(one.key))
     close("rounding", many.params, one.params)
+    plain = initial_state(network, optim, key=key)
+    close("rounding", plain.params, one.params)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(plain)} == {1}
 
 
 def test_pretrained_parameters_are_taken_and_given_up(network, mesh):

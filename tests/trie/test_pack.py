@@ -28,6 +28,7 @@ def test_every_trie_lands_in_exactly_one_row(seed):
     assert stats.rows == len(rows)
     assert stats.used_tokens == sum(map(len, tries))
     assert stats.rows_filled == pytest.approx(stats.used_tokens / (40 * len(rows)))
+    assert pack.pack(tries, pack.Packing(row_tokens=40)) == rows
 
 
 def test_packing_many_tries_fills_rows_almost_wholly():

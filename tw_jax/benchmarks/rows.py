@@ -29,10 +29,10 @@ from tw_jax.forkjoin.calls import Trajectory
 from tw_jax.forkjoin.tries import Group
 from tw_jax.models.transformer import network
 from tw_jax.train import pgrpo
-from tw_jax.train.groups import Aggregation, PolicyBatch, Scored, advantages, pack_groups
+from tw_jax.train.groups import PolicyBatch, Scored, advantages, pack_groups
 from tw_jax.train.pgrpo import PolicyLoss
 from tw_jax.trie.batch import stack_rows
-from tw_jax.trie.pack import Packing, PackingStats
+from tw_jax.trie.pack import Packing
 
 _TEMPERATURE = 1.0
 
@@ -97,10 +97,7 @@ def batches_of(case: RowsCase) -> dict[str, PolicyBatch]:
     (group,) = tries.group_tries(made)
     trie = pack_groups(
         [[Scored(group, advantages(reward)[0])]],
-        Aggregation(),
         packing=Packing(row_tokens=len(group.trie)),
-        microbatch_rows=1,
-        stats=PackingStats(),
     )
     return {"trie": trie, "rows": _of_calls(made, group, trie)}
 

@@ -1,7 +1,7 @@
 """Files of rows in three formats: JSON lines, Parquet and ArrayRecord.
 
-The door to pyarrow and array_record. A row is a mapping; `data/records.py` says which record it is.
-Every error names the file and the line (or row, or record) that it is about.
+Only this file imports pyarrow and array_record. A row is a mapping, which `data/records.py` turns
+into a record. Every error message begins with the file and the line, row or record.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from tw_jax import strict_json
 Facts = tuple[int, int, int]
 """Inode, size and modification time in nanoseconds of a file."""
 
-_NESTED = ("extra", "prompt", "calls", "counts")  # fields that are JSON text in Parquet
-_GROUP_ROWS = 256  # of a Parquet row group; few, because all of them are decoded to read one
+_NESTED = ("extra", "prompt", "calls", "counts")  # stored as JSON text in Parquet
+_GROUP_ROWS = 256  # small, because a whole Parquet row group is decoded to read one row
 
 
 class Rows:
-    """The rows of one file, for threads and in any order.
+    """The rows of one file, in any order. Threads may share them.
 
-    The file is held open, so one that takes its name later is not read. A file that is overwritten
-    while it is held open is refused by the next read.
+    The file stays open, so another file that takes its name later is not read. If the file is
+    overwritten while it is open, the next read raises an error.
 
     Attributes:
-      facts: of the file that was opened.
+      facts: Facts of the opened file.
     """
 
     def __init__(self, path: Path, facts: Facts | None = None) -> None:
         """Opens the file.
 
         Args:
-          path: the file.
-          facts: of the file that must be found there; None for any.
+          path: The file.
+          facts: If given, the file must have these facts.
 
         Raises:
-          ValueError: it is not of this format, or not the file of these facts.
+          ValueError: If the file has another format or other facts.
         """
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -67,27 +67,27 @@ class Rows:
         return self._length
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """One row, 0 <= index < len.
+        """Returns one row, 0 <= index < len.
 
         Raises:
-          ValueError: it cannot be read, or the file has changed since it was opened.
+          ValueError: If the row cannot be read, or if the file has changed since it was opened.
         """
         try:
             data = self._data(index)
         finally:
-            # If the file was overwritten, that is the fault to report, not a damaged row.
+            # An overwritten file must be reported as such, and not as a damaged row.
             self._require(_facts(os.fstat(self._descriptor)) == self.facts)
         return data if isinstance(data, Mapping) else parse(data, self.where(index))
 
     def where(self, index: int) -> str:
-        """File and place of a row, to begin a sentence with."""
+        """Returns the file and the place of a row, which begin an error message."""
         raise NotImplementedError
 
     def require_unchanged(self) -> None:
         """Refuses a file that was overwritten or replaced since it was opened.
 
         Raises:
-          ValueError: the file of this name is not the one that was opened.
+          ValueError: If the file with this name is not the opened one.
         """
         self._require(_facts(os.fstat(self._descriptor)) == self.facts)
         with contextlib.suppress(FileNotFoundError):
@@ -102,11 +102,11 @@ class Rows:
             )
 
     def _index(self) -> int:
-        """Finds the rows; returns their number."""
+        """Finds the rows and returns their number."""
         raise NotImplementedError
 
     def _data(self, index: int) -> bytes | Mapping[str, Any]:
-        """A row, or the JSON text of it."""
+        """Returns a row or its JSON text."""
         raise NotImplementedError
 
 
@@ -117,7 +117,7 @@ def _facts(stat: os.stat_result) -> Facts:
 class _Jsonl(Rows):
     def _index(self) -> int:
         self._starts, self._ends, self._numbers, at = array("q"), array("q"), array("q"), 0
-        # A file opened for bytes breaks lines at \n alone, and so not at U+2028 inside a string.
+        # A binary file splits lines only at \n, and not at U+2028 inside a string.
         with open(self._descriptor, "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -131,7 +131,7 @@ class _Jsonl(Rows):
         return f"{self._path}:{self._numbers[index]}"
 
     def _data(self, index: int) -> bytes:
-        # Reads at a place, which threads and forked processes may do at once.
+        # pread has no shared position, so threads and forked processes can read in parallel.
         start, parts = self._starts[index], []
         while start < self._ends[index]:
             part = os.pread(self._descriptor, self._ends[index] - start, start)
@@ -183,7 +183,7 @@ class _Parquet(Rows):
 
 class _ArrayRecord(Rows):
     def _index(self) -> int:
-        # Records are read one by one in any order, so reading ahead is in vain.
+        # Records are read one by one in any order, so reading ahead would be wasted.
         self._reader = array_record_module.ArrayRecordReader(
             str(self._path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
         )
@@ -231,7 +231,7 @@ def _write_parquet(path: Path, rows: Iterable[bytes]) -> None:
             for row in group:
                 if row["kind"] != kind:
                     raise ValueError(
-                        f"{path}: a Parquet file holds one kind of record, got {kind} and "
+                        f"{path}: a Parquet file must have one kind of record, got {kind} and "
                         f"{row['kind']}. Write two files, or a .jsonl file."
                     )
                 nested = (name for name in _NESTED if name in row)
@@ -252,26 +252,26 @@ WRITERS: dict[str, Callable[[Path, Iterable[bytes]], None]] = {
 }
 
 
-# JSON as it is found.
+# Parsing JSON.
 
 
 def parse(data: bytes, where: str) -> Mapping[str, Any]:
-    """The JSON object of a line.
+    """Returns the JSON object of a line.
 
     Raises:
-      ValueError: begins with `where`; it is no UTF-8, no JSON or no object, has a key twice, or is
-        nested too deeply.
+      ValueError: If the line is not UTF-8, not JSON or not an object, has a key twice, or is nested
+        too deeply. The message begins with `where`.
     """
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         text = data[: error.start].decode()
-        if error.reason != "unexpected end of data":  # else a cut, which JSON reports below
+        if error.reason != "unexpected end of data":  # a cut is reported as JSON below
             fault = f"byte {error.start} is not UTF-8 (…{text[-20:]}). Save the file as UTF-8."
             raise ValueError(f"{where}: {fault}") from None
     row = _load(text, where)
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: want a JSON object, got {text[:40]}. Give each value a name.")
+        raise ValueError(f"{where}: {text[:40]} must be a JSON object. Give each value a name.")
     return row
 
 
@@ -279,7 +279,7 @@ def _load(text: str, where: str) -> Any:
     try:
         return strict_json.parse(text)
     except json.JSONDecodeError as error:
-        fault = f"no JSON at column {error.colno}, {error.msg} ({text[:60]}). Mend that line."
+        fault = f"not JSON at column {error.colno}: {error.msg} ({text[:60]}). Correct that line."
         inside = "string" if error.msg.startswith("Unterminated string") else "object"
         is_open = error.pos >= len(text) or (text[:1] == "{" and text[-1:] != "}")
         if is_open or inside == "string":

@@ -1,8 +1,8 @@
-"""Records to packed batches: tokens, calls by replay, tries, rows; per host, with a saved position.
+"""Builds packed batches of tries from records.
 
-The only importer of grain. Every host reads its own share of the records, packs its own rows, and
-saves its own position. Sampled trajectories keep their ids; only written text is ever encoded. This
-file knows no model; it hands the train loop `TrieBatch`es of numpy arrays.
+Only this file imports grain. Every host reads its own share of the records, packs its own rows and
+saves its own position. Sampled trajectories keep their ids, and only written text is encoded. This
+file depends on no model. The train loop gets a `TrieBatch` of numpy arrays.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from tw_jax.bounds import require, require_text
 from tw_jax.config import configurable
-from tw_jax.data.diagnose import MAX_LISTED, explain, list_unusable
+from tw_jax.data.diagnose import MAX_LISTED, list_unusable
 from tw_jax.data.records import Example, Record, Records, Rollout, open_records
 from tw_jax.data.stored import fingerprint, trajectory_of
 from tw_jax.forkjoin.calls import Trajectory
-from tw_jax.forkjoin.replay import RecordError, ReplayError, replay
-from tw_jax.forkjoin.threadweaver.grammar import Document, GrammarError, parse, point
+from tw_jax.forkjoin.replay import RecordError
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
+from tw_jax.forkjoin.threadweaver.written import replay_response
 from tw_jax.forkjoin.tries import chain_trie, trajectory_trie
 from tw_jax.tokenizer.chat import Chat
 from tw_jax.tokenizer.ids import check_ids
@@ -34,18 +34,18 @@ from tw_jax.trie.tree import Trie, flat_labels
 
 @configurable
 class Data:
-    """Which trajectories are trained, and on which of their tokens.
+    """The trajectories of a training run, and the tokens that are trained.
 
     Attributes:
-      path: a file of examples or rollouts (JSONL, Parquet, ArrayRecord).
-      chat: how a question becomes a prompt.
-      labels: "calls" trains the sampled tokens of every call; "flat" is the reference's shift, all
-        tokens after the prompt from their flat predecessor; "sequential" trains the joined path as
-        one plain sequence (the AR baseline).
+      path: A file of examples or rollouts (JSONL, Parquet, ArrayRecord).
+      chat: Chat template that turns a question into a prompt.
+      labels: "calls" trains the sampled tokens of every call. "flat" trains all tokens after the
+        prompt, each predicted from the token before it in the text, as the reference does.
+        "sequential" trains the joined path as one plain sequence (the AR baseline).
       unusable: Treatment of records that no call of the protocol could have written, or whose
         threads have no numbered outlines: "refuse" stops and lists all of them, "drop" leaves them
         out, names each once and counts them.
-      seed: of the shuffle, anew each epoch; None keeps the order of the file.
+      seed: Seed of the shuffle, which differs in each epoch. None keeps the order of the file.
     """
 
     path: str
@@ -55,23 +55,24 @@ class Data:
     seed: int | None = 0
 
     def check(self) -> None:
-        """Refuses a file without a name, and a seed below 0."""
+        """Refuses an empty path and a seed below 0."""
         require_text(self, "path")
         require(self, "seed", least=0)
 
 
 class Builder:
-    """One record to one trie."""
+    """Builds the trie of a record."""
 
     def __init__(self, cfg: Data, tokenizer: Tokenizer, protocol: ThreadWeaver) -> None:
-        """Keeps what every record needs."""
+        """Stores the config, the tokenizer and the protocol."""
         self._cfg, self._tokenizer, self._protocol = cfg, tokenizer, protocol
 
     def trie(self, record: Record, where: str) -> Trie:
-        """The trie of a record, with the labels of the config.
+        """Returns the trie of a record, with the labels of the config.
 
         Raises:
-          ValueError: names `where` and what no call of the protocol could have written.
+          ValueError: If no calls of the protocol could have written the record. The message begins
+            with `where`.
         """
         trajectory = self.trajectory(record, where)
         if self._cfg.labels == "sequential":
@@ -82,63 +83,32 @@ class Builder:
         return trie
 
     def trajectory(self, record: Record, where: str) -> Trajectory:
-        """The calls of a record: replayed from text, or rebuilt from recorded ids."""
+        """Returns the calls of a record, replayed from its text or rebuilt from its ids."""
         if isinstance(record, Rollout):
             return self._rebuilt(record, where)
         if not isinstance(record, Example):
             raise ValueError(
-                f"{where}: a {type(record).__name__.lower()} without a response; want an example "
-                "or a rollout. Write trajectories with `tw make` or `tw sample`."
+                f"{where}: a {type(record).__name__.lower()} without a response has no trajectory. "
+                "The record must be an example or a rollout. Write trajectories with `tw make` or "
+                "`tw sample`."
             )
-        tokenizer, chat = self._tokenizer, self._cfg.chat
-        ids = chat.document(tokenizer, record.question, record.response)
-        check_ids(ids, tokenizer.vocab_size, where)
-        prompt = len(chat.prompt(tokenizer, record.question))
         try:
-            # The grammar sees what the protocol leaves to the model (a block that is never closed),
-            # and points at the character, which says more than a token index.
-            document = parse(record.response)
-        except GrammarError as error:
+            return replay_response(
+                self._protocol,
+                self._tokenizer,
+                self._cfg.chat,
+                question=record.question,
+                response=record.response,
+            )
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        bare = next((block for block in document.blocks if not block.outlines), None)
-        if bare and self._protocol.limits.parallel:
-            raise ValueError(
-                f"{where}: a block has no outlines, so nothing forks and its threads would be "
-                "trained as one text of the parent. Write an outline for each thread, or leave the "
-                f"record out.\n{point(record.response, bare.at[0])}"
-            )
-        try:
-            made = replay(self._protocol, ids, prompt)
-        except ReplayError as error:
-            sentence = explain(
-                error,
-                record,
-                document,
-                protocol=self._protocol,
-                tokenizer=tokenizer,
-                chat=chat,
-            )
-            raise ValueError(f"{where}: {sentence}") from error
-        self._refuse_unforked(document, made, where)
-        return made
-
-    def _refuse_unforked(self, document: Document, made: Trajectory, where: str) -> None:
-        """Refuses threads that no call wrote, because no outline has their number."""
-        written = sum(len(block.threads) for block in document.blocks)
-        forked = sum(call.is_thread for call in made.calls)
-        if self._protocol.limits.parallel and written != forked:
-            raise ValueError(
-                f"{where}: the response has {written} threads, and the protocol forks {forked} of "
-                "them. Each needs an outline with its number, of at most 8 characters. Add the "
-                "outlines, or leave the record out."
-            )
 
     def _rebuilt(self, record: Rollout, where: str) -> Trajectory:
         if record.fingerprint != self._tokenizer.fingerprint:
             raise ValueError(
-                f"{where}: ids of the tokenizer {record.fingerprint[:12]}; want "
-                f"{self._tokenizer.fingerprint[:12]}. Use the tokenizer that the rollout was "
-                "sampled with."
+                f"{where}: the rollout has ids of the tokenizer {record.fingerprint[:12]}. They "
+                f"must be of the tokenizer {self._tokenizer.fingerprint[:12]}. Use the tokenizer "
+                "that the rollout was sampled with."
             )
         size = self._tokenizer.vocab_size
         check_ids(record.prompt, size, where)
@@ -151,11 +121,11 @@ class Builder:
 
 
 class Batches(Iterator[TrieBatch]):
-    """Packed batches without end, with a position that can be saved and restored exactly.
+    """An endless iterator over packed batches. Its position can be saved and restored exactly.
 
     Attributes:
-      fingerprint: of the file.
-      stats: what was packed so far, for `rows_filled` and `token_sharing`.
+      fingerprint: Fingerprint of the file.
+      stats: Numbers of packed tokens and rows, for `rows_filled` and `token_sharing`.
     """
 
     def __init__(
@@ -171,21 +141,22 @@ class Batches(Iterator[TrieBatch]):
         """Opens the file.
 
         Args:
-          cfg: the records.
-          packing: row size, window and what happens to long tries.
-          builder: records to tries.
-          rows: rows of this host's batch.
-          host: which of `num_hosts` this is.
-          num_hosts: hosts that share the records.
+          cfg: The file of records, and the treatment of them.
+          packing: Row size, window and treatment of long tries.
+          builder: Builds the trie of each record.
+          rows: Number of rows in this host's batch.
+          host: Index of this host, 0 <= host < num_hosts.
+          num_hosts: Number of hosts that share the records.
 
         Raises:
-          FileNotFoundError: the file is not there.
-          ValueError: the file has fewer records than hosts.
+          FileNotFoundError: If the file does not exist.
+          ValueError: If the file has fewer records than hosts.
         """
         records = self._records = open_records(cfg.path)
         if len(records) < num_hosts:
             raise ValueError(
-                f"{cfg.path}: {len(records)} records for {num_hosts} hosts; want at least one each."
+                f"{cfg.path}: {len(records)} records for {num_hosts} hosts are too few. There must "
+                "be at least one for each host. Add records, or use fewer hosts."
             )
         self.fingerprint = fingerprint(cfg.path)
         records.require_unchanged()
@@ -198,7 +169,7 @@ class Batches(Iterator[TrieBatch]):
             source = source.shuffle(seed=cfg.seed)
         self._source = iter(source.repeat().to_iter_dataset(grain.ReadOptions(num_threads=0)))
         self._waiting: list[list[Trie]] = []
-        # Where reading stood before the window whose rows are waiting, and rows taken from it.
+        # Position before the window whose rows are waiting, and number of rows taken from it.
         self._before: Any = self._source.get_state()
         self._taken = 0
 
@@ -208,33 +179,33 @@ class Batches(Iterator[TrieBatch]):
         return len(self._unusable)
 
     def __next__(self) -> TrieBatch:
-        """The next [rows, row_tokens] batch of numpy arrays."""
+        """Returns the next [rows, row_tokens] batch of numpy arrays."""
         rows = [self._next_row() for _ in range(self._rows)]
         return stack_rows(rows, self._packing.row_tokens)
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as JSON."""
+        """Returns the position as JSON."""
         state = self._before
         counts = {"stats": vars(self.stats).copy(), "unusable": sorted(self._unusable)}
         of = {"file": self.fingerprint, "share": self._share}
         return {"source": state, "taken": self._taken, **of, **counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restores a position; the window that it stands in is packed again.
+        """Restores a position. The window of records around it is packed again.
 
         Raises:
-          ValueError: it is a position in another file, or in another share of it.
+          ValueError: If the position is in another file or in another share of it.
         """
         if state["file"] != self.fingerprint:
             raise ValueError(
                 f"{self._cfg.path} has changed since the position in it was saved: "
-                f"{self.fingerprint} now, {state['file']} then. Put the file back to go on, or "
+                f"{self.fingerprint} now, {state['file']} then. Restore the file to resume, or "
                 "start a new run from these parameters."
             )
         if state["share"] != self._share:
             raise ValueError(
                 "The saved position is in share {} of {} of the records, and this process reads "
-                "share {} of {}. Go on with the mesh that wrote it, or start a new run from these "
+                "share {} of {}. Resume with the mesh that wrote it, or start a new run from these "
                 "parameters.".format(*state["share"], *self._share)
             )
         self._source.set_state(state["source"])
@@ -276,7 +247,7 @@ class Batches(Iterator[TrieBatch]):
         self._waiting = pack(tries, self._packing, self.stats)
 
     def _drop(self, number: int, reason: str) -> None:
-        """Counts a record that is left out, and names it the first time."""
+        """Counts a record that is left out, and warns the first time."""
         if number in self._unusable:
             return
         self._unusable.add(number)
@@ -291,7 +262,7 @@ class Batches(Iterator[TrieBatch]):
 
 
 class _Placed:
-    """Records with their indices; grain's random access source."""
+    """Records with their indices, as a random access source for grain."""
 
     def __init__(self, records: Records) -> None:
         self._records = records

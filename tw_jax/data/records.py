@@ -1,9 +1,10 @@
-"""What is kept between programs: problems, written trajectories and sampled ones, in three formats.
+"""Records that programs exchange: problems, written trajectories and sampled trajectories.
 
-A file holds one record a line (JSONL), a row (Parquet) or an entry (ArrayRecord, the bytes of the
-same JSON); its suffix says which (`data/formats.py`). Rows that others wrote, Hugging Face columns
-and ThreadWeaver's tables, are read as well. A sampled trajectory is kept by ids and never encoded
-again. This file knows no tokenizer and no grammar; it hands on `Problem`, `Example` and `Rollout`.
+A file has one record per line (JSONL), per row (Parquet) or per entry (ArrayRecord, with the bytes
+of the same JSON). The suffix of its name selects the format (`data/formats.py`). Foreign rows are
+read too: columns of Hugging Face data sets and ThreadWeaver's tables. A sampled trajectory is
+stored by its ids, and its text is never encoded again. This file depends on no tokenizer and no
+grammar. It reads and writes `Problem`, `Example` and `Rollout`.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ class Example(_Record):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CallRecord:
-    """What an engine drew in one call; its context follows from the calls before it.
+    """The tokens that an engine sampled in one call.
+
+    The context of the call is not stored, because it follows from the calls before it.
 
     Attributes:
-      path: () for the parent; (round, label) for a thread.
+      path: () for the parent, (round, label) for a thread.
       sampled: [m] int32 ids.
-      logp: [m] float32 in nats, or None where no sampler was involved.
-      stop_reason: why the call ended.
+      logp: [m] float32 log-probs in nats, or None if no sampler produced the ids.
+      stop_reason: Reason for the end of the call.
     """
 
     path: tuple[int | str, ...]
@@ -78,26 +81,27 @@ class CallRecord:
     stop_reason: StopReason
 
     def __post_init__(self) -> None:
-        want = f"{len(self.sampled)} numbers, one for each sampled id"
+        needed = f"{len(self.sampled)} numbers, one for each sampled id"
         fits = self.logp is None or self.logp.shape == self.sampled.shape
-        _require(fits, "CallRecord.logp", self.logp, want)
+        _require(fits, "CallRecord.logp", self.logp, needed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout(_Record):
-    """A sampled trajectory by ids, from which its protocol can rebuild every context.
+    """A sampled trajectory by its ids. Its protocol can rebuild every context from them.
 
     Attributes:
-      id: names the rollout.
-      question: what the model was asked.
-      answer: the right answer as text; "" where none is known.
-      fingerprint: of the tokenizer that the ids belong to.
+      id: Name of the rollout.
+      question: Text that the model was asked.
+      answer: The correct answer as text. "" means unknown.
+      fingerprint: Fingerprint of the tokenizer that the ids belong to.
       prompt: [n] int32 ids.
-      calls: in protocol order.
-      finish: why the rollout ended.
-      counts: events of interest by name.
-      text: the joined path behind the prompt, decoded for readers and graders.
-      extra: what else is known, as JSON: the hash of its problem; reward parts, group, advantage.
+      calls: The calls in the order of the protocol.
+      finish: Reason for the end of the rollout.
+      counts: Numbers of events by name.
+      text: The joined path after the prompt, decoded for readers and graders.
+      extra: Further fields as JSON: the hash of the problem, parts of the reward, the group and the
+        advantage.
     """
 
     id: str
@@ -113,7 +117,7 @@ class Rollout(_Record):
 
     @classmethod
     def from_trajectory(cls, trajectory: Trajectory, problem: Problem, **rest: Any) -> Rollout:
-        """Keeps what was drawn, and `rest`; contexts and forced ids the protocol rebuilds."""
+        """Makes a rollout of the sampled tokens and the fields `rest`; contexts are not stored."""
         return cls(
             question=problem.question,
             answer=problem.answer,
@@ -132,43 +136,42 @@ _KINDS: dict[str, type[Record]] = {"problem": Problem, "example": Example, "roll
 
 
 def read(path: str | Path) -> Iterator[Record]:
-    """The records of a file in order; raises as `open_records` does."""
+    """Returns the records of a file in order, and raises the errors of `open_records`."""
     return iter(open_records(path))
 
 
 def open_records(path: str | Path) -> Records:
-    """Opens a file for random access, without holding its records in memory.
+    """Opens a file for random access, without loading its records into memory.
 
-    The sequence may be shared by threads and pickled. A file that is overwritten while it is read
-    is refused by the next read; one that is replaced under its name is read on as it was. Reading
-    Parquet out of order decodes a row group for a row; write ArrayRecord where records are
-    shuffled.
+    Threads may share the records, and they can be pickled. If the file is overwritten while it is
+    open, the next read raises an error. If another file takes its name, the old file is read on.
+    Parquet is slow out of order, because a whole row group is decoded to read one row. Use
+    ArrayRecord for records that are shuffled.
 
     Args:
-      path: a .jsonl, .parquet or .array_record file. A row without a `kind` is somebody else's:
-        with `qwen_text`, or with `question` or ThreadWeaver's `prompt`, and with `response` it is
-        an `Example`, else a `Problem`; `reward_model`, `answer`, `data_source`, `id` and `uuid`
-        are understood.
+      path: A .jsonl, .parquet or .array_record file. A row without `kind` is a foreign row. Its
+        question is in `qwen_text`, `prompt` or `question`. It becomes an `Example` if it has
+        `qwen_text` or `response`, and a `Problem` otherwise. docs/data.md lists all columns.
 
     Returns:
-      The records; one that does not fit raises ValueError when it is read, naming file and line.
+      The records. Reading a record that is not valid raises a ValueError with file and line.
 
     Raises:
-      FileNotFoundError: the file is not there.
-      ValueError: an unknown suffix, or a file of another format than its suffix says.
+      FileNotFoundError: If the file does not exist.
+      ValueError: If the suffix is unknown, or if the content does not have the suffix's format.
     """
     return Records(Path(path))
 
 
 def write(path: str | Path, records: Iterable[Record]) -> None:
-    """Writes a file in one move: it is there whole or, after an error, as it was before.
+    """Writes a file atomically. After an error the file is as it was before.
 
     Args:
-      path: a .jsonl, .parquet or .array_record file; folders are made.
-      records: a Parquet file takes one kind of record, the other formats any.
+      path: A .jsonl, .parquet or .array_record file. Its folders are created.
+      records: The records. In a Parquet file all must be of one kind.
 
     Raises:
-      ValueError: an unknown suffix, or a record that JSON cannot hold.
+      ValueError: If the suffix is unknown, or if JSON cannot represent a record.
     """
     path = Path(path)
     write_file = formats.WRITERS[_suffix(path)]
@@ -179,26 +182,26 @@ def write(path: str | Path, records: Iterable[Record]) -> None:
 
 @contextlib.contextmanager
 def append(path: str | Path) -> Iterator[Callable[[Record], None]]:
-    """Opens a JSONL file to add records as they are finished; each is handed to the system at once.
+    """Opens a JSONL file to add records one by one. Each record is flushed at once.
 
-    A last line that a crash cut short is cut off with a warning, whole records are kept. So a
-    program that resumes opens its file here first and then reads what it had finished.
+    If a crash left an incomplete last line, it is removed with a warning, and complete records are
+    kept. A program that resumes must open its file here before it reads the finished records.
 
     Args:
-      path: a .jsonl file; it and its folders are made. One program at a time.
+      path: A .jsonl file. It and its folders are created. Only one program may append at a time.
 
     Yields:
-      add(record).
+      The function add(record).
 
     Raises:
-      ValueError: another suffix.
+      ValueError: If the suffix is not .jsonl.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
         raise ValueError(f"{path}: only .jsonl files can be appended to. Use that suffix.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
-        _mend(path)
+        _repair(path)
     with path.open("ab") as file:
 
         def add(record: Record) -> None:
@@ -208,7 +211,8 @@ def append(path: str | Path) -> Iterator[Callable[[Record], None]]:
         yield add
 
 
-def _mend(path: Path) -> None:
+def _repair(path: Path) -> None:
+    """Ends the last line with a newline, or removes it if it is incomplete."""
     with path.open("r+b") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             start = data.rfind(b"\n") + 1
@@ -216,20 +220,20 @@ def _mend(path: Path) -> None:
         if not tail:
             return
         try:
-            # Only the newline is missing: no part of an object is an object.
-            with contextlib.suppress(RecursionError):  # whoever reads the line refuses it
+            # A line that parses is complete, because a part of an object is not valid JSON.
+            with contextlib.suppress(RecursionError):  # an error when the line is read
                 json.loads(tail)
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         except ValueError:
             number, end = sum(1 for _ in file), tail.decode(errors="replace")[-20:]
             file.truncate(start)
-            told = f"the last line was cut short (…{end}) and is removed; the others are kept."
-            warnings.warn(f"{path}:{number}: {told}", stacklevel=4)
+            fault = f"the last line was cut short (…{end}) and is removed; the others are kept."
+            warnings.warn(f"{path}:{number}: {fault}", stacklevel=4)
 
 
 def to_json(record: Record) -> dict[str, Any]:
-    """The record as a mapping that JSON can hold; `kind` says which record it is."""
+    """Returns a record as a mapping for JSON. Its `kind` is the class of the record."""
     kind = type(record).__name__.lower()
     row = {"kind": kind} | vars(record)
     if isinstance(record, Rollout):
@@ -248,16 +252,16 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def from_json(row: Mapping[str, Any], *, where: str, task: str, index: int) -> Record:
-    """The record that a mapping holds: one of ours by its `kind`, else somebody else's columns.
+    """Returns the record of a mapping. A mapping without `kind` is a foreign row.
 
     Args:
-      row: the mapping.
-      where: file and line, to begin a sentence with.
-      task: names the set where a foreign row does not.
-      index: with `task` names the record where a foreign row does not.
+      row: The mapping.
+      where: File and line, which begin every error message.
+      task: Name of the data set, for a foreign row that has none.
+      index: Number of the record. A foreign row without an id gets the id "task:index".
 
     Raises:
-      ValueError: a field is missing, unknown or of another type.
+      ValueError: If a field is missing, unknown or of the wrong type.
     """
     try:
         if "kind" not in row:
@@ -303,17 +307,17 @@ def _ids(value: Any, name: str) -> np.ndarray:
 
 
 def _is_list(value: Any, *kinds: type) -> bool:
-    # By exact type: a bool is an int to isinstance.
+    # The exact type is compared, because isinstance accepts a bool as an int.
     return isinstance(value, list) and all(type(entry) in kinds for entry in value)
 
 
-def _require(valid: bool, name: str, value: Any, want: str) -> None:
+def _require(valid: bool, name: str, value: Any, needed: str) -> None:
     if not valid:
-        raise TypeError(f"{name} = {value!r:.40} must be {want}.")
+        raise TypeError(f"{name} = {value!r:.40} must be {needed}.")
 
 
 def _require_fields(row: Mapping[str, Any], cls: type[Any], kind: str) -> None:
-    """Refuses a row that lacks a field without a default, or has a field that `cls` does not."""
+    """Refuses a row without a required field of `cls`, or with a field that `cls` lacks."""
     fields = dataclasses.fields(cls)
     required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     optional = [f.name for f in fields if f.name not in required]
@@ -321,7 +325,7 @@ def _require_fields(row: Mapping[str, Any], cls: type[Any], kind: str) -> None:
     unknown = [name for name in row if name not in required + optional]
     if missing or unknown:
         faults = [f"lacks {', '.join(missing)}"] if missing else []
-        faults += [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        faults += [f"must not have {', '.join(unknown)}"] if unknown else []
         article = "An" if kind[0] in "aeiou" else "A"
         rest = f" and may have {', '.join(optional)}" if optional else ""
         raise ValueError(
@@ -330,7 +334,7 @@ def _require_fields(row: Mapping[str, Any], cls: type[Any], kind: str) -> None:
         )
 
 
-# Rows that others wrote.
+# Foreign rows.
 
 _QWEN_TEXT = re.compile(
     r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)<\|im_end\|>\n?",
@@ -341,7 +345,7 @@ _READ_COLUMNS = (
     "id uuid question prompt qwen_text response answer reward_model task data_source extra"
 )
 _COLUMNS = frozenset(_READ_COLUMNS.split())
-"""The columns that are read. All others become entries of `extra`."""
+"""Columns that are read. All others become entries of `extra`."""
 
 
 def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Example:
@@ -354,15 +358,15 @@ def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Ex
         question = row["question"]
     else:
         raise ValueError(
-            f"the columns {', '.join(row) or '(none)'} make no record ({dict(row)!r:.60}). A row "
-            "needs question, or prompt with one user message, or qwen_text; docs/data.md lists "
-            "all columns."
+            f"the columns {', '.join(row) or '(none)'} are not those of a record "
+            f"({dict(row)!r:.60}). A row must have question, or prompt with one user message, or "
+            "qwen_text. docs/data.md lists all columns."
         )
     model, extra = row.get("reward_model"), row.get("extra")
     truth = model.get("ground_truth") if isinstance(model, dict) else None
     answer = _first(truth, row.get("answer"), "")
-    want = "text or a whole number in answer or reward_model.ground_truth. Write it in quotes"
-    _require(type(answer) in (int, str), "answer", answer, want)
+    needed = "text or a whole number in answer or reward_model.ground_truth. Write it in quotes"
+    _require(type(answer) in (int, str), "answer", answer, needed)
     _require(extra is None or isinstance(extra, dict), "extra", extra, "an object")
     others = {name: value for name, value in row.items() if name not in _COLUMNS}
     fields = {
@@ -376,15 +380,15 @@ def _from_foreign(row: Mapping[str, Any], task: str, index: int) -> Problem | Ex
 
 
 def _first(*values: Any) -> Any:
-    # Parquet has null where a row lacks a column that others have.
+    # In Parquet a missing value of a row is null.
     return next((value for value in values if value is not None), None)
 
 
 def _from_qwen_text(text: Any) -> tuple[str, str]:
     match = _QWEN_TEXT.fullmatch(text) if isinstance(text, str) else None
     question, response = match.groups() if match else ("<|im_", "")
-    want = "Qwen's template with one user turn, one assistant turn and nothing else"
-    _require("<|im_" not in question + response, "qwen_text", text, want)
+    needed = "Qwen's template with one user turn, one assistant turn and nothing else"
+    _require("<|im_" not in question + response, "qwen_text", text, needed)
     return question, response
 
 
@@ -402,14 +406,17 @@ def _from_messages(prompt: Any) -> str:
 
 
 class Records(Sequence[Record]):
-    """Random access to a file; thread-safe. A pickled copy reads the same file or refuses."""
+    """Random access to the records of a file. Threads may share it.
+
+    A pickled copy opens the same file again, and raises an error if the file has changed.
+    """
 
     def __init__(self, path: Path, facts: formats.Facts | None = None) -> None:
-        """Opens the file; see `open_records`. `facts` are of the file that must be there."""
+        """Opens the file; see `open_records`. If `facts` are given, the file must have them."""
         self._path = path
         suffix = _suffix(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file. Write it, or mend the path.")
+            raise FileNotFoundError(f"{path}: no such file. Write it, or correct the path.")
         self._rows = formats.OPENERS[suffix](path, facts)
 
     def __reduce__(self) -> tuple[type[Records], tuple[Path, formats.Facts]]:
@@ -426,18 +433,18 @@ class Records(Sequence[Record]):
         row, where = self._rows.row(i), self.where(i)
         try:
             return from_json(row, where=where, task=self._path.stem, index=i)
-        except RecursionError:  # of a fault that quotes what it found
+        except RecursionError:  # from an error message that quotes the value
             raise ValueError(f"{where}: lists or objects are nested too deeply.") from None
 
     def where(self, index: int) -> str:
-        """File and line, row or record, to begin a sentence with; 0 <= index < len."""
+        """Returns the file and the line, row or record of an index, 0 <= index < len."""
         return self._rows.where(index)
 
     def require_unchanged(self) -> None:
         """Refuses a file that was overwritten or replaced since it was opened.
 
         Raises:
-          ValueError: the file of this name is not the one that was opened.
+          ValueError: If the file with this name is not the opened one.
         """
         self._rows.require_unchanged()
 
@@ -445,8 +452,8 @@ class Records(Sequence[Record]):
 def _suffix(path: Path) -> str:
     if path.suffix not in formats.OPENERS:
         raise ValueError(
-            f"{path}: want a file name that ends in {', '.join(formats.OPENERS)}. Rename it; a "
-            ".json file of one object a line is .jsonl."
+            f"{path}: the file name must end in {', '.join(formats.OPENERS)}. Rename it. A file "
+            "with one JSON object per line is .jsonl."
         )
     return path.suffix
 
@@ -456,6 +463,6 @@ def _json_bytes(record: Record) -> bytes:
         return json.dumps(to_json(record), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{type(record).__name__} {record.id!r} does not fit into JSON: {error}. Keep to "
+            f"{type(record).__name__} {record.id!r} does not fit into JSON: {error}. Use only "
             "finite numbers, strings, lists and mappings."
         ) from None

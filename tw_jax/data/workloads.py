@@ -93,7 +93,7 @@ def outlines(rng: np.random.Generator, threads: int, length: int) -> np.ndarray:
 
 
 def trajectory(shape: Shape, seed: int) -> Trajectory:
-    """A rollout of this shape, see `rollouts`."""
+    """Returns one rollout of this shape; see `rollouts`."""
     return rollouts(shape, seed, count=1)[0]
 
 
@@ -133,7 +133,7 @@ def _rollout(rng: np.random.Generator, shape: Shape, prompt: np.ndarray) -> Traj
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrieCase:
-    """`tw bench trie`.
+    """Sizes of `tw bench trie`.
 
     Attributes:
       shape: Lengths of the trajectory whose trie is built.
@@ -163,7 +163,7 @@ class PackedRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """`tw bench attention`.
+    """Sizes of `tw bench attention`.
 
     Attributes:
       rows: Rows that are timed, each against one causal sequence of its length.
@@ -182,7 +182,7 @@ class AttentionCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """`tw bench step`.
+    """Sizes of `tw bench step`.
 
     Attributes:
       shape: Lengths of the trajectory that the step trains on.
@@ -205,7 +205,7 @@ class StepCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsCase:
-    """`tw bench rows`.
+    """Sizes of `tw bench rows`.
 
     Attributes:
       shape: Lengths of each rollout that the step trains on.
@@ -224,7 +224,7 @@ class RowsCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerCase:
-    """`tw bench sampler`.
+    """Sizes of `tw bench sampler`.
 
     Attributes:
       model: The decoder.
@@ -262,7 +262,7 @@ class CutTrie:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityCase:
-    """`tw bench parity`.
+    """Sizes of `tw bench parity`.
 
     Attributes:
       tries: Tries that both frameworks train on, the largest last.

@@ -27,7 +27,7 @@ from tw_jax.tokenizer.interface import Tokenizer
 from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.tokenizer.sentencepiece import SentencePiece
 from tw_jax.trie.batch import TrieBatch, stack_rows
-from tw_jax.trie.pack import Packing, PackingStats, pack
+from tw_jax.trie.pack import Packing, pack
 from tw_jax.trie.tree import Trie, build, flat_labels
 
 
@@ -180,5 +180,5 @@ def _forked(text: np.ndarray, other: np.ndarray) -> Trie:
 
 def _pack(tries: Sequence[Trie], row_tokens: int) -> TrieBatch:
     """Rows of tries. The place of a trie depends on lengths alone, so both labelings line up."""
-    rows = pack(tries, Packing(row_tokens=row_tokens), PackingStats())
+    rows = pack(tries, Packing(row_tokens=row_tokens))
     return stack_rows(rows, max(sum(map(len, row)) for row in rows))

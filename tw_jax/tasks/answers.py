@@ -1,9 +1,9 @@
-r"""Final answers: where they stand in a response, and when two of them are equal.
+r"""Final answers: extraction from a response, and equality of two answers.
 
-There are two modes. "number" wants one number in a listed notation and compares exact rationals; it
-never evaluates anything. "mathematics" compares forms (`tasks/forms.py`) and leaves expressions to
-`tasks/mathematics.py`, which may hang and is called from worker processes alone.
-docs/answers.md has the rules of both, with examples.
+There are two modes. In mode "number" an answer must be one number in a listed notation, and exact
+rationals are compared; nothing is evaluated. In mode "mathematics" forms are compared
+(`tasks/forms.py`). Expressions are compared by `tasks/mathematics.py`, which may hang, so only
+worker processes call it. docs/answers.md has the rules of both modes, with examples.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ Where = Literal["after_thinking", "anywhere"]
 """Which part of a response may hold the answer; see `final_answer`."""
 
 Mode = Literal["number", "mathematics"]
-"""What counts as an equal answer; see docs/answers.md."""
+"""Rules of equality; see docs/answers.md."""
 
 MAX_SYMBOLIC = 1000
-"""Longest answer, in characters, that is worth a symbolic comparison."""
+"""Longest answer, in characters, that is compared symbolically."""
 
 _BOX = "\\boxed"
 _THINK_END = re.compile(r"</[tT]hink>")
 _GIANT = re.compile(
     r"\^[\s{(]*-?[0-9]{5,}"  # a long exponent
-    r"|\^[\s{(]*[0-9]{2,}[\s}]*\^"  # an exponent of two digits that is itself raised
-    r"|\^[\s{(]*[0-9]+[\s}]*\^[\s{(]*[0-9]{2,}"  # or that is raised to such a one
+    r"|\^[\s{(]*[0-9]{2,}[\s}]*\^"  # an exponent of two digits that has an exponent
+    r"|\^[\s{(]*[0-9]+[\s}]*\^[\s{(]*[0-9]{2,}"  # or whose exponent has two digits
     r"|[0-9]{5,}[\s})]*!"
 )
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` with balanced braces; None if there is none.
+    r"""Returns the content of the last `\boxed{...}` with balanced braces, or None.
 
-    A backslash escapes the brace after it. If the last box is cut off, no earlier one is taken in
-    its place: a response that ends inside its answer has not answered.
+    A backslash escapes the brace after it. If the last box is cut off, the result is None, even if
+    there is an earlier box, because a response that ends inside its answer gives no answer.
     """
     start = text.rfind(_BOX)
     if start < 0:
@@ -58,13 +58,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_answer(response: str, *, where: Where) -> str | None:
-    r"""The answer a response gives; None if it gives none, or an empty one.
+    r"""Returns the answer of a response, or None if there is no answer or an empty one.
 
     Args:
-      response: the model's text without the prompt, for a box in the question is no answer.
-      where: "after_thinking" wants `</think>` and reads what stands between the first and the
-        second one; "anywhere" reads all, so that a box inside a thread or an unfinished thought
-        counts. ThreadWeaver's evaluation does the former, its reinforcement learning the latter.
+      response: The model's text without the prompt, because a box in the question is not an answer.
+      where: "after_thinking" reads the text between the first and the second `</think>`; without
+        `</think>` there is no answer. "anywhere" reads all of the text, so that a box inside a
+        thread or an unfinished thought counts. ThreadWeaver's evaluation uses the former, and its
+        reinforcement learning uses the latter.
     """
     if where == "after_thinking":
         parts = _THINK_END.split(response, maxsplit=2)
@@ -73,13 +74,13 @@ def final_answer(response: str, *, where: Where) -> str | None:
 
 
 def check_truth(truth: str, mode: Mode) -> None:
-    """Refuses a right answer that no answer could equal in a mode.
+    """Refuses a truth that no answer can equal in a mode.
 
     Raises:
-      ValueError: In mode "number", if the truth is not a number; in either mode, if it is empty.
+      ValueError: If the truth is empty, or if it is not a number in mode "number".
     """
     if not truth.strip():
-        raise ValueError("The truth is empty. Every problem that is graded needs a known answer.")
+        raise ValueError("The truth is empty. Every problem that is graded needs an answer.")
     if mode == "number" and notation.read(truth) is None:
         shown = truth if len(truth) <= 80 else truth[:80] + "..."
         raise ValueError(
@@ -89,19 +90,19 @@ def check_truth(truth: str, mode: Mode) -> None:
 
 
 def exactly_equal(answer: str, truth: str, mode: Mode) -> bool | None:
-    """Whether two answers are equal, or None where that takes symbolic work.
+    """Returns whether two answers are equal, or None if this needs symbolic work.
 
-    Mode "number" always decides. In mode "mathematics" numbers, words and answers of different
-    forms are decided here, and so are texts too long, or with powers and factorials that nobody
-    should write out: they equal their own text only.
+    Mode "number" never returns None. In mode "mathematics" numbers, words and answers of different
+    forms are decided here. An answer that is too long, or that has a power or a factorial too large
+    to compute, is equal only to the same text.
 
     Raises:
-      ValueError: As `check_truth`.
+      ValueError: If `check_truth` refuses the truth.
     """
     check_truth(truth, mode)
-    given, wanted = notation.read(answer), notation.read(truth)
-    if given is not None and wanted is not None:
-        return notation.equal(given, wanted)
+    number, true_number = notation.read(answer), notation.read(truth)
+    if number is not None and true_number is not None:
+        return notation.equal(number, true_number)
     if mode == "number":
         return False
     if len(answer) > MAX_SYMBOLIC:
@@ -116,7 +117,7 @@ def exactly_equal(answer: str, truth: str, mode: Mode) -> bool | None:
 
 
 class _Undecided(Exception):
-    """A comparison has come to two expressions."""
+    """Raised when two expressions must be compared."""
 
 
 def _undecided(question: str, answer: expressions.Tree, truth: expressions.Tree) -> NoReturn:

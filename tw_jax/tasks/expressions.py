@@ -1,9 +1,9 @@
-r"""One-valued expressions: LaTeX text to a tree, by a small and strict grammar.
+r"""Expressions with one value: LaTeX text to a tree, by a small and strict grammar.
 
-math-verify reads generously: it adds numbers that stand side by side (`2(3)` is 5), drops primes
-and units, and folds case. Therefore no text of a model reaches it directly. This grammar reads an
-expression first, refuses whatever is ambiguous or unknown, and writes it again with every product
-and every bracket made explicit. It evaluates nothing.
+math-verify is too permissive: it adds numbers that are side by side (`2(3)` is 5), drops primes and
+units, and ignores case. Therefore it never gets a model's text directly. This grammar reads an
+expression first, refuses ambiguous and unknown notation, and writes the expression again with
+explicit products and brackets. Nothing is evaluated.
 
 A tree is a tuple: ("num", Fraction), ("sym", name), ("const", name), ("neg", a), ("+", a, b),
 ("*", a, b), ("/", a, b), ("^", a, b), ("!", a), ("root", degree, a), ("binom", a, b),
@@ -19,7 +19,7 @@ from typing import Any
 Tree = tuple[Any, ...]
 
 MAX_DEPTH = 40
-"""Deepest nesting that is read."""
+"""Largest depth of nesting that is read."""
 
 _TOKEN = re.compile(
     r"\s+|(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|(?P<command>\\[A-Za-z]+)|(?P<letters>[A-Za-z]+)"
@@ -35,21 +35,21 @@ GREEK = frozenset(_GREEK_NAMES.split())
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _NAMES = _FUNCTIONS | frozenset(_OTHER_NAMES.split())
 LOG_BASE = "b_{log}"
-"""The variable that stands for the base of `\\log` without a subscript."""
+"""The variable for the base of `\\log` without a subscript."""
 _TIMES = ("*", "\\cdot", "\\times")
 _CALLED = frozenset("fghFGHP")
 _BRACKETS = {"(": ")", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "|": "|"}
 
 
 class UnreadableError(ValueError):
-    """A text that the grammar does not read; it equals its own text only."""
+    """Raised for a text that the grammar refuses. Such a text is equal only to the same text."""
 
 
 def read(text: str) -> Tree:
-    """The tree of an expression.
+    """Returns the tree of an expression.
 
     Raises:
-      UnreadableError: If the text is ambiguous, or not of this grammar.
+      UnreadableError: If the text is ambiguous or outside of the grammar.
     """
     reader = _Reader(text)
     tree = reader.sum(0)
@@ -59,25 +59,26 @@ def read(text: str) -> Tree:
 
 
 def is_unfinished(tree: Tree) -> bool:
-    """Whether arithmetic of written numbers is left undone, as in `416*607` or `1+1`.
+    """Returns whether arithmetic of literal numbers is left, as in `416*607` or `1+1`.
 
-    A power, factorial, root or binomial is an exact form; a fraction of two integers is a number.
+    Powers, factorials, roots and binomials count as finished. A fraction of two integers is a
+    number.
     """
     if tree[0] in ("+", "*", "/"):
         terms = _terms(tree, tree[0])
         if sum(map(_is_literal, terms)) > 1 and not _is_fraction(tree):
             return True
         if tree[0] == "+" and len(set(terms)) < len(terms):
-            return True  # as the second and third of 607 + i - i
+            return True  # i and -i are equal terms here, as in 607 + i - i
     return any(is_unfinished(part) for part in tree[1:] if isinstance(part, tuple))
 
 
 def render(tree: Tree, names: dict[str, str]) -> str:
-    """LaTeX of a tree in which no product and no bracket is left to guess.
+    """Returns the LaTeX of a tree, with explicit products and brackets.
 
     Args:
-      tree: what is written.
-      names: LaTeX of each variable and constant.
+      tree: The expression.
+      names: LaTeX of each variable and constant. Names that are missing are written unchanged.
     """
     kind, *parts = tree
     if kind == "num":
@@ -92,7 +93,7 @@ def render(tree: Tree, names: dict[str, str]) -> str:
         return rf"(\{parts[0]}{{({inner[0]})}})"
     if kind == "log":
         return rf"(\log_{{{inner[0]}}}{{({inner[1]})}})"
-    # Its parser is slow on nested brackets, so only those are written that are needed.
+    # math-verify parses nested brackets slowly, so only necessary brackets are written.
     if kind == "+":
         return f"{inner[0]}{inner[1]}" if parts[1][0] == "neg" else f"{inner[0]}+{inner[1]}"
     if kind in ("*", "neg"):
@@ -115,20 +116,20 @@ def render(tree: Tree, names: dict[str, str]) -> str:
 
 
 def has_function(tree: Tree) -> bool:
-    """Whether a function or a logarithm is called in a tree."""
+    """Returns whether a tree contains a function or a logarithm."""
     inner = (part for part in tree[1:] if isinstance(part, tuple))
     return tree[0] in ("fn", "log") or any(map(has_function, inner))
 
 
 def symbols(tree: Tree) -> set[str]:
-    """Names of the variables in a tree, without the base of a bare logarithm."""
+    """Returns the names of the variables in a tree, without `LOG_BASE`."""
     if tree[0] == "sym":
         return {tree[1]} - {LOG_BASE}
     return set().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
 
 
 def _terms(tree: Tree, kind: str) -> list[Tree]:
-    """What a sum or a chain of products and quotients is made of."""
+    """Returns the terms of a sum, or the factors of a chain of products and quotients."""
     kinds = ("+",) if kind == "+" else ("*", "/")
     if tree[0] == "neg":
         return _terms(tree[1], kind)
@@ -138,13 +139,13 @@ def _terms(tree: Tree, kind: str) -> list[Tree]:
 
 
 def _is_fraction(tree: Tree) -> bool:
-    """One written number over another."""
+    """Returns whether a tree is a literal number divided by another."""
     signed = [part[1] if part[0] == "neg" else part for part in tree[1:]] if tree[0] == "/" else []
     return bool(signed) and all(part[0] == "num" for part in signed)
 
 
 def _is_literal(tree: Tree) -> bool:
-    """A written number, also behind a sign or in what does nothing, as a power of one."""
+    """Returns whether a tree is a literal number, or one in a trivial operation such as `5^1`."""
     kind, *parts = tree
     if kind in ("neg", "abs", "floor", "ceil"):
         return _is_literal(parts[0])
@@ -152,7 +153,7 @@ def _is_literal(tree: Tree) -> bool:
         trivial = (Fraction(0), Fraction(1))
         does_nothing = _written(parts[1]) in trivial or _written(parts[0]) in trivial
         return does_nothing and _is_literal(parts[0])
-    if kind == "root":  # of a power with the same exponent
+    if kind == "root":  # the root of a power with the same exponent
         power = parts[1]
         return power[0] == "^" and power[2] == parts[0] and _is_literal(power[1])
     if kind == "binom":
@@ -168,7 +169,7 @@ def _is_literal(tree: Tree) -> bool:
 
 
 def _written(tree: Tree) -> Fraction | None:
-    """The value of a written number, or of one over another; None of anything else."""
+    """Returns the value of a literal number or a fraction of two, and None for other trees."""
     if tree[0] == "neg":
         value = _written(tree[1])
         return None if value is None else -value
@@ -179,7 +180,7 @@ def _written(tree: Tree) -> Fraction | None:
 
 
 class _Reader:
-    """Recursive descent over the tokens of one text."""
+    """Recursive descent parser of one text."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
@@ -204,9 +205,9 @@ class _Reader:
     def kind(self) -> str:
         return self._tokens[self._at][0] if self._at < len(self._tokens) else ""
 
-    def take(self, wanted: str | None = None) -> str:
+    def take(self, expected: str | None = None) -> str:
         token = self.peek()
-        if not token or (wanted is not None and token != wanted):
+        if not token or (expected is not None and token != expected):
             raise self.unreadable()
         self._at += 1
         return token
@@ -242,7 +243,7 @@ class _Reader:
                     tree = ("*" if token in _TIMES else "/", tree, factor)
                 is_slashed = token == "/" or token == "\\div"
             elif self.begins_factor():
-                # 1/2x may be x/2 or 1/(2x), and numbers side by side are no product.
+                # 1/2x may be x/2 or 1/(2x), and two numbers side by side are not a product.
                 if is_slashed or self.kind() == "number":
                     raise self.unreadable()
                 tree = last = self.beside(tree, last, depth)
@@ -250,11 +251,17 @@ class _Reader:
                 return tree
 
     def beside(self, left: Tree, last: Tree, depth: int) -> Tree:
-        """The product, or mixed number, of factors, the last of them, and the one beside it."""
+        """Returns the product, or the mixed number, of factors side by side.
+
+        Args:
+          left: The product so far.
+          last: Its last factor.
+          depth: Depth of nesting.
+        """
         token, called = self.peek(), self._tokens[self._at - 1]
         is_number = last[0] == "num" and called[1] != ")"
         if token == "(" and called[0] == "letter" and called[1] in _CALLED:
-            raise self.unreadable()  # f(x) is no product
+            raise self.unreadable()  # f(x) is not a product
         right = self.factor(depth)
         if self._tokens[self._at - 1][1] == "}" and self.kind() == "number":
             raise self.unreadable()
@@ -284,18 +291,18 @@ class _Reader:
         return kind in ("number", "letter") or token == "("
 
     def factor(self, depth: int) -> Tree:
-        """An atom with its factorial and its exponent."""
+        """Reads an atom with its factorial and its exponent."""
         tree = self.atom(depth + 1)
         if self.peek() == "!":
             self.take()
             tree = ("!", tree)
             if self.peek() == "!":
-                raise self.unreadable()  # a double factorial is no factorial of a factorial
+                raise self.unreadable()  # n!! is not the factorial of n!
         if self.peek() == "^":
             self.take()
             tree = ("^", tree, self.exponent(depth))
             if _written(tree[1]) == _written(tree[2]) == 0:
-                raise self.unreadable()  # 0^0 is 1 to some and nothing to others
+                raise self.unreadable()  # 0^0 is either 1 or undefined
             if self.peek() in ("^", "!", "_"):
                 raise self.unreadable()
         if self.peek() == "_":
@@ -303,7 +310,7 @@ class _Reader:
         return tree
 
     def exponent(self, depth: int) -> Tree:
-        if self.kind() == "number":  # 2^10 is meant as 2^{10}
+        if self.kind() == "number":  # 2^10 means 2^{10}
             return _number(self.take())
         if self.peek() in ("{", "("):
             return self.group(depth)
@@ -318,7 +325,7 @@ class _Reader:
         return tree
 
     def argument(self, depth: int) -> Tree:
-        r"""Of a command: a group in braces, or one character as in `\frac12`."""
+        r"""Reads the argument of a command: a group in braces, or one character as in `\frac12`."""
         if self.peek() == "{":
             return self.group(depth)
         if self.kind() == "number":
@@ -412,14 +419,14 @@ class _Reader:
         if opening == "{" and self.begins_factor() and self.peek()[1:] not in _FUNCTIONS:
             raise self.unreadable()  # \sin{2}x is printed as \sin 2x
         if name == "log":
-            # \log alone may be of base ten or e: a base of its own keeps it apart from both.
+            # The base of a bare \log may be ten or e, so it gets a base that equals neither.
             tree: Tree = ("log", base or ("sym", LOG_BASE), inner)
         else:
             tree = ("fn", name, inner)
         return tree if power is None else ("^", tree, power)
 
     def bare_argument(self, depth: int) -> Tree:
-        """The factors after a function without brackets, up to a sign or another function."""
+        """Reads the factors after a function without brackets, up to a sign or another function."""
         tree: Tree | None = None
         while self.kind() in ("number", "letter") or (
             self.peek() in ("\\frac", "\\sqrt", "\\pi") or self.peek()[1:] in GREEK

@@ -1,9 +1,9 @@
 r"""The form of a mathematical answer: a number, a word, a tuple, a set, an equation, a quantity.
 
 Forms are compared before anything is evaluated. Two answers of different forms are different: a
-tuple is no set, `101_2` is not 101, and an equation is an answer only if its left side is a bare
-variable. Only the values inside two equal forms are left to a judge, which is given by the caller.
-This file reads text and calls no symbolic library.
+tuple is not a set, `101_2` is not 101, and an equation is an answer only if its left side is a
+single variable. If two forms agree, the caller's judge compares their values. This file reads text
+and does not call a symbolic library.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from typing import Any, NamedTuple
 from tw_jax.tasks import expressions, notation, units
 
 Judge = Callable[[str, expressions.Tree, expressions.Tree], bool]
-"""Decides "equal" for two values, or "equation" for two differences of sides."""
+"""Takes a question and two trees, and returns the verdict.
+
+The question "equal" is about two values. The question "equation" is about two equations, each given
+as the difference of its sides.
+"""
 
 MAX_DEPTH = 8
-"""Deepest nesting of forms that is read."""
+"""Largest depth of nested forms that is read."""
 
 MAX_ITEMS = 64
-"""Most items of a set or a tuple that are compared."""
+"""Largest number of items of a set or a tuple that is compared."""
 
 _SPACES = re.compile(r"(?<!\\)\\[,:; ]|~|\\q?quad(?![A-Za-z])|\s")
 _SIZES = re.compile(
     r"\\(?:(?:left|right)(?![A-Za-z])\.?|(?:[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z]))"
 )
 _JOINABLE = re.compile(r"[0-9A-Za-z.]")
-"""What would run into what stands before a size, if nothing were put in its place."""
+"""Characters that would join the text before a size command if the command were just removed."""
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _JOINED = re.compile(
     r",?\s*(?:\\(?:text|textrm|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"
@@ -96,16 +100,17 @@ _MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 
 
 class Form(NamedTuple):
-    """What kind of thing an answer is, and its parts.
+    """The kind of an answer, and its parts.
 
     Attributes:
-      kind: "number" (of `numbers.Number`), "value" (of one tree), "infinity" (tag: its sign),
-        "word" (tag: the word), "based" (tag: base; parts: digits), "tuple" (tag: its brackets),
-        "set" and "union" (unordered), "matrix" (tag: rows), "relation" (tag: signs; parts: sides),
-        "quantity" (tag: unit; parts: what is measured) or "text", which equals its own text only.
-      parts: forms, or the content of the kind.
-      tag: what has to agree beside the parts.
-      text: how it was written, tidied.
+      kind: "number" (part: a `notation.Number`), "value" (part: one tree), "infinity" (tag: its
+        sign), "word" (tag: the word), "based" (tag: base; parts: digits), "tuple" (tag: its
+        brackets), "set" and "union" (unordered), "matrix" (tag: rows), "relation" (tag: signs;
+        parts: sides), "quantity" (tag: unit; part: the form without its unit) or "text", which is
+        equal only to the same text.
+      parts: The forms inside this one, or the content that `kind` names.
+      tag: Text that must be equal in addition to the parts.
+      text: The text of the answer after `tidied`.
     """
 
     kind: str
@@ -115,17 +120,17 @@ class Form(NamedTuple):
 
 
 def read(text: str) -> Form:
-    """The form of an answer; text that fits no form is a "text"."""
+    """Returns the form of an answer. If no other kind fits, the kind is "text"."""
     return _read(tidied(text), 0)
 
 
 def equal(answer: Form, truth: Form, judge: Judge) -> bool:
-    """Whether two forms are equal.
+    """Returns whether two forms are equal.
 
     Args:
-      answer: what was given.
-      truth: what is right.
-      judge: compares values that are no numbers; called only where forms agree.
+      answer: The form of the response's answer.
+      truth: The form of the correct answer.
+      judge: Compares values that are not numbers. It is called only if the forms agree.
     """
     if answer.text and answer.text == truth.text:
         return True
@@ -156,7 +161,7 @@ def equal(answer: Form, truth: Form, judge: Judge) -> bool:
 
 
 def tidied(text: str) -> str:
-    """A text without delimiters, sizes and odd spaces, and with one name for each symbol."""
+    """Returns a text without delimiters, sizes and extra spaces, and with one name per symbol."""
     text = text.translate(str.maketrans(_SYMBOLS))
     text = notation.unwrapped(text)
     text = re.sub(r"\\!\s*", "", text).replace("{,}", ",")
@@ -199,7 +204,7 @@ def _word(text: str, depth: int) -> Form | None:
             return None
         if not is_longer and re.search("['-]", inner):
             return None  # abc - d
-        # Three letters may be a product of variables, whose case counts.
+        # Three letters may be a product of variables, and the case of a variable matters.
         letters = (inner,) if not is_longer and inner.casefold() != "yes" else ()
         return Form("word", letters, " ".join(inner.casefold().split()).rstrip("."))
     if inner.casefold() in ("yes", "no"):
@@ -220,7 +225,7 @@ def _based(text: str, depth: int) -> Form | None:
 
 
 def _list(text: str, depth: int) -> Form | None:
-    """Several answers, in any order: `1, 2`, `1 and 2`, `x = 1 or x = 2`."""
+    """Reads several answers in any order: `1, 2`, `1 and 2`, `x = 1 or x = 2`."""
     parts = [notation.unwrapped(part) for part in _split(_JOINED.sub(",", text), {",", ";"})]
     if len(parts) < 2:
         return None
@@ -247,7 +252,7 @@ def _relation(text: str, depth: int) -> Form | None:
     if any(not side for side in sides) or len(sides) > 3:
         return Form("text")
     if len(sides) == 3 and ("=" in signs or "\\in" in signs or "\\ne" in signs):
-        return Form("text")  # a chain of equations is a calculation, not an answer
+        return Form("text")  # a chain of equations is a calculation and not an answer
     parts = tuple(_read(side, depth + 1) for side in sides)
     if signs == ["\\in"]:
         if not _VARIABLE.fullmatch(sides[0]) or parts[1].kind in ("number", "value", "infinity"):
@@ -304,7 +309,7 @@ def _bracketed(text: str, depth: int) -> Form | None:
 
 
 def _two_signs(text: str, depth: int) -> Form | None:
-    r"""Both values of a `\pm`."""
+    r"""Returns the set of both values of a `\pm`."""
     signs = len(_PLUS_MINUS.findall(text))
     if not signs:
         return None
@@ -322,7 +327,7 @@ def _value(text: str, depth: int) -> Form:
         if measured.kind == "quantity" or is_percentage:
             return Form("text")  # 5 cm cm
         if is_angle and expressions.has_function(measured.parts[0]):
-            return Form("text")  # the degrees may be those of the argument
+            return Form("text")  # the unit may belong to the function's argument
         return Form("quantity", (measured,), unit)
     sign, infinite = ("-", text[1:].strip()) if text[0] == "-" else ("+", text.lstrip("+ "))
     if infinite == "\\infty":
@@ -334,7 +339,7 @@ def _value(text: str, depth: int) -> Form:
 
 
 def _repeated(found: re.Match[str]) -> str:
-    r"""The fraction of a repeating decimal, as `0.1\overline{6}`."""
+    r"""Returns the fraction of a repeating decimal such as `0.1\overline{6}`."""
     whole, fixed, cycle = found[1], found[2], found[3]
     below = (10 ** len(cycle) - 1) * 10 ** len(fixed)
     above = int((whole + fixed or "0") + cycle) - int(whole + fixed or "0")
@@ -342,7 +347,7 @@ def _repeated(found: re.Match[str]) -> str:
 
 
 def _split(text: str, marks: set[str], found: list[str] | None = None) -> list[str]:
-    """The parts of a text between marks outside of all brackets; what parted them in `found`."""
+    """Splits a text at the marks outside of all brackets, and adds the marks to `found`."""
     parts, nesting = [""], 0
     for piece in _PIECE.findall(text):
         nesting += (piece in _OPEN) - (piece in _CLOSE)
@@ -356,7 +361,7 @@ def _split(text: str, marks: set[str], found: list[str] | None = None) -> list[s
 
 
 def _set(items: Any) -> Form:
-    """A set of forms; sets within a list, as those of a plus-minus sign, are taken apart."""
+    """Returns a set of forms. The two values of a plus-minus sign become items of their own."""
     flat: list[Form] = []
     for item in items:
         is_two = item.kind == "set" and _PLUS_MINUS.search(item.text)
@@ -376,19 +381,19 @@ def _is_assignment(form: Form) -> bool:
 
 
 def _symbols(form: Form) -> set[str]:
-    """Names of the variables in the values of a form."""
+    """Returns the names of the variables in the values of a form."""
     if form.kind == "value":
         return expressions.symbols(form.parts[0])
     return set().union(*(_symbols(part) for part in form.parts if isinstance(part, Form)))
 
 
 def _quantities_equal(answer: Form, truth: Form, judge: Judge) -> bool:
-    """Units must agree where the truth has one; where it has none, a known unit is no mistake."""
+    """Compares units if the truth has one. If it has none, any unit of the table is accepted."""
     if answer.kind != "quantity":
         return False
     if truth.kind == "quantity":
         return answer.tag == truth.tag and equal(answer.parts[0], truth.parts[0], judge)
-    # pi degrees are not pi, so what has a value of its own takes no unit.
+    # pi degrees are not pi, so only a plain number may be given with a unit.
     if truth.kind != "number" or not units.is_known(answer.tag):
         return False
     return equal(answer.parts[0], truth, judge)
@@ -413,7 +418,7 @@ def _relations_equal(answer: Form, truth: Form, judge: Judge) -> bool:
 
 
 def _equations_equal(answer: Form, truth: Form, judge: Judge) -> bool:
-    """Whether the sides of one differ by a multiple of what those of the other differ by."""
+    """Returns whether the difference of sides of one is a multiple of that of the other."""
     differences = []
     for form in (answer, truth):
         sides = [_tree(part) for part in form.parts]
@@ -421,20 +426,20 @@ def _equations_equal(answer: Form, truth: Form, judge: Judge) -> bool:
             return False
         difference = ("+", sides[0], ("neg", sides[1]))
         if not expressions.symbols(difference):
-            return False  # 6 = 5 is no equation of anything
+            return False  # 6 = 5 has no variable
         differences.append(difference)
     return judge("equation", differences[0], differences[1])
 
 
 def _values_equal(answer: Form, truth: Form, judge: Judge) -> bool:
-    given, wanted = _tree(answer), _tree(truth)
-    if given is None or wanted is None:
+    given, true = _tree(answer), _tree(truth)
+    if given is None or true is None:
         return False  # a percentage is compared with numbers only
     if truth.kind == "number" and expressions.is_unfinished(given):
         return False
-    if expressions.symbols(given) != expressions.symbols(wanted):
+    if expressions.symbols(given) != expressions.symbols(true):
         return False
-    return given == wanted or judge("equal", given, wanted)
+    return given == true or judge("equal", given, true)
 
 
 def _tree(form: Form) -> expressions.Tree | None:
@@ -450,13 +455,13 @@ def _all_equal(answer: tuple[Form, ...], truth: tuple[Form, ...], judge: Judge) 
 
 
 def _item_equal(answer: Form, truth: Form, judge: Judge) -> bool:
-    """As `equal`, but among several values no name of a variable and no unit is dropped."""
+    """Compares as `equal` does, but a relation or a quantity matches only its own kind."""
     alike = all((answer.kind == kind) == (truth.kind == kind) for kind in ("relation", "quantity"))
     return alike and equal(answer, truth, judge)
 
 
 def _sets_equal(answer: tuple[Form, ...], truth: tuple[Form, ...], judge: Judge) -> bool:
-    """Whether each item of one is an item of the other, whatever the order."""
+    """Returns whether both have the same items, in any order."""
     if len(answer) > MAX_ITEMS or len(truth) > MAX_ITEMS:
         return False
     return all(any(_item_equal(a, t, judge) for a in answer) for t in truth) and all(

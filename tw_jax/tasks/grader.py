@@ -1,10 +1,10 @@
 """Grading under a time limit: quick verdicts in this process, slow ones in worker processes.
 
-A symbolic comparison may never end or use all memory. A Python thread cannot be stopped, but a
-process can. Each worker is a fresh process with a memory limit. A worker that exceeds the time
-limit, dies or does not start is killed and replaced, and its response counts as a "timeout", not as
-a wrong answer. A worker ends with its parent. No worker starts before the first response that
-`Task.grade_at_once` leaves open, so mode "number" of `Grader` needs none.
+A symbolic comparison may never end or may use all memory. A Python thread cannot be stopped, but a
+process can. Each worker is a new process with a memory limit. A worker that exceeds the time limit,
+dies or does not start is killed and replaced. Its response counts as a "timeout" and not as a wrong
+answer. A worker ends when its parent ends. The first worker starts when `Task.grade_at_once` first
+returns None, so mode "number" of `Grader` starts no worker.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ START_SECONDS = 120.0
 _MEMORY_BYTES = 4 * 2**30
 _MAX_FAILED_STARTS = 3
 PAUSE_SECONDS = 600.0
-"""After this many failed starts in a row a worker is not started again for this long."""
+"""Pause after `_MAX_FAILED_STARTS` failed starts of a worker in a row."""
 _GRACE_SECONDS = 1.0
-"""A worker ends itself when it is so much later than a deadline at which its parent kills it."""
+"""A worker ends itself this long after the deadline at which its parent should have killed it."""
 
 
 @configurable
 class Grader(Task):
-    """How answers are graded.
+    """Rules of equality, and limits of symbolic comparisons.
 
     Attributes:
-      mode: "number" accepts only one number in a listed notation, and is for arithmetic and its
-        rewards; "mathematics" also accepts exact expressions, sets, equations and words.
+      mode: "number" accepts only one number in a listed notation. Use it for arithmetic tasks and
+        their rewards. "mathematics" also accepts exact expressions, sets, equations and words.
         docs/answers.md has the rules.
-      workers: number of processes for symbolic comparisons, which is how many run at once.
-      item_seconds: deadline of one symbolic comparison, in seconds.
+      workers: Number of worker processes. Each runs one symbolic comparison at a time.
+      item_seconds: Deadline of one symbolic comparison, in seconds.
       where: "after_thinking" takes only an answer after `</think>`, "anywhere" also one before.
     """
 
@@ -58,16 +58,16 @@ class Grader(Task):
     where: answers.Where = "after_thinking"
 
     def check(self) -> None:
-        """Refuse a pool that could not work."""
+        """Refuses values that are out of bounds."""
         require(self, "workers", least=1)
         require(self, "item_seconds", above=0, most=86_400)
 
     def check_problem(self, problem: Problem) -> None:
-        """Refuses an answer that is empty, or that is no number in mode "number"."""
+        """Refuses an answer that is empty, or that is not a number in mode "number"."""
         answers.check_truth(problem.answer, self.mode)
 
     def grade_at_once(self, problem: Problem, text: str) -> Verdict | None:
-        """Returns the verdict, or None if it takes symbolic work."""
+        """Returns the verdict, or None if it needs symbolic work."""
         answer = answers.final_answer(text, where=self.where)
         if answer is None:
             return "no_answer"
@@ -84,7 +84,7 @@ class Grader(Task):
             return _verdict(mathematics.equal(answer, problem.answer))
         except MemoryError:
             raise
-        except Exception:  # sympy fails in many ways on a strange text
+        except Exception:  # sympy fails in many ways on unusual text
             return "wrong"
 
     def warm_up(self) -> None:
@@ -92,15 +92,45 @@ class Grader(Task):
         mathematics.equal("x+1", "1+x")
 
 
-class GraderPool:
-    """Grades from any thread; a context manager, closed once.
+def grade(
+    text: str,
+    answer: str,
+    *,
+    mode: answers.Mode = "mathematics",
+    where: answers.Where = "after_thinking",
+) -> Verdict:
+    r"""Grades one response, in this process.
 
-    Workers are spawned, not forked, because the parent holds JAX and its threads. A program that is
+    Symbolic comparisons have no limit of time or memory here. Use `GraderPool`, which has both
+    limits, for responses that nobody has read.
+
+    Args:
+      text: The response without the prompt. Its last ``\boxed{}`` is the answer.
+      answer: The correct answer, for example ``408`` or ``\frac{1}{2}``.
+      mode: "number" accepts only a number in a listed notation. "mathematics" also accepts exact
+        expressions, sets, equations and words. docs/answers.md has the rules.
+      where: "after_thinking" takes only an answer after `</think>`, "anywhere" also one before.
+
+    Returns:
+      "correct", "wrong" or "no_answer".
+
+    Raises:
+      ValueError: If `answer` is empty, or if it is not a number in mode "number".
+    """
+    task, problem = Grader(mode=mode, where=where), Problem(id="", question="", answer=answer)
+    task.check_problem(problem)
+    return task.grade(problem, text)
+
+
+class GraderPool:
+    """A pool of graders that any thread can use, and a context manager that closes it.
+
+    Workers are spawned and not forked, because JAX runs threads in the parent. A program that is
     run as a script therefore needs the usual `if __name__ == "__main__"`.
     """
 
     def __init__(self, task: Task):
-        """Opens the pool; no process starts yet."""
+        """Opens the pool without starting a process."""
         self.task = task
         self._closed = threading.Event()
         # Last in, first out: a worker that has started already is taken first.
@@ -109,7 +139,7 @@ class GraderPool:
             self._free.put(_Worker(task))
 
     def __enter__(self) -> GraderPool:
-        """The pool itself."""
+        """Returns the pool itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,8 +150,8 @@ class GraderPool:
         """Grades one response. Waits for a free worker if the task needs one.
 
         Args:
-          problem: the problem.
-          text: the model's text without the prompt.
+          problem: The problem.
+          text: The model's text without the prompt.
 
         Raises:
           RuntimeError: If the pool is closed, or if `Task.grade` raised an error.
@@ -131,19 +161,19 @@ class GraderPool:
         return self._in_worker(problem, text) if verdict is None else verdict
 
     def grade_all(self, items: Iterable[tuple[Problem, str]]) -> list[Verdict]:
-        """Grades (problem, response) pairs, several at once; verdicts in the order of the items."""
+        """Grades (problem, response) pairs in parallel. Verdicts are in the order of the items."""
         with ThreadPoolExecutor(self.task.workers) as threads:
             return list(threads.map(lambda item: self.grade(*item), items))
 
     def close(self) -> None:
-        """Waits for comparisons under way, at most their deadline, and ends the workers."""
+        """Waits for running comparisons, at most until their deadline, and ends the workers."""
         if self._closed.is_set():
             return
         self._closed.set()
         workers = [self._free.get() for _ in range(self.task.workers)]
         for worker in workers:
             worker.stop()
-            self._free.put(worker)  # so that a caller who was waiting finds the pool closed
+            self._free.put(worker)  # so that a waiting caller finds the pool closed
 
     def _in_worker(self, problem: Problem, text: str) -> Verdict:
         worker = self._free.get()
@@ -162,7 +192,7 @@ class GraderPool:
 
 
 class _Worker:
-    """One process, started on first use and again after each loss; serves one caller at a time."""
+    """One process. It starts on first use, starts again after a loss, and serves one caller."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -172,7 +202,7 @@ class _Worker:
         self._paused_until = 0.0
 
     def grade(self, problem: Problem, text: str) -> Any:
-        """The worker's reply; "timeout" if it was late, died, or did not start."""
+        """Returns the worker's reply, or "timeout" if it was late, died or did not start."""
         pipe = self._pipe or self._start()
         if pipe is None:
             return "timeout"
@@ -189,7 +219,7 @@ class _Worker:
         return "timeout"
 
     def _start(self) -> Connection | None:
-        """The pipe to a new process; None, after a warning, if it did not start."""
+        """Returns the pipe to a new process. If it does not start, warns and returns None."""
         if time.monotonic() < self._paused_until:
             return None
         try:
@@ -206,17 +236,17 @@ class _Worker:
             raise
         self.stop()
         self._failed_starts += 1
-        then = "The next such answer starts another one."
+        next_start = "The next such answer starts another one."
         if self._failed_starts >= _MAX_FAILED_STARTS:
             self._paused_until = time.monotonic() + PAUSE_SECONDS
-            then = (
+            next_start = (
                 f"There were {self._failed_starts} of them in a row, so for "
                 f"{PAUSE_SECONDS / 60:g} minutes none is started and answers that need one are "
                 "counted as timeouts."
             )
         warnings.warn(
-            f"Grader: a worker process {reason}; its answer is counted as a timeout. {then} The "
-            "message of the process is on standard error. A script needs "
+            f"Grader: a worker process {reason}; its answer is counted as a timeout. {next_start} "
+            "The message of the process is on standard error. A script needs "
             '`if __name__ == "__main__"` around its work.',
             stacklevel=2,
         )
@@ -237,7 +267,7 @@ class _Worker:
         return pipe
 
     def stop(self) -> None:
-        """Kills the process, whatever it is doing, and forgets it."""
+        """Kills the process if there is one."""
         process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
         if pipe is not None:
             pipe.close()
@@ -251,9 +281,9 @@ def _verdict(equal: bool) -> Verdict:
 
 
 def _serve(pipe: Connection, task: Task) -> None:
-    """The life of a worker: it reports that it is ready, and grades until the pipe is closed.
+    """Runs in the worker: reports that it is ready, and grades until the pipe is closed.
 
-    A reply is a verdict, or a text about the error that the task raised.
+    A reply is a verdict, or a text that describes the error of the task.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -281,7 +311,7 @@ def _serve(pipe: Connection, task: Task) -> None:
 
 
 def _end_with_parent() -> None:
-    """Waits for the end of the parent, even a killed one, and ends this process."""
+    """Ends this process when the parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -289,10 +319,10 @@ def _end_with_parent() -> None:
 
 
 def _end_after(seconds: float) -> None:
-    """Lets the system end this process after so long; 0 forgets that.
+    """Makes the system end this process after this time; 0 cancels that.
 
-    A thread cannot do it, because a single operation on giant numbers holds Python's lock. The
-    default action of the alarm ends the process without any Python.
+    A thread cannot do it, because one operation on huge numbers holds Python's lock. The default
+    action of the alarm ends the process without running Python.
     """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -1,10 +1,11 @@
-r"""Equality of exact expressions; the door to math-verify and to sympy under it.
+r"""Equality of exact expressions, with math-verify and sympy.
 
-math-verify turns LaTeX into sympy's terms. Its own comparison is not used, because it rounds to six
-digits, drops units and sides of equations, and folds case. Two values are equal here only where
-sympy reduces their difference to zero; numerical values can refute an equality but never prove
-one. This takes time, and on a strange text any amount of it: call it from the worker processes of
-`tasks/grader.py` alone. Nothing that a model wrote is evaluated as Python.
+Only this file imports the two. math-verify turns LaTeX into terms of sympy. Its own comparison is
+not used, because it rounds to six digits, drops units and sides of equations, and ignores case. Two
+values are equal here only if sympy reduces their difference to zero. Numerical values can refute an
+equality but never prove one. A comparison may take any amount of time on unusual text, so it is
+called only from the worker processes of `tasks/grader.py`. A model's text is never evaluated as
+Python.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from tw_jax.tasks import expressions, forms
 from tw_jax.tasks.expressions import Tree
 
 _REFUTED = 1e-9
-"""A difference with a larger absolute value is not zero; 30 digits are computed."""
+"""A difference with a larger absolute value is not zero. It is computed to 30 digits."""
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether two answers are equal as mathematics; docs/answers.md has the rules.
+    """Returns whether two answers are equal by the rules of docs/answers.md.
 
     Raises:
-      Exception: Whatever sympy raises on a strange answer, MemoryError among it.
+      Exception: Any error that sympy raises on unusual text, including MemoryError.
     """
     return forms.equal(forms.read(answer), forms.read(truth), _judge)
 
@@ -31,16 +32,16 @@ def equal(answer: str, truth: str) -> bool:
 def _judge(question: str, answer: Tree, truth: Tree) -> bool:
     names = sorted(expressions.symbols(answer) | expressions.symbols(truth))
     latex = {name: f"x_{{{number}}}" for number, name in enumerate((*names, expressions.LOG_BASE))}
-    given, wanted = (_term(expressions.render(tree, latex)) for tree in (answer, truth))
-    if not (_is_exact(given) and _is_exact(wanted)):
+    given, true = (_term(expressions.render(tree, latex)) for tree in (answer, truth))
+    if not (_is_exact(given) and _is_exact(true)):
         return False
-    return _is_zero(given - wanted) if question == "equal" else _are_multiples(given, wanted)
+    return _is_zero(given - true) if question == "equal" else _are_multiples(given, true)
 
 
 @functools.lru_cache(maxsize=256)
 def _term(latex: str) -> Any:
-    """Sympy's term of a text that `expressions.render` wrote."""
-    import sympy  # slow to import, and needed in worker processes only
+    """Returns the sympy term of a text that `expressions.render` wrote."""
+    import sympy  # slow to import, and only worker processes need it
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify.parser import latex2sympy
 
@@ -62,7 +63,7 @@ def _is_exact(term: Any) -> bool:
 
 
 def _is_zero(difference: Any) -> bool:
-    """Whether a term is provably zero."""
+    """Returns whether a term is provably zero."""
     import sympy
 
     if difference == 0:
@@ -75,12 +76,12 @@ def _is_zero(difference: Any) -> bool:
         return False
     if sympy.simplify(difference) == 0:
         return True
-    # Of algebraic numbers `equals` asks the minimal polynomial, which is a proof.
+    # For algebraic numbers `equals` computes the minimal polynomial, which is a proof.
     return bool(difference.is_algebraic and difference.equals(0) is True)
 
 
 def _is_refuted(difference: Any) -> bool:
-    """Whether the difference has a value that is not zero, at one point of its variables."""
+    """Returns whether the difference is not zero at one point of its variables."""
     import sympy
 
     symbols = sorted(difference.free_symbols, key=str)
@@ -90,7 +91,7 @@ def _is_refuted(difference: Any) -> bool:
 
 
 def _are_multiples(one: Any, other: Any) -> bool:
-    """Whether two terms differ by a constant factor that is not zero."""
+    """Returns whether two terms differ by a constant factor that is not zero."""
     import sympy
 
     ratio = sympy.cancel(one / other)

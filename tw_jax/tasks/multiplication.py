@@ -1,16 +1,16 @@
 r"""The multiplication task: problems, gold trajectories with digit-level working, exact grading.
 
 A pool of factors is multiplied pair by pair until one number is left. In the parallel variant a
-round with several pairs is one block: an outline and a thread per pair. In the sequential variant
-the very same working stands in prose. All working is local: each step is one digit times one digit,
-or two digits plus a carry, least significant first. Steps of a kind are equally long: a carry is
-written even where it is 0, a value of a step always has two digits, and the numbers of a sum are
-filled up with zeros to one width. So what a step needs stands at a fixed distance, and two small
-tables are all there is to know by heart (zero padding and reversal: arXiv:2307.03381).
+round with several pairs is one block, with an outline and a thread for each pair. In the sequential
+variant the same working is written as prose. Each step is local: one digit times one digit, or two
+digits plus a carry, least significant digit first. All steps of a kind have the same length: a
+carry is written even if it is 0, the value of a step always has two digits, and the numbers of a
+sum are padded with zeros to the same width. Therefore the inputs of a step are at a fixed distance,
+and a model has to learn only two small tables (zero padding and reversal: arXiv:2307.03381).
 
-The task follows ThreadWeaver (arXiv:2512.07843, synthetic multiplication), whose generator of text
-was never released; the text here is our own, and every way of writing a step is one small function
-below. This file knows no model and no tokenizer.
+The task follows ThreadWeaver (arXiv:2512.07843, synthetic multiplication). Its generator of text
+was not released, so the text here is our own. One small function below writes each kind of step.
+This file depends on no model and no tokenizer.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from tw_jax.tasks.task import Problem, Task, Verdict
 
 @configurable
 class Multiplication(Task):
-    """What to multiply and how the working is laid out.
+    """Sizes of the problems and layout of the working.
 
     Attributes:
-      min_value: smallest factor, inclusive.
-      max_value: largest factor, inclusive.
-      min_factors: fewest factors of a problem, inclusive.
-      max_factors: most factors of a problem, inclusive.
-      parallel: whether rounds may fork into threads; False writes the same working as prose.
-      parallel_probability: chance that a round which could fork does; drawn for each round.
-      lone_pair: a round with a single pair is worked in "prose", or is a "fork" with one thread per
-        non-zero digit of the shorter factor (prose where there are fewer than two).
+      min_value: Smallest factor, inclusive.
+      max_value: Largest factor, inclusive.
+      min_factors: Smallest number of factors of a problem, inclusive.
+      max_factors: Largest number of factors of a problem, inclusive.
+      parallel: Whether rounds may fork into threads. False writes the same working as prose.
+      parallel_probability: Probability that a round that can fork does; drawn for each round.
+      lone_pair: Layout of a round with a single pair. "prose" writes it as prose. "fork" uses one
+        thread per non-zero digit of the shorter factor if there are at least two such digits.
     """
 
     min_value: int = 0
@@ -54,7 +54,7 @@ class Multiplication(Task):
     lone_pair: Literal["prose", "fork"] = "prose"
 
     def check(self) -> None:
-        """Refuse ranges that hold no problem."""
+        """Refuses empty ranges and values out of bounds."""
         require(self, "min_value", "max_value", least=0, below=2**63)
         # A block holds at most MAX_OUTLINES pairs of factors.
         require(self, "min_factors", "max_factors", least=2, most=2 * grammar.MAX_OUTLINES)
@@ -69,9 +69,8 @@ class Multiplication(Task):
     def product(self, seed: int, index: int) -> Product:
         """Returns product `index` of the stream `seed`, the same on every machine.
 
-        A 32-bit base is drawn from `seed`, and product i is drawn from `base + i` alone, so that
-        any part of a stream can be made without the rest. Source: ThreadWeaver's
-        `generate_math.py`.
+        A 32-bit base is drawn from `seed`, and product i is drawn from `base + i` alone, so any
+        part of a stream can be made without the rest. Source: ThreadWeaver's `generate_math.py`.
         """
         base = int(np.random.Generator(np.random.PCG64(seed)).integers(2**32))
         rng = np.random.Generator(np.random.PCG64(base + index))
@@ -84,7 +83,7 @@ class Multiplication(Task):
     ) -> list[Problem]:
         """Returns the first `count` problems of a stream whose questions are new; see `Task`.
 
-        Two questions that differ in the order of factors are two questions.
+        Questions with the same factors in another order are different questions.
         """
         seen, found = set(exclude), []
         tries = 100 * (count + len(seen)) + 1000
@@ -107,7 +106,7 @@ class Multiplication(Task):
         pool = list(product.factors)
         lines = [_pool_line(pool)]
         while len(pool) > 1:
-            # Drawn in every round, so that `parallel` changes the layout and no later draw.
+            # Drawn in every round, so that `parallel` does not change later draws.
             fork = rng.random() < self.parallel_probability and self.parallel
             pairs = list(zip(pool[0::2], pool[1::2], strict=False))
             lines += _round(pairs, fork=fork, lone_pair=self.lone_pair)
@@ -118,7 +117,7 @@ class Multiplication(Task):
         return f"<think>\n{thoughts}\n</think>\n\nThe product is \\boxed{{{pool[0]}}}."
 
     def grade(self, problem: Problem, text: str) -> Verdict:
-        """Returns whether a response boxes exactly this integer after its thoughts."""
+        """Returns "correct" if the response boxes exactly this integer after its thoughts."""
         given = answers.final_answer(text, where="after_thinking")
         if given is None:
             return "no_answer"
@@ -134,8 +133,8 @@ class Product:
     """The factors of one problem.
 
     Attributes:
-      factors: what to multiply, in the order of the question.
-      seed: seed of this problem alone; the layout of its gold text is drawn from it too.
+      factors: The factors in the order of the question.
+      seed: Seed of this problem. The layout of its gold text is drawn from it too.
     """
 
     factors: tuple[int, ...]
@@ -169,17 +168,17 @@ class Product:
 
 
 def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
-    """One row: `60 * 12: 2*6=12 2+0+0=02 1*6=06 6+1+0=07 0+0+0=00 -> 720`.
+    """Returns one row: `60 * 12: 2*6=12 2+0+0=02 1*6=06 6+1+0=07 0+0+0=00 -> 720`.
 
-    The digit comes first, for it tells the threads of a block apart: a thread begins as its outline
-    does. Behind each product of digits stands its column of the row: its ones, the tens of the
-    product before it, and a carry. So products are one table of a hundred entries, and columns are
-    added as in every sum.
+    The digit comes first because it distinguishes the threads of a block: a thread begins with the
+    same number as its outline. After each product of two digits comes its column of the row: the
+    ones of the product, the tens of the product before it, and a carry. Therefore the products are
+    one table of a hundred entries, and columns are added as in `add`.
 
     Args:
-      number: the multiplicand.
-      digit: 1 to 9.
-      zeros: how many zeros follow the digit; they pass to the result.
+      number: The multiplicand.
+      digit: The digit, 1 to 9.
+      zeros: Number of zeros after the digit. The result is multiplied by the same power of ten.
     """
     steps, tens, carry = [], 0, 0
     for place in reversed(str(number)):
@@ -193,7 +192,7 @@ def multiply_by_digit(number: int, digit: int, zeros: int = 0) -> str:
 
 
 def add(a: int, b: int) -> str:
-    """One sum by columns: `0738 + 6150: 8+0+0=08 3+5+0=08 7+1+0=08 0+6+0=06 -> 6888`."""
+    """Returns one sum by columns: `0738 + 6150: 8+0+0=08 3+5+0=08 7+1+0=08 0+6+0=06 -> 6888`."""
     steps, carry = [], 0
     width = max(len(str(a)), len(str(b)))
     padded = f"{a:0{width}}", f"{b:0{width}}"
@@ -205,14 +204,14 @@ def add(a: int, b: int) -> str:
 
 
 def multiply(a: int, b: int) -> list[str]:
-    """The whole working of one product as lines: its name, rows, sums, result."""
+    """Returns the working of one product as lines: its name, rows, sums, result."""
     long, parts = _parts(a, b)
     rows = [multiply_by_digit(long, digit, zeros) for digit, zeros in parts]
     return [f"{a} * {b}", *rows, *_sums(long, parts), f"{a} * {b} = {a * b}"]
 
 
 def _parts(a: int, b: int) -> tuple[int, list[tuple[int, int]]]:
-    """The longer factor, and the (digit, zeros) of the shorter one; no parts for a product of 0."""
+    """Returns the longer factor, and (digit, zeros) of each non-zero digit of the shorter one."""
     long, short = (a, b) if len(str(a)) >= len(str(b)) else (b, a)
     if long == 0:
         return long, []
@@ -221,7 +220,7 @@ def _parts(a: int, b: int) -> tuple[int, list[tuple[int, int]]]:
 
 
 def _sums(long: int, parts: list[tuple[int, int]]) -> list[str]:
-    """Adds up the rows, two numbers at a time."""
+    """Returns the lines that add the rows, two numbers at a time."""
     values = [long * digit * 10**zeros for digit, zeros in parts]
     totals = itertools.accumulate(values)
     return [add(total, value) for total, value in zip(totals, values[1:], strict=False)]
@@ -230,7 +229,7 @@ def _sums(long: int, parts: list[tuple[int, int]]) -> list[str]:
 def _round(
     pairs: list[tuple[int, int]], *, fork: bool, lone_pair: Literal["prose", "fork"]
 ) -> list[str]:
-    """The lines of one round: all pairs of the pool, as a block or as prose."""
+    """Returns the lines of one round, which multiplies all pairs as a block or as prose."""
     if not fork or (len(pairs) == 1 and lone_pair == "prose"):
         return [line for a, b in pairs for line in multiply(a, b)]
     if len(pairs) > 1:
@@ -246,7 +245,7 @@ def _round(
 
 
 def _block(products: list[tuple[int, int, str]]) -> str:
-    """One block: an outline and a thread per (factor, factor, working)."""
+    """Returns a block with an outline and a thread per (factor, factor, working)."""
     numbered = [(str(n), *product) for n, product in enumerate(products, start=1)]
     return grammar.render_block(
         grammar.ParallelBlock(

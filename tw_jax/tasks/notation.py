@@ -1,8 +1,8 @@
-r"""Number notation: which texts write a number, and which rational number that is.
+r"""Number notation: reads a text as an exact rational number.
 
-Reading is exact and never evaluates anything: a text is either one number in a listed notation or
-no number. The notations are integers (with thousands marks), decimals, fractions, mixed numbers,
-percentages and scientific notation; docs/answers.md lists them with examples.
+Nothing is evaluated. A text is either one number in a listed notation or not a number. The
+notations are integers (with thousands marks), decimals, fractions, mixed numbers, percentages and
+scientific notation. docs/answers.md lists them with examples.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 MAX_DIGITS = 4000
-"""Longest number that is read, and largest exponent of scientific notation.
+"""Largest number of digits that is read, and largest exponent of scientific notation.
 
-Python itself refuses to convert more than 4300 digits.
+Python converts at most 4300 digits.
 """
 
 _SPACE = re.compile(r"(?<!\\)\\[,:; ]|~")
@@ -39,8 +39,8 @@ class Number(NamedTuple):
     """A number as it was written.
 
     Attributes:
-      value: the rational number; a percentage is a hundredth of its figure.
-      is_percentage: whether it was written with a percent sign.
+      value: The rational number. The value of `n%` is n/100.
+      is_percentage: Whether it was written with a percent sign.
     """
 
     value: Fraction
@@ -48,10 +48,10 @@ class Number(NamedTuple):
 
 
 def equal(answer: Number, truth: Number) -> bool:
-    r"""Whether two numbers are equal as rationals.
+    r"""Returns whether two numbers are equal as rationals.
 
-    A percentage is n/100, so `50\%` equals 1/2 and not 50. An integer truth takes no percentage:
-    there `n\%` is either a confusion with n or an evasion.
+    A percentage is n/100, so `50\%` equals 1/2 and not 50. If the truth is an integer, a percentage
+    is wrong, because `n\%` may be n with a superfluous sign.
     """
     if answer.is_percentage and not truth.is_percentage and truth.value.denominator == 1:
         return False
@@ -59,10 +59,10 @@ def equal(answer: Number, truth: Number) -> bool:
 
 
 def read(text: str) -> Number | None:
-    r"""The number that a text writes, or None if it is not one number in a listed notation.
+    r"""Returns the number of a text, or None if it is not one number in a listed notation.
 
-    Dollars or other mathematics delimiters around the whole, a sentence's full stop and a LaTeX
-    line break after it are no part of a number.
+    Dollars or other delimiters of mathematics around the number are ignored, and so are a full stop
+    and a LaTeX line break after it.
     """
     if len(text) > 3 * MAX_DIGITS:
         return None
@@ -80,11 +80,11 @@ def read(text: str) -> Number | None:
 
 
 def as_integer(text: str) -> int | None:
-    r"""The integer that a text writes, or None.
+    r"""Returns the integer of a text, or None.
 
-    Read are a sign, dollars around the whole, leading zeros, and groups of three digits parted
-    throughout by one mark: `,`, `{,}`, `_`, a blank or a LaTeX space. What is ambiguous, as `1,2`,
-    or not an integer in form, as `2.0`, is not read.
+    A sign, dollars around the number and leading zeros are accepted. Groups of three digits may be
+    separated by one mark: `,`, `{,}`, `_`, a blank or a LaTeX space. An ambiguous text such as
+    `1,2` and a decimal such as `2.0` are not accepted.
     """
     sign, digits = _unsigned(text.strip().strip("$"))
     number = _natural(digits)
@@ -92,7 +92,7 @@ def as_integer(text: str) -> int | None:
 
 
 def unwrapped(text: str) -> str:
-    r"""The text without delimiters of mathematics, bold type or `\boxed{}` around the whole."""
+    r"""Returns a text without delimiters of mathematics, bold type or `\boxed{}` around it."""
     before = None
     text = text.strip()
     while text != before:
@@ -118,7 +118,7 @@ def unwrapped(text: str) -> str:
 
 
 def _unsigned_value(body: str) -> Fraction | None:
-    """The value of a number without sign and percent sign."""
+    """Returns the value of a number without sign and percent sign."""
     if (power := _POWER_OF_TEN.fullmatch(body)) is not None:
         mantissa, exponent = _decimal(power[1]), int(power[2] or power[3] or power[4])
         if mantissa is None or abs(exponent) > MAX_DIGITS:
@@ -140,7 +140,7 @@ def _unsigned_value(body: str) -> Fraction | None:
 
 
 def _mixed(parts: re.Match[str]) -> Fraction | None:
-    """A whole and a proper fraction of two naturals; None where it could also mean a product."""
+    """Returns the value of a mixed number, or None if it could also be a product."""
     if parts[1] is not None:
         whole, frac = parts[1], _FRAC.fullmatch(f"\\frac{parts[2]}")
         if frac is None:
@@ -148,7 +148,7 @@ def _mixed(parts: re.Match[str]) -> Fraction | None:
         above, below = frac[1] or frac[2] or "", frac[3] or frac[4] or ""
     else:
         whole, above, below = parts[3], parts[4], parts[5]
-        if len(above) == 3 and len(whole) <= 3:  # 1 234/567 is 1234/567 to some
+        if len(above) == 3 and len(whole) <= 3:  # 1 234/567 may mean 1234/567
             return None
     numbers = [_natural(part.strip()) for part in (whole, above, below)]
     if any(number is None for number in numbers):
@@ -158,7 +158,7 @@ def _mixed(parts: re.Match[str]) -> Fraction | None:
 
 
 def _unsigned(text: str) -> tuple[int, str]:
-    """The sign of a number, and its text without sign and odd spaces."""
+    """Returns the sign of a number, and its text without sign and extra spaces."""
     text = text.strip().replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
     text = re.sub(r"\\! *", "", text)
     text = _SPACE.sub(" ", text).strip()
@@ -174,7 +174,7 @@ def _natural(text: str) -> int | None:
 
 
 def _decimal(text: str) -> Fraction | None:
-    """A number without sign and fraction bar."""
+    """Returns the value of a decimal or a natural number without sign."""
     text = text.strip()
     point = _DECIMAL.fullmatch(text)
     if point is None:

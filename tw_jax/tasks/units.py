@@ -1,7 +1,7 @@
-r"""Units behind a value: where one is written, and when two are the same.
+r"""Units of a value: separates a unit from its value, and gives each unit one name.
 
-A unit is a word or two in `\text{}`, a word of the table after a number, a degree sign, or a
-currency sign in front. A unit that is not in the table equals itself only.
+A unit is text in `\text{}`, words of the table after a number, a degree sign, or a currency sign
+before the number. A unit that is not in the table is equal only to itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NAMES = {
     "mile/hour": "mph",
     "meter/second": "mps",
 }
-_KNOWN = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
+_NAME_OF = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
 _COMMAND = r"\\(?:text|textbf|textrm|textnormal|mbox|mathrm|rm)\s*"
 _TEXT = re.compile(
     rf"(?P<body>.*[^\s])\s*{_COMMAND}\{{(?P<unit>[^{{}}\\]*[A-Za-z][^{{}}\\]*)\}}"
@@ -60,7 +60,7 @@ _JOINS = frozenset(("and", "or", "to", "if", "mod"))
 
 
 def split(text: str) -> tuple[str, str]:
-    """A text without its unit, and the unit; "" where there is none."""
+    """Returns a text without its unit, and the unit, which is "" if there is none."""
     if text.startswith("\\$"):
         return text[2:].strip(), "dollar"
     if text.startswith("\N{EURO SIGN}"):
@@ -81,14 +81,14 @@ def split(text: str) -> tuple[str, str]:
 
 
 def is_known(unit: str) -> bool:
-    """Whether the table has every word of a unit."""
+    """Returns whether every word of a unit is in the table."""
     names = set(_NAMES)
     words = [word.split("^")[0] for word in unit.split("/")]
     return unit in (f"{DEGREE} C", f"{DEGREE} F") or unit in names or all(w in names for w in words)
 
 
 def _named(words: list[str], power: str | None) -> str:
-    """One name of a unit: `square inches`, `sq in` and `inches^2` are `inch^2`."""
+    """Returns one name for a unit: `square inches`, `sq in` and `inches^2` become `inch^2`."""
     text = " ".join(words).replace(" per ", "/").replace(".", "")
     parts = []
     for part in text.split("/"):
@@ -99,8 +99,8 @@ def _named(words: list[str], power: str | None) -> str:
         if (raised := re.fullmatch(r"(.*?)\s*\^\s*\{?([23])\}?", word)) is not None:
             word, exponent = raised[1], raised[2]
         folded = word.casefold() if len(word) > 2 else word
-        known = _KNOWN.get(folded) or _KNOWN.get(folded.removesuffix("s")) or folded
-        parts.append(known + (f"^{exponent}" if exponent else ""))
+        name = _NAME_OF.get(folded) or _NAME_OF.get(folded.removesuffix("s")) or folded
+        parts.append(name + (f"^{exponent}" if exponent else ""))
     if power is not None:
         parts[-1] = f"{parts[-1]}^{power}"
     return "/".join(parts)

@@ -22,7 +22,7 @@ class HuggingFace:
 
     Attributes:
       path: The tokenizer.json of a checkpoint.
-      eos: Tokens that end a sampled text, such as "<|im_end|>". The first is also the padding.
+      eos: Tokens that end a sampled text, such as `<|im_end|>`. The first is also the padding.
     """
 
     path: str

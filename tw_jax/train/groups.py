@@ -198,11 +198,11 @@ class PolicyBatch(struct.PyTreeNode):
 
 def pack_groups(
     updates: Sequence[Sequence[Scored]],
-    cfg: Aggregation,
+    cfg: Aggregation = Aggregation(),  # noqa: B008  (immutable)
     *,
     packing: Packing,
-    microbatch_rows: int,
-    stats: PackingStats,
+    microbatch_rows: int = 1,
+    stats: PackingStats | None = None,
 ) -> PolicyBatch:
     """Computes the token weights of a step's groups and packs the groups into rows.
 
@@ -213,7 +213,7 @@ def pack_groups(
       microbatch_rows: Rows that run at a time, one part of an inner step. All inner steps have the
         same number of parts, a power of two, and parts after the last group are empty. So a few
         compiled programs serve batches of all sizes.
-      stats: Totals to add to.
+      stats: Totals to add to; None counts nothing.
 
     Returns:
       A batch of numpy arrays, [R, row_tokens], without `old_logp` and `ref_logp`. Row

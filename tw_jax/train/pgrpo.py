@@ -233,9 +233,9 @@ def make_pgrpo_step(
     cfg: PolicyLoss,
     *,
     steps: int,
-    chunk_tokens: int,
     temperature: float,
-    microbatch_rows: int,
+    chunk_tokens: int = 1024,
+    microbatch_rows: int = 1,
     inner_steps: int = 1,
 ) -> Step:
     """Builds the train step: `inner_steps` updates of the optimiser for one `PolicyBatch`.
@@ -250,8 +250,8 @@ def make_pgrpo_step(
       cfg: The loss.
       steps: Number of steps of the whole run, for the schedule. All updates of a step have the same
         learning rate.
-      chunk_tokens: Nodes of a row that are unembedded at a time, see `token_logp`.
       temperature: Temperature at which the rollouts were sampled.
+      chunk_tokens: Nodes of a row that are unembedded at a time, see `token_logp`.
       microbatch_rows: Rows that run at a time. It must divide the number of rows of an update.
         Microbatches after the last row with a trained token are not run.
       inner_steps: Number of updates. Update i takes the rows i, i + inner_steps, ..., the order of

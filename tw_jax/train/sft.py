@@ -45,7 +45,12 @@ def nll_sums(
 
 
 def make_sft_step(
-    network: Network, optim: Optim, *, steps: int, chunk_tokens: int, accumulation_steps: int = 1
+    network: Network,
+    optim: Optim,
+    *,
+    steps: int,
+    chunk_tokens: int = 1024,
+    accumulation_steps: int = 1,
 ) -> Step:
     """Builds the train step.
 

@@ -160,24 +160,27 @@ def initial_state(
     network: Network,
     optim: Optim,
     *,
-    mesh: jax.sharding.Mesh,
-    rules: Rules,
     key: jax.Array,
     params: Params | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = Rules(),  # noqa: B008  (immutable)
 ) -> TrainState:
-    """A state at step 0 that is created with its shardings, never on a single device.
+    """A state at step 0 for a train step. On a mesh it is created with its shardings at once.
 
     Args:
       network: Initialises the parameters that are not given.
-      optim: The optimiser.
-      mesh: The mesh.
+      optim: The optimiser, the same as that of the step.
+      key: [] typed key such as `jax.random.key(0)`, consumed: it is split into one for the
+        parameters and one for the run.
+      params: Pretrained parameters, for example those of `load_model`. They may lack the adapters
+        of the network, which are then fresh. They are donated.
+      mesh: Devices of the state, from `make_mesh`; None takes the default device.
       rules: The mesh axes of each logical axis.
-      key: [] typed key, consumed: it is split into one for the parameters and one for the run.
-      params: Pretrained parameters. They may lack the adapters of the network, which are then
-        fresh. They are donated.
     """
     for_params, for_run = jax.random.split(key)
-    where = _places(abstract_state(network, optim, mesh=mesh, rules=rules))
+    where = None
+    if mesh is not None:
+        where = _places(abstract_state(network, optim, mesh=mesh, rules=rules))
     if params is None:
         fresh = jax.jit(
             lambda init, run: create(network.init(init), optim, key=run), out_shardings=where

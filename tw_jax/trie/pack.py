@@ -103,8 +103,10 @@ def fit_row(
     )
 
 
-def pack(tries: Sequence[Trie], cfg: Packing, stats: PackingStats) -> list[list[Trie]]:
-    """Packs tries into rows, the longest first, and adds to the totals in `stats`.
+def pack(
+    tries: Sequence[Trie], cfg: Packing, stats: PackingStats | None = None
+) -> list[list[Trie]]:
+    """Packs tries into rows, the longest first. `stack_rows` makes a batch of the rows.
 
     Rows depend only on the tries, so a data position inside a window can be restored by packing the
     window again. Rows are returned in the order of their earliest trie, because the order of
@@ -113,8 +115,12 @@ def pack(tries: Sequence[Trie], cfg: Packing, stats: PackingStats) -> list[list[
     Args:
       tries: Tries, none longer than a row; see `fit_row`.
       cfg: Only `row_tokens` is read.
-      stats: The totals.
+      stats: Totals to add to; None counts nothing.
+
+    Returns:
+      The tries of each row. Their lengths add up to at most `row_tokens`.
     """
+    stats = PackingStats() if stats is None else stats
     rows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(tries)), key=lambda n: -len(tries[n])):
