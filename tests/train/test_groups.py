@@ -320,7 +320,7 @@ def test_each_inner_step_is_the_batch_of_its_groups_alone():
 
 
 def test_a_group_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="want at most 20"):
+    with pytest.raises(ValueError, match="and a row has 20"):
         pack_groups(
             [scored_groups()],
             Aggregation(),
