@@ -154,10 +154,10 @@ def test_devices_of_hosts_that_were_not_joined_are_refused(monkeypatch):
         make_mesh(None)
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate", "convert"])
+@pytest.mark.parametrize("verb", ["make", "parity", "plot"])
 def test_a_program_of_one_process_refuses_hosts(verb, capsys):
     assert main([verb, "any.gin", "--hosts"]) == 2
-    assert f"tw: tw {verb} runs in one process: want one host" in capsys.readouterr().err
+    assert f"tw: tw {verb} runs in one process, on one host" in capsys.readouterr().err
 
 
 def test_a_folder_that_others_do_not_see_is_refused(job, monkeypatch, tmp_path):
