@@ -154,6 +154,15 @@ def test_a_config_replaces_what_the_checkpoint_says(moved):
         load_model(folder, config=wide)
 
 
+def test_adapters_that_the_checkpoint_lacks_are_refused(moved):
+    folder, *_ = moved
+    config = load_model(folder).config
+    lora = Lora(rank=7, alpha=4.0)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    with pytest.raises(ValueError, match=r"Leave Model\.lora out"):
+        load_model(folder, config=other)
+
+
 @pytest.fixture
 def run(tmp_path):
     """Checkpoints of steps 3 and 5 with a SentencePiece file."""

@@ -109,6 +109,11 @@ def load_model(
     """
     record = read_record(folder, step=step)
     chosen = record.config if config is None else config
+    if chosen.model.lora != record.config.model.lora:
+        raise ValueError(
+            f"{folder} has parameters for Model.lora = {record.config.model.lora}, and the config "
+            f"has Model.lora = {chosen.model.lora}. Leave Model.lora out of the config."
+        )
     read = partial(_tokenizer, folder, chosen.tokenizer, record)
     tokenizer = hosts.together(read, ValueError, OSError)
     chosen.chat.answer_suffix(tokenizer)  # refuses a tokenizer of another family
