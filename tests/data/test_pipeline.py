@@ -267,11 +267,11 @@ def test_a_refusal_lists_all_unusable_records_with_line_rule_and_excerpt(tmp_pat
     sentence = "4 of 6 records cannot be used"
     with pytest.raises(ValueError, match=sentence) as caught:
         next(open_batches(path, seed=None))
-    said = str(caught.value)
-    assert re.findall(r"x\.jsonl:(\d): ", said) == ["2", "4", "5", "6"]
-    assert "A block has 2 outlines and 1 thread. It needs one thread for each outline." in said
-    assert "line 2, column 1:\n  <Parallel>" in said
-    assert "A thread has the number 3 where its outline has 2" in said
+    message = str(caught.value)
+    assert re.findall(r"x\.jsonl:(\d): ", message) == ["2", "4", "5", "6"]
+    assert "A block has 2 outlines and 1 thread. It needs one thread for each outline." in message
+    assert "line 2, column 1:\n  <Parallel>" in message
+    assert "A thread has the number 3 where its outline has 2" in message
     monkeypatch.setattr(diagnose, "MAX_LISTED", 1)
     with pytest.raises(ValueError, match=r"x\.jsonl:2: [\s\S]*and 3 more\.$"):
         next(open_batches(path, seed=None))
@@ -283,10 +283,10 @@ def test_a_text_that_differs_from_the_protocol_is_told_in_words_with_line_and_co
     found[0] = type(found[0])(**{**vars(found[0]), "response": response})
     with pytest.raises(ValueError, match="where the protocol forces") as caught:
         next(open_batches(write(tmp_path / "x.jsonl", found)))
-    said = str(caught.value)
-    assert "has '</Parallel>' where the protocol forces '\\n' (a join)" in said
-    assert "line 11, column 10:\n  </Thread></Parallel>" in said
-    assert not re.search(r"[Tt]oken \d", said)
+    message = str(caught.value)
+    assert "has '</Parallel>' where the protocol forces '\\n' (a join)" in message
+    assert "line 11, column 10:\n  </Thread></Parallel>" in message
+    assert not re.search(r"[Tt]oken \d", message)
 
 
 def test_a_file_of_nothing_usable_says_so(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 import tokenizers
 
 from tw_jax import checkpoint
@@ -17,7 +18,7 @@ from tw_jax.forkjoin.limits import ForkJoin
 from tw_jax.models.load import LanguageModel, describe, load_model, record_model
 from tw_jax.models.lora import Lora
 from tw_jax.models.rope import Rope
-from tw_jax.models.transformer import Model, network
+from tw_jax.models.transformer import network
 from tw_jax.sharding import Mesh, Rules, make_mesh
 from tw_jax.tokenizer.bytes import Bytes
 from tw_jax.tokenizer.chat import Chat
@@ -26,17 +27,15 @@ from tw_jax.tokenizer.load import load_tokenizer
 from tw_jax.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 from tw_jax.train.state import Optim, initial_state
 
-MODEL = Model(
+MODEL = tiny.model(
     vocab_size=384,
-    num_layers=2,
     width=32,
     mlp_width=48,
     num_heads=2,
     num_kv_heads=1,
     head_width=16,
-    qk_norm=True,
-    tie_embeddings=False,
     rope=Rope(theta=123.0),
+    attention="auto",
     lora=Lora(rank=2, alpha=4.0),
 )
 LIMITS = ForkJoin(max_new=77, max_threads=3, unfinished_thread="abort")

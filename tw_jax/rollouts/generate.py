@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from tw_jax import sharding
 from tw_jax.contracts import Network, Params
 from tw_jax.data.records import Problem, Rollout
 from tw_jax.forkjoin.calls import Trajectory
+from tw_jax.forkjoin.protocol import SamplingParams
 from tw_jax.forkjoin.threadweaver.protocol import ThreadWeaver
-from tw_jax.sample.draw import sampling_arrays
+from tw_jax.sample.draw import stack_params
 from tw_jax.sample.sampler import ForkJoinSampler, Sampler, make_sampler
 from tw_jax.sharding import Rules
 from tw_jax.tokenizer.chat import Chat
@@ -86,16 +86,10 @@ class Generator:
         """
         if not problems:
             return []
-        samples, index = len(ids[0]), np.asarray(seeds)
-        lowest = int(index.min())
-        sampling = sampling_arrays(
-            int(index.max()) - lowest + 1,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=lowest,
+        samples = len(ids[0])
+        sampling = stack_params(
+            [SamplingParams(temperature, top_p, top_k, int(seed)) for seed in seeds]
         )
-        sampling = jax.tree.map(lambda leaf: np.asarray(leaf)[index - lowest], sampling)
         prompts = [self.chat.prompt(self.tokenizer, problem.question) for problem in problems]
         with sharding.use(self.mesh, sharding.sampling(self.rules)):
             made = self.sampler(params, prompts, sampling, repeats=samples)
